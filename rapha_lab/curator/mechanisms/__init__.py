@@ -1,0 +1,40 @@
+"""One file a mechanism; each turns a request into a `Plan` without touching a record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rapha_lab.curator.accounting import Loss
+from rapha_lab.curator.cohort import View
+
+__all__ = ["Answer", "Plan", "Progress"]
+
+Progress = Callable[[int], None]
+"""Called with the number of further steps about to run, before they touch a record; raises to stop."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A differentially private answer: plain JSON values, and tensors by name as safetensors bytes."""
+
+    values: dict[str, Any]
+    tensors: bytes = b""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a request would do: its privacy loss, in how many steps, and the function that does it.
+
+    Attributes:
+        loss: privacy loss of one run of all `steps`; `loss.part(k)` is that of the first k steps.
+        steps: how many steps `run` will announce through `Progress`, 1 for a single look.
+        touches: the splits whose patients are looked at, each of which is charged.
+        run: computes the answer; called at most once.
+    """
+
+    loss: Loss
+    steps: int
+    touches: tuple[str, ...]
+    run: Callable[[View, Progress], Answer]

@@ -1,0 +1,172 @@
+"""What a session may ask the curator, and how any two processes of the site frame what they say.
+
+Every request is one of the structs below: decoding knows nothing else, resolves no name and runs no code.
+Tensors travel beside the JSON as one safetensors blob, never as a pickle.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, Any, BinaryIO, Literal
+
+import msgspec
+from msgspec import Meta
+
+from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.program import Program
+
+__all__ = [
+    "ASKS",
+    "Ask",
+    "Columns",
+    "Count",
+    "Evaluate",
+    "Fit",
+    "Histogram",
+    "Mean",
+    "Optimizer",
+    "Split",
+    "decode",
+    "encode",
+    "read_frame",
+    "write_frame",
+]
+
+Split = Literal["all", "train", "validation", "test"]
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")]
+Columns = Name | Annotated[list[Name], Meta(min_length=1, max_length=4096)]
+Inputs = Annotated[dict[Name, Columns], Meta(min_length=1, max_length=64)]
+Positive = Annotated[float, Meta(gt=0.0, le=1e6)]
+Metric = Literal["auroc", "auprc", "accuracy", "sensitivity", "specificity", "brier", "logloss", "calibration"]
+
+MAX_HEADER = 64 << 20
+MAX_TENSORS = 1 << 30
+
+
+class Ask(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag_field="op"):
+    """A question about patients: `epsilon` is its own (ε, δ) guarantee, δ being the policy's."""
+
+    dataset: Name
+    split: Split = "all"
+    epsilon: Positive
+
+
+class Count(Ask, tag="count"):
+    """How many patients there are."""
+
+
+class Mean(Ask, tag="mean"):
+    """The mean of a numeric or boolean column over the patients in whom it is known."""
+
+    column: Name
+
+
+class Histogram(Ask, tag="histogram"):
+    """Patients per bin of a column: equal bins of its public bounds, or its public categories."""
+
+    column: Name
+    bins: Annotated[int, Meta(ge=1, le=10_000)] = 20
+
+
+class Optimizer(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """An update rule by name with its public settings; it only ever sees private gradients."""
+
+    name: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "nadam", "radam", "adamax", "adadelta"]
+    settings: dict[str, float | bool | list[float]] = {}
+
+
+class Fit(Ask, tag="fit"):
+    """Train by DP-SGD: `program` is one patient's loss, its parameters come in the tensors blob."""
+
+    program: Program
+    inputs: Inputs
+    steps: Annotated[int, Meta(ge=1, le=1_000_000)]
+    batch: Annotated[int, Meta(ge=1, le=1_000_000)]
+    clip: Positive
+    optimizer: Optimizer
+
+
+class Evaluate(Ask, tag="evaluate"):
+    """Judge scores on held-out patients: `program` is one patient's logit, `target` a boolean column."""
+
+    program: Program
+    inputs: Inputs
+    target: Name
+    metrics: Annotated[list[Metric], Meta(min_length=1, max_length=16)]
+
+
+ASKS = Count | Mean | Histogram | Fit | Evaluate
+_decoder = msgspec.json.Decoder(ASKS)
+
+
+def encode(message: Any) -> bytes:
+    """A message as JSON."""
+    return msgspec.json.encode(message)
+
+
+def decode(data: bytes) -> ASKS:
+    """The request in `data`.
+
+    Raises:
+        RequestError: naming the field that is missing, unknown, of the wrong type or out of range.
+    """
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise malformed(error) from None
+
+
+def malformed(error: Exception) -> RequestError:
+    """What to tell the sender of a message that did not decode."""
+    text = str(error)
+    field = text.rsplit("`$.", 1)[1].rstrip("`") if "`$." in text else None
+    return RequestError(
+        f"The request is malformed: {text.split(' - at')[0]}.",
+        f"The field at fault is {field}." if field else "",
+        "Send the fields as documented in rapha_lab/protocol/messages.py.",
+        field=field,
+    )
+
+
+_PREFIX = struct.Struct(">4sIQ")
+_MAGIC = b"RPH1"
+
+
+def write_frame(stream: BinaryIO, header: bytes, tensors: bytes = b"") -> None:
+    """Write one message: 4 magic bytes, two lengths, the JSON header, the tensors blob."""
+    stream.write(_PREFIX.pack(_MAGIC, len(header), len(tensors)) + header)
+    stream.write(tensors)
+    stream.flush()
+
+
+def read_frame(
+    stream: BinaryIO, *, max_header: int = MAX_HEADER, max_tensors: int = MAX_TENSORS
+) -> tuple[bytes, bytes] | None:
+    """The next message as (header, tensors), or None at a clean end.
+
+    Raises:
+        RequestError: if the stream ends inside a message, or it is none, or is larger than allowed.
+    """
+    prefix = _read(stream, _PREFIX.size)
+    if not prefix:
+        return None
+    if len(prefix) < _PREFIX.size:
+        raise RequestError("The message is truncated.", "The stream ended inside its first 16 bytes.")
+    magic, header, tensors = _PREFIX.unpack(prefix)
+    if magic != _MAGIC:
+        raise RequestError("This is no message of this protocol.", "It does not begin with RPH1.")
+    if header > max_header or tensors > max_tensors:
+        raise RequestError("The message is too large.", f"Limits: {max_header} and {max_tensors} bytes.")
+    body = _read(stream, header), _read(stream, tensors)
+    if (len(body[0]), len(body[1])) != (header, tensors):
+        raise RequestError("The message is truncated.", "The stream ended before its stated length.")
+    return body
+
+
+def _read(stream: BinaryIO, size: int) -> bytes:
+    """`size` bytes, or fewer at the end of the stream; memory grows only with what really arrives."""
+    parts, left = [], size
+    while left and (part := stream.read(min(left, 1 << 20))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
