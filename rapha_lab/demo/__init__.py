@@ -1,0 +1,1 @@
+"""Real, openly published patients to try the laboratory on."""
