@@ -1,0 +1,99 @@
+"""The curator's process: frames in on one pipe, frames out on another. It opens no socket.
+
+    in   {"do": "ask", "id", "researcher", "project", "ask": raw}   {"do": "cancel", "id"}
+         {"do": "catalog", "id", "project"}   {"do": "log", "id", "start"}
+    out  {"id", "step", "steps"}   {"id", "release" | "result" | "error"}
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+import msgspec
+
+from rapha_lab.curator.desk import Caller, Cancelled, Desk
+from rapha_lab.protocol import messages
+from rapha_lab.protocol.errors import RaphaError, RefusedError
+
+__all__ = ["Server"]
+
+WORKERS = 4
+
+
+class Call(msgspec.Struct, forbid_unknown_fields=True):
+    """One frame to the curator from the gateway."""
+
+    do: str
+    id: str
+    researcher: str = ""
+    project: str = ""
+    ask: msgspec.Raw = msgspec.Raw(b"null")
+    start: int = 0
+
+
+class Server:
+    """Serves a desk over a pair of pipes until the first is closed.
+
+    Args:
+        desk: answers requests.
+        free: what costs nothing because it holds nothing of a patient, by name: (call) -> JSON.
+    """
+
+    def __init__(
+        self, desk: Desk, free: dict[str, Callable[[Call], Any]], reader: BinaryIO, writer: BinaryIO
+    ) -> None:
+        self._desk, self._free, self._reader, self._writer = desk, free, reader, writer
+        self._lock = threading.Lock()
+        self._cancelled: set[str] = set()
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="ask")
+
+    def serve(self) -> None:
+        """Read frames until the gateway closes the pipe."""
+        while (frame := messages.read_frame(self._reader)) is not None:
+            call = msgspec.json.decode(frame[0], type=Call)
+            if call.do == "cancel":
+                self._cancelled.add(call.id)
+            elif call.do == "ask":
+                self._pool.submit(self._answer, call, frame[1])
+            else:
+                self._pool.submit(self._look_up, call)
+        self._cancelled.add("*")
+        self._pool.shutdown(cancel_futures=True)
+
+    def _say(self, header: dict[str, Any], tensors: bytes = b"") -> None:
+        with self._lock:
+            messages.write_frame(self._writer, messages.encode(header), tensors)
+
+    def _answer(self, call: Call, tensors: bytes) -> None:
+        def on_step(done: int, planned: int) -> None:
+            if not self._cancelled.isdisjoint((call.id, "*")):
+                raise Cancelled("The job was cancelled.", "The steps that had run stay charged.", "Run it again.")
+            if planned > 1:
+                self._say({"id": call.id, "step": done, "steps": planned})
+
+        try:
+            caller = Caller(call.researcher, call.project, call.id)
+            release, blob = self._desk.answer(caller, bytes(call.ask), tensors, on_step)
+            self._say({"id": call.id, "release": release}, blob)
+        except RaphaError as error:
+            self._say({"id": call.id, "error": error.to_wire()})
+        except BaseException as error:
+            print(f"job {call.id}: {type(error).__name__}", file=sys.stderr)
+            refusal = RefusedError("The request could not be answered.", "An internal error ended it.")
+            self._say({"id": call.id, "error": refusal.to_wire()})
+        finally:
+            self._cancelled.discard(call.id)
+
+    def _look_up(self, call: Call) -> None:
+        try:
+            self._say({"id": call.id, "result": self._free[call.do](call)})
+        except RaphaError as error:
+            self._say({"id": call.id, "error": error.to_wire()})
+        except Exception as error:
+            print(f"{call.do}: {type(error).__name__}", file=sys.stderr)
+            refusal = RefusedError(f"{call.do} could not be answered.", "An internal error ended it.")
+            self._say({"id": call.id, "error": refusal.to_wire()})

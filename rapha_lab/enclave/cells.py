@@ -1,0 +1,357 @@
+"""Cells and the sessions they run in: each session a sandboxed process, each cell a job with its outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+from rapha_lab.enclave.curator import Curator
+from rapha_lab.enclave.sandbox import Limits, Worker, Zygote
+from rapha_lab.protocol import messages
+from rapha_lab.protocol.errors import RaphaError, RequestError, SiteError
+from rapha_lab.protocol.release import MIME, Release
+
+__all__ = ["Cell", "Cells", "Order"]
+
+State = Literal["queued", "running", "done", "failed", "cancelled", "lost"]
+ENDED = ("done", "failed", "cancelled", "lost")
+MAX_SESSIONS, MAX_QUEUE, MAX_CELLS, MAX_OUTPUT = 4, 32, 500, 64 << 20
+
+
+class Order(msgspec.Struct, forbid_unknown_fields=True):
+    """A cell as the researcher sends it."""
+
+    session: str
+    dataset: str
+    source: str
+    project: str = ""
+    epsilon: float | None = None
+    outputs: list[str] = []
+    inputs: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+
+
+@dataclass
+class Cell:
+    """One cell's life at the site."""
+
+    id: str
+    researcher: str
+    order: Order
+    tensors: bytes = b""
+    state: State = "queued"
+    outputs: list[dict[str, Any]] = field(default_factory=list)
+    step: int = 0
+    steps: int = 0
+    epsilon: float = 0.0
+    spent: float = 0.0
+    started: float = 0.0
+    ended: float = 0.0
+    error: dict[str, Any] | None = None
+    traceback: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+    blob: bytes = b""
+    asking: str | None = None
+    asked_at: float = 0.0
+    cancelled: bool = False
+    size: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """What a job list shows."""
+        first = next((line for line in self.order.source.splitlines() if line.strip()), "")
+        rate = (time.time() - self.asked_at) / self.step if self.step and self.state == "running" else 0
+        return {
+            "id": self.id,
+            "dataset": self.order.dataset,
+            "state": self.state,
+            "step": self.step,
+            "steps": self.steps,
+            "epsilon": self.epsilon,
+            "spent": self.spent,
+            "seconds_left": round(rate * (self.steps - self.step), 1) if rate else None,
+            "started": self.started,
+            "ended": self.ended,
+            "source_line": first[:200],
+            "origin": self.order.origin,
+        }
+
+
+class Cells:
+    """All cells of a site, run in order within a session and side by side between sessions.
+
+    Args:
+        zygote: gives sandboxed workers.
+        curator: answers their requests.
+        sign: signs one output: (cell id, index, data) -> metadata with the signature.
+        schemas: the public schemas by dataset, for the handles.
+    """
+
+    def __init__(
+        self,
+        zygote: Zygote,
+        curator: Curator,
+        sign: Callable[[str, int, dict[str, Any]], dict[str, Any]],
+        schemas: dict[str, dict[str, Any]],
+        project_of: Callable[[str, str, str], str],
+    ) -> None:
+        self._zygote, self._curator, self._sign = zygote, curator, sign
+        self._schemas, self._project_of = schemas, project_of
+        self._changed = threading.Condition()
+        self._cells: dict[str, Cell] = {}
+        self._sessions: dict[tuple[str, str], _Session] = {}
+
+    def submit(self, researcher: str, order: Order, tensors: bytes) -> Cell:
+        """Queue a cell in its session, which is started if it is new.
+
+        Raises:
+            RequestError: the dataset is unknown. SiteError: a limit of this site is reached.
+            PolicyError: the researcher is in no project that may use the dataset.
+        """
+        if order.dataset not in self._schemas:
+            known = ", ".join(sorted(self._schemas))
+            raise RequestError(
+                f"There is no dataset {order.dataset!r} here.", f"This site has: {known}.", "Name one.", field="dataset"
+            )
+        order.project = self._project_of(researcher, order.project, order.dataset)
+        cell = Cell(uuid.uuid4().hex, researcher, order, tensors)
+        digest = hashlib.sha256(order.source.encode()).hexdigest()
+        self._curator.look_up("cell", project=order.project, researcher=researcher, text=digest)
+        with self._changed:
+            session = self._session(researcher, order.session)
+            if sum(c.state == "queued" for c in session.cells) >= MAX_QUEUE:
+                raise SiteError("Too many cells wait in this session.", f"The limit is {MAX_QUEUE}.", "Wait for some.")
+            self._cells[cell.id] = cell
+            session.cells.append(cell)
+            for old in list(self._cells)[: max(0, len(self._cells) - MAX_CELLS)]:
+                if self._cells[old].state in ENDED:
+                    del self._cells[old]
+            self._changed.notify_all()
+        return cell
+
+    def _session(self, researcher: str, name: str) -> _Session:
+        key = (researcher, name)
+        if key not in self._sessions or self._sessions[key].over:
+            mine = [k for k, s in self._sessions.items() if k[0] == researcher and not s.over]
+            if len(mine) >= MAX_SESSIONS:
+                raise SiteError(
+                    f"You have {MAX_SESSIONS} sessions open at this site.",
+                    "That is the limit for one researcher.",
+                    "Close a notebook, or call site.end_sessions().",
+                )
+            self._sessions[key] = _Session(self, self._zygote.spawn(Limits()))
+        return self._sessions[key]
+
+    def of(self, researcher: str) -> list[Cell]:
+        """The researcher's cells, oldest first."""
+        with self._changed:
+            return [cell for cell in self._cells.values() if cell.researcher == researcher]
+
+    def get(self, researcher: str, cell: str) -> Cell:
+        """One of the researcher's cells.
+
+        Raises:
+            RequestError: they have none of that id.
+        """
+        found = self._cells.get(cell)
+        if found is None or found.researcher != researcher:
+            raise RequestError("There is no such job of yours here.", "It is another's, or long over.", field="cell")
+        return found
+
+    def watch(self, cell: Cell, after: int, seconds: float, seen: tuple[str, int] | None = None) -> None:
+        """Wait until the cell has more than `after` outputs, moves on from `seen`, or time is up."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: len(cell.outputs) > after or cell.state in ENDED or (cell.state, cell.step) != seen,
+                timeout=min(max(seconds, 0.0), 10.0),
+            )
+
+    def cancel(self, cell: Cell) -> None:
+        """Stop a cell: its running request before the next step, its Python where it stands."""
+        with self._changed:
+            cell.cancelled = True
+            if cell.state == "queued":
+                self._end(cell, "cancelled")
+            asking, running = cell.asking, cell.state == "running"
+        if asking is not None:
+            self._curator.cancel(asking)
+        elif running:
+            for session in self._sessions.values():
+                if cell in session.cells:
+                    session.interrupt()
+
+    def end(self, researcher: str, session: str | None = None) -> None:
+        """End one of the researcher's sessions, or all of them."""
+        with self._changed:
+            mine = [s for k, s in self._sessions.items() if k[0] == researcher and session in (None, k[1])]
+        for each in mine:
+            each.kill()
+
+    def close(self) -> None:
+        """End every session."""
+        for session in list(self._sessions.values()):
+            session.kill()
+
+    # -- called by a session's thread -----------------------------------------------------------------
+
+    def _add(self, cell: Cell, output: dict[str, Any]) -> None:
+        with self._changed:
+            cell.size += len(msgspec.json.encode(output))
+            if cell.size > MAX_OUTPUT:
+                return
+            if output["type"] == "display":
+                signed = self._sign(cell.id, len(cell.outputs), output["data"])
+                output = output | {"metadata": {**output.get("metadata", {}), "rapha": signed}}
+            cell.outputs.append(output)
+            self._changed.notify_all()
+
+    def _end(self, cell: Cell, state: State, **fields: Any) -> None:
+        with self._changed:
+            cell.state, cell.ended, cell.asking = state, time.time(), None
+            for name, value in fields.items():
+                setattr(cell, name, value)
+            self._changed.notify_all()
+
+    def _ask(self, cell: Cell, request: bytes, tensors: bytes) -> tuple[dict[str, Any], bytes]:
+        """One request of a cell's: carried to the curator, its release shown as a card."""
+
+        def on_step(step: int, steps: int) -> None:
+            with self._changed:
+                cell.step, cell.steps = step, steps
+                self._changed.notify_all()
+
+        epsilon = _epsilon(request)
+        with self._changed:
+            if cell.cancelled:
+                raise SiteError("The cell was cancelled.")
+            cell.asking, cell.asked_at = f"{cell.id}-{uuid.uuid4().hex[:8]}", time.time()
+            cell.step = cell.steps = 0
+            cell.epsilon += epsilon
+        try:
+            order = cell.order
+            wire, blob = self._curator.ask(cell.asking, cell.researcher, order.project, request, tensors, on_step)
+        finally:
+            with self._changed:
+                cell.asking = None
+        with self._changed:
+            cell.spent += epsilon
+            cell.step = cell.steps
+        release = msgspec.convert(wire, Release)
+        data = release._repr_mimebundle_()
+        self._add(cell, {"type": "display", "data": data, "metadata": {}, "of": MIME})
+        return wire, blob
+
+
+def _epsilon(request: bytes) -> float:
+    try:
+        return messages.decode(request).epsilon
+    except RaphaError:
+        return 0.0
+
+
+class _Session:
+    """A worker and the thread that feeds it cells."""
+
+    def __init__(self, cells: Cells, worker: Worker) -> None:
+        self.cells: list[Cell] = []
+        self.over = False
+        self._cells, self._worker = cells, worker
+        self._lock = threading.Lock()
+        self._ran = 0
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def interrupt(self) -> None:
+        self._say({"do": "interrupt"})
+
+    def kill(self) -> None:
+        with self._cells._changed:
+            self.over = True
+            self._cells._changed.notify_all()
+        self._worker.kill()
+
+    def _say(self, header: dict[str, Any], tensors: bytes = b"") -> None:
+        with self._lock:
+            messages.write_frame(self._worker.writer, messages.encode(header), tensors)
+
+    def _next(self) -> Cell | None:
+        changed = self._cells._changed
+        with changed:
+            changed.wait_for(lambda: self.over or any(c.state == "queued" for c in self.cells))
+            cell = next((c for c in self.cells if c.state == "queued"), None)
+            if cell is not None and not self.over:
+                cell.state, cell.started = "running", time.time()
+                changed.notify_all()
+                return cell
+        return None
+
+    def _serve(self) -> None:
+        while (cell := self._next()) is not None:
+            try:
+                self._run(cell)
+            except (OSError, RequestError, msgspec.MsgspecError, KeyError, TypeError, ValueError):
+                break
+        self.over = True
+        self._worker.kill()
+        why = _OUTCOMES.get(self._worker.wait(5), _OUTCOMES["killed"])
+        lost = SiteError("The session at the site ended.", why, "Run the notebook's enclave cells again.")
+        for cell in self.cells:
+            if cell.state not in ENDED:
+                self._cells._end(cell, "cancelled" if cell.cancelled else "lost", error=lost.to_wire())
+
+    def _run(self, cell: Cell) -> None:
+        self._ran += 1
+        order = cell.order
+        fields = {"source": order.source, "epsilon": order.epsilon, "inputs": order.inputs, "outputs": order.outputs}
+        schema = self._cells._schemas[order.dataset]
+        self._say({"do": "run", "name": f"<enclave cell {self._ran}>", "schema": schema, **fields}, cell.tensors)
+        cell.tensors = b""
+        while True:
+            frame = messages.read_frame(self._worker.reader)
+            if frame is None:
+                raise OSError("the worker is gone")
+            said = msgspec.json.decode(frame[0], type=_Said)
+            if said.say == "output" and said.output.get("type") in ("stream", "display"):
+                self._cells._add(cell, said.output)
+            elif said.say == "ask":
+                self._answer(cell, bytes(said.ask), frame[1])
+            elif said.say == "done":
+                return self._finish(cell, said, frame[1])
+
+    def _answer(self, cell: Cell, request: bytes, tensors: bytes) -> None:
+        try:
+            wire, blob = self._cells._ask(cell, request, tensors)
+        except RaphaError as error:
+            self._say({"do": "answer", "error": error.to_wire()})
+        else:
+            self._say({"do": "answer", "release": wire}, blob)
+
+    def _finish(self, cell: Cell, said: _Said, blob: bytes) -> None:
+        state: State = "done" if said.error is None else "cancelled" if cell.cancelled else "failed"
+        fields = {"error": said.error, "traceback": said.traceback, "values": said.values, "blob": blob}
+        self._cells._end(cell, state, **fields)
+
+
+class _Said(msgspec.Struct, forbid_unknown_fields=True):
+    """A frame from a worker, which is not trusted."""
+
+    say: str
+    output: dict[str, Any] = {}
+    ask: msgspec.Raw = msgspec.Raw(b"null")
+    error: dict[str, Any] | None = None
+    traceback: list[str] = []
+    values: dict[str, Any] = {}
+
+
+_OUTCOMES = {
+    "ended": "Its process ended.",
+    "killed": "Its process was ended.",
+    "memory": "It needed more memory than a session may have.",
+    "time": "It ran longer than a session may.",
+    "violation": "It tried what the sandbox does not allow.",
+}

@@ -1,0 +1,147 @@
+"""Keeps the curator's process alive and carries requests to it; the only way from the gateway to records."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from rapha_lab.protocol import messages
+from rapha_lab.protocol.errors import SiteError, from_wire
+
+__all__ = ["Curator"]
+
+Progress = Callable[[int, int], None]
+
+
+class Curator:
+    """A curator subprocess on two pipes, started again if it dies.
+
+    Args:
+        config: what `rapha_lab.curator` reads first: policy, ledger, data sets, keys. See its `__main__`.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._waiting: dict[str, queue.Queue[tuple[dict[str, Any], bytes] | None]] = {}
+        self._closed = False
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # -I: nothing of the working directory or the environment's PYTHON* is imported
+        command = [sys.executable, "-I", "-m", "rapha_lab.curator"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
+        try:
+            messages.write_frame(process.stdin, messages.encode(self._config))  # type: ignore[arg-type]
+            first = messages.read_frame(process.stdout)  # type: ignore[arg-type]
+        except (OSError, messages.RequestError):
+            first = None
+        if first is None:
+            process.wait()
+            raise SiteError("The curator did not start.", "Its process ended at once.", "See what it wrote above.")
+        ready = msgspec.json.decode(first[0])
+        if "error" in ready:
+            process.wait()
+            raise from_wire(ready["error"])
+        threading.Thread(target=self._listen, args=(process,), daemon=True).start()
+        return process
+
+    @property
+    def pid(self) -> int:
+        """The process id, for the site's operator."""
+        return self._process.pid
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        try:
+            while (frame := messages.read_frame(process.stdout)) is not None:  # type: ignore[arg-type]
+                header = msgspec.json.decode(frame[0])
+                with self._lock:
+                    waiting = self._waiting.get(header["id"])
+                if waiting is not None:
+                    waiting.put((header, frame[1]))
+        except messages.RequestError:
+            pass  # killed in the middle of a frame
+        process.wait()
+        with self._lock:
+            lost = list(self._waiting.values())
+        for waiting in lost:
+            waiting.put(None)
+
+    def _send(self, header: dict[str, Any], tensors: bytes = b"") -> None:
+        with self._lock:
+            if self._closed:
+                raise SiteError("The site is stopping.")
+            if self._process.poll() is not None:
+                self._process = self._start()
+            try:
+                messages.write_frame(self._process.stdin, messages.encode(header), tensors)  # type: ignore[arg-type]
+            except BrokenPipeError:
+                raise _lost() from None
+
+    def ask(
+        self, job: str, researcher: str, project: str, request: bytes, tensors: bytes, on_step: Progress
+    ) -> tuple[dict[str, Any], bytes]:
+        """Carry one request; gives the release as JSON and its tensors.
+
+        Raises:
+            RaphaError: the curator's refusal; SiteError if its process died.
+        """
+        header = {"do": "ask", "id": job, "researcher": researcher, "project": project}
+        return self._call(job, header | {"ask": msgspec.Raw(request)}, tensors, on_step)
+
+    def look_up(self, what: str, **fields: Any) -> Any:
+        """Ask for something that costs nothing: the catalog, the log."""
+        number = f"look-up-{next(self._numbers)}"
+        return self._call(number, {"do": what, "id": number, **fields}, b"", lambda *_: None)[0]
+
+    def _call(
+        self, number: str, header: dict[str, Any], tensors: bytes, on_step: Progress
+    ) -> tuple[dict[str, Any], bytes]:
+        mine: queue.Queue[tuple[dict[str, Any], bytes] | None] = queue.Queue()
+        with self._lock:
+            self._waiting[number] = mine
+        try:
+            self._send(header, tensors)
+            while (reply := mine.get()) is not None:
+                said, blob = reply
+                if "step" in said:
+                    on_step(said["step"], said["steps"])
+                elif "error" in said:
+                    raise from_wire(said["error"])
+                else:
+                    return said.get("release", said.get("result")), blob
+            raise _lost()
+        finally:
+            with self._lock:
+                self._waiting.pop(number, None)
+
+    def cancel(self, job: str) -> None:
+        """Stop a job before its next step; does nothing if it has ended."""
+        self._send({"do": "cancel", "id": job})
+
+    def close(self) -> None:
+        """End the process; a running job keeps what it had spent."""
+        with self._lock:
+            self._closed = True
+            self._process.stdin.close()  # type: ignore[union-attr]
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _lost() -> SiteError:
+    return SiteError(
+        "The curator's process ended while it worked.",
+        "It has been started again; the steps that had run stay charged.",
+        "Run the cell again.",
+    )

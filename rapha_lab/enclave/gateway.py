@@ -1,0 +1,174 @@
+"""The site's HTTP face: evidence for anyone, and one door for sealed envelopes.
+
+    GET  /evidence?nonce=HEX   attestation evidence bound to the nonce and to the site's keys
+    POST /open                 a sealed, signed request; the reply is sealed to the sender
+
+Nothing but evidence crosses the wire unsealed. An envelope that cannot be opened is answered with a plain
+error that depends on nothing inside the enclave.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from rapha_lab.enclave.cells import Cells, Order
+from rapha_lab.protocol import messages, sealing
+from rapha_lab.protocol.errors import RaphaError, RefusedError, RequestError, SealError
+from rapha_lab.protocol.keys import PrivateKey
+
+__all__ = ["Gateway"]
+
+MAX_BODY = 256 << 20
+
+
+class Watch(msgspec.Struct, forbid_unknown_fields=True):
+    """Wait for more of a cell: outputs after the first `after`, for at most `wait` seconds."""
+
+    cell: str
+    after: int = 0
+    wait: float = 0.0
+    state: str = ""
+    step: int = -1
+
+
+class Name(msgspec.Struct, forbid_unknown_fields=True):
+    """Names a cell or a session."""
+
+    id: str = ""
+
+
+class Start(msgspec.Struct, forbid_unknown_fields=True):
+    """Asks for log entries from an index on."""
+
+    start: int = 0
+
+
+class Gateway:
+    """Opens envelopes, knows who sent them, and answers sealed.
+
+    Args:
+        cells: runs cells.
+        card: what the site says of itself to a researcher, by their public key.
+        log: entries of the log from an index on.
+        evidence: attestation evidence for a nonce, as JSON.
+        sealing_key, signing_key: of this enclave; both are bound in the evidence.
+        known: raises PolicyError for a key that no project of the policy names.
+    """
+
+    def __init__(
+        self,
+        cells: Cells,
+        *,
+        card: Callable[[str], Any],
+        log: Callable[[int], Any],
+        evidence: Callable[[bytes], Any],
+        sealing_key: PrivateKey,
+        signing_key: PrivateKey,
+        known: Callable[[str], None],
+    ) -> None:
+        self._cells, self._card, self._log, self._evidence, self._known = cells, card, log, evidence, known
+        self._sealing, self._signing, self._replay = sealing_key, signing_key, sealing.Replay()
+        self._kinds: dict[str, Callable[[str, bytes, bytes], tuple[Any, bytes]]] = {
+            "card": lambda who, header, blob: (self._card(who), b""),
+            "run": self._run,
+            "watch": self._watch,
+            "jobs": lambda who, header, blob: ([cell.summary() for cell in self._cells.of(who)], b""),
+            "cancel": self._cancel,
+            "end": self._end,
+            "log": lambda who, header, blob: (self._log(_read(header, Start).start), b""),
+        }
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        routes = [Route("/evidence", self._get_evidence), Route("/open", self._post_open, methods=["POST"])]
+        return Starlette(routes=routes)
+
+    async def _get_evidence(self, request: Request) -> Response:
+        try:
+            nonce = bytes.fromhex(request.query_params.get("nonce", ""))
+        except ValueError:
+            nonce = b""
+        if len(nonce) != 32:
+            error = RequestError("The nonce is no 32 bytes in hex.", "", "GET /evidence?nonce=<64 hex digits>", field="nonce")
+            return JSONResponse(error.to_wire(), 400)
+        return Response(messages.encode(await run_in_threadpool(self._evidence, nonce)), media_type="application/json")
+
+    async def _post_open(self, request: Request) -> Response:
+        body = bytearray()
+        try:
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY:
+                    error = RequestError("The envelope is too large.", f"The limit is {MAX_BODY >> 20} MiB.")
+                    return JSONResponse(error.to_wire(), 413)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        return await run_in_threadpool(self.answer, bytes(body))
+
+    def answer(self, envelope: bytes) -> Response:
+        """Open one envelope and seal the answer to its sender."""
+        try:
+            request = sealing.open_request(envelope, self._sealing, self._replay)
+        except SealError as error:
+            return JSONResponse(error.to_wire(), 400)
+        researcher = str(request.researcher)
+        try:
+            self._known(researcher)
+            header, blob = self._dispatch(request.kind, researcher, request.body)
+        except RaphaError as error:
+            header, blob = {"error": error.to_wire()}, b""
+        except Exception:
+            header, blob = {"error": RefusedError("The site met an internal error.").to_wire()}, b""
+        sealed = sealing.seal_reply(_frame(header, blob), request, self._signing)
+        return Response(sealed, media_type="application/octet-stream")
+
+    def _dispatch(self, kind: str, researcher: str, body: bytes) -> tuple[Any, bytes]:
+        if kind not in self._kinds:
+            raise RequestError(f"{kind!r} is no request of this site.", f"It knows {', '.join(self._kinds)}.", field="kind")
+        frame = messages.read_frame(io.BytesIO(body))
+        if frame is None:
+            raise RequestError("The request is empty.")
+        result, blob = self._kinds[kind](researcher, *frame)
+        return {"result": result}, blob
+
+    def _run(self, who: str, header: bytes, blob: bytes) -> tuple[Any, bytes]:
+        return {"cell": self._cells.submit(who, _read(header, Order), blob).id}, b""
+
+    def _watch(self, who: str, header: bytes, blob: bytes) -> tuple[Any, bytes]:
+        watch = _read(header, Watch)
+        cell = self._cells.get(who, watch.cell)
+        self._cells.watch(cell, watch.after, watch.wait, (watch.state, watch.step))
+        outputs = cell.outputs[watch.after :]
+        told = cell.summary() | {"outputs": outputs, "error": cell.error, "traceback": cell.traceback}
+        return told | {"values": cell.values}, cell.blob
+
+    def _cancel(self, who: str, header: bytes, blob: bytes) -> tuple[Any, bytes]:
+        cell = self._cells.get(who, _read(header, Name).id)
+        self._cells.cancel(cell)
+        return cell.summary(), b""
+
+    def _end(self, who: str, header: bytes, blob: bytes) -> tuple[Any, bytes]:
+        self._cells.end(who, _read(header, Name).id or None)
+        return {}, b""
+
+
+def _read(header: bytes, kind: type[Any]) -> Any:
+    try:
+        return msgspec.json.decode(header, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise messages.malformed(error) from None
+
+
+def _frame(header: Any, blob: bytes) -> bytes:
+    buffer = io.BytesIO()
+    messages.write_frame(buffer, messages.encode(header), blob)
+    return buffer.getvalue()

@@ -1,0 +1,164 @@
+"""A release: a differentially private answer with its error bar, its price and its receipt.
+
+It is what a session gets for a question, what a notebook shows, and what an output checker reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+from typing import Any
+
+import msgspec
+import rfc8785
+
+__all__ = ["MIME", "Release", "Row", "canonical", "digest"]
+
+MIME = "application/vnd.rapha.release+json"
+
+
+def canonical(value: Any) -> bytes:
+    """`value` as canonical JSON (RFC 8785): the same bytes on every machine and after every browser."""
+    return rfc8785.dumps(msgspec.to_builtins(value))
+
+
+def digest(values: Any, tensors: bytes = b"") -> str:
+    """SHA-256 over an answer's canonical values and its tensors, in hex: what the log's entry names."""
+    return hashlib.sha256(hashlib.sha256(canonical(values)).digest() + hashlib.sha256(tensors).digest()).hexdigest()
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One released figure: its value, standard error and 95 % interval where it has them."""
+
+    name: str
+    value: float
+    error: float | None = None
+    interval: tuple[float, float] | None = None
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
+
+class Release(msgspec.Struct, kw_only=True):
+    """A private answer.
+
+    Attributes:
+        job: the number under which the site's log and ledger know it.
+        op: what was asked: count, mean, histogram, fit, evaluate.
+        values: the answer as the curator gave it; `digest` of the log's entry is over these and the tensors.
+        epsilon, delta: its own guarantee; `unit` says for whom.
+        receipt: the log's entry with its proof and the signed checkpoint.
+    """
+
+    job: str
+    op: str
+    dataset: str
+    split: str
+    site: str
+    epsilon: float
+    delta: float
+    unit: str = "patient"
+    values: dict[str, Any] = {}
+    digest: str = ""
+    receipt: dict[str, Any] = {}
+    simulated: bool = False
+
+    @property
+    def title(self) -> str:
+        """What was asked, in a few words."""
+        return str(self.values.get("title", self.op))
+
+    @property
+    def rows(self) -> list[Row]:
+        """The released figures in order."""
+        return [msgspec.convert(row, Row) for row in self.values.get("rows", ())]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What else was released with the figures: bin edges, curves, a training's settings."""
+        return dict(self.values.get("data", {}))
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"{name!r} is not among {', '.join(row.name for row in self.rows)}")
+
+    @property
+    def _only(self) -> Row:
+        if len(self.rows) != 1:
+            raise TypeError(f"This release holds {len(self.rows)} figures; name one: release['{self.rows[0].name}'].")
+        return self.rows[0]
+
+    @property
+    def value(self) -> float:
+        """The one figure of this release."""
+        return self._only.value
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the one figure."""
+        return self._only.error
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the one figure."""
+        return self._only.interval
+
+    def __float__(self) -> float:
+        return self.value
+
+    def _price(self) -> str:
+        number = self.receipt.get("index")
+        receipt = f" · receipt {number}" if number is not None else ""
+        return f"ε {self.epsilon:g}, δ {self.delta:g} per {self.unit} · {self.dataset}, {self.split}{receipt}"
+
+    def __repr__(self) -> str:
+        rows = "\n".join(f"  {row.name:<24} {_figure(row.value):>12}{_bar(row)}" for row in self.rows[:40])
+        more = f"\n  ... {len(self.rows) - 40} more" if len(self.rows) > 40 else ""
+        return f"{self.title}\n{rows}{more}\n  {self._price()}" if self.rows else f"{self.title}\n  {self._price()}"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f'<tr><td style="text-align:left">{html.escape(row.name)}</td>'
+            f'<td style="text-align:right;font-variant-numeric:tabular-nums">{_figure(row.value)}</td>'
+            f'<td style="text-align:left;opacity:.75">{html.escape(_bar(row).strip())}</td>'
+            f"<td>{_line(row, self.rows)}</td></tr>"
+            for row in self.rows[:60]
+        )
+        return (
+            '<div style="border-left:3px solid #2f7d6d;padding:.35em .9em;margin:.3em 0">'
+            f"<b>{html.escape(self.title)}</b><table>{rows}</table>"
+            f'<small style="opacity:.8">{html.escape(self._price())}</small></div>'
+        )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        card = msgspec.to_builtins(self) | {"title": self.title, "rows": msgspec.to_builtins(self.rows)}
+        return {MIME: card, "text/html": self._repr_html_(), "text/plain": repr(self)}
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _bar(row: Row) -> str:
+    if row.interval is not None:
+        return f"  95 % {_figure(row.interval[0])} to {_figure(row.interval[1])}"
+    return f"  ± {_figure(row.error)}" if row.error is not None else ""
+
+
+def _line(row: Row, rows: list[Row]) -> str:
+    """The figure as a dot and its interval as a line, on the scale of all rows."""
+    spans = [each.interval or (each.value, each.value) for each in rows]
+    low, high = min(0.0, *(s[0] for s in spans)), max(0.0, *(s[1] for s in spans))
+    if row.interval is None or not high > low:
+        return ""
+    x = [round(4 + 152 * (v - low) / (high - low), 1) for v in (row.interval[0], row.value, row.interval[1])]
+    return (
+        '<svg width="160" height="12" role="img" aria-hidden="true">'
+        f'<line x1="{x[0]}" x2="{x[2]}" y1="6" y2="6" stroke="currentColor" stroke-opacity=".5" stroke-width="2"/>'
+        f'<circle cx="{x[1]}" cy="6" r="4" fill="#2f7d6d"/></svg>'
+    )

@@ -1,0 +1,178 @@
+"""Runs one cell as a notebook would: prints, figures, rich values and tracebacks go to a `Screen`.
+
+Used in the site's sandbox and, for rehearsals, in the researcher's own kernel. No record is in either
+process, so whatever a cell shows here is free of patients' data.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import io
+import linecache
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType
+from typing import Any
+
+from IPython.core.formatters import DisplayFormatter
+
+from rapha_lab.protocol.errors import CellError, RaphaError
+
+__all__ = ["Screen", "run"]
+
+Output = dict[str, Any]
+Send = Callable[[Output], None]
+
+_formatter = DisplayFormatter()
+
+
+class Screen:
+    """Turns what a cell shows into outputs and sends each on.
+
+    Args:
+        send: takes one output: {"type": "stream", "name", "text"} or {"type": "display", "data", "metadata"}.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.shown: set[int] = set()
+
+    def stream(self, name: str, text: str) -> None:
+        if text:
+            self._send({"type": "stream", "name": name, "text": text})
+
+    def show(self, *values: Any, **_: Any) -> None:
+        """Show each value in the richest forms it has."""
+        for value in values:
+            data, metadata = _formatter.format(value)
+            if data or metadata:
+                self._send({"type": "display", "data": _text(data), "metadata": metadata})
+
+    def figures(self) -> None:
+        """Show and close the matplotlib figures that are open, as the inline backend does."""
+        pyplot = sys.modules.get("matplotlib.pyplot")
+        for number in pyplot.get_fignums() if pyplot else ():
+            figure = pyplot.figure(number)
+            self._send({"type": "display", "data": picture(figure), "metadata": {}})
+            pyplot.close(figure)
+
+
+def picture(figure: Any) -> dict[str, str]:
+    """A matplotlib figure as PNG and as words."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", dpi=100)
+    return {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": repr(figure)}
+
+
+_formatter.formatters["image/png"].for_type_by_name(
+    "matplotlib.figure", "Figure", lambda figure: base64.b64decode(picture(figure)["image/png"])
+)
+
+
+def _text(data: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of pictures as base64, as the notebook format wants them."""
+    return {kind: base64.b64encode(v).decode() if isinstance(v, bytes) else v for kind, v in data.items()}
+
+
+class _Stream(io.TextIOBase):
+    def __init__(self, screen: Screen, name: str) -> None:
+        self._screen, self._name, self._waiting = screen, name, ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self._waiting += str(text)
+        if "\n" in text or len(self._waiting) > 4096:
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        text, self._waiting = self._waiting, ""
+        self._screen.stream(self._name, text)
+
+
+@contextmanager
+def _captured(screen: Screen) -> Iterator[None]:
+    """Streams and display go to the screen while the cell runs."""
+    import IPython.core.display_functions as functions
+    import IPython.display as public
+
+    before = sys.stdout, sys.stderr, functions.display, public.display
+    streams = _Stream(screen, "stdout"), _Stream(screen, "stderr")
+    sys.stdout, sys.stderr = streams
+    functions.display = public.display = screen.show
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.flush()
+        sys.stdout, sys.stderr, functions.display, public.display = before
+
+
+def run(source: str, namespace: dict[str, Any], screen: Screen, name: str = "<cell>") -> None:
+    """Run `source` in `namespace`; the value of a last expression is shown.
+
+    Raises:
+        RaphaError: a refusal met by the cell, with the line of the cell that met it.
+        CellError: the cell's own code raised; `traceback` is what a local cell would print.
+    """
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    namespace.setdefault("__name__", "__main__")
+    namespace["display"] = screen.show
+    with _captured(screen):
+        try:
+            body, last = _compile(source, name)
+            exec(body, namespace)  # noqa: S102 - running the cell is what this process is for
+            if last is not None:
+                _show_last(eval(last, namespace), namespace, screen)  # noqa: S307
+            screen.figures()
+        except RaphaError as error:
+            error.line = error.line or _line(error, name)
+            raise
+        except KeyboardInterrupt:
+            raise CellError("The cell was interrupted.", "", "Run it again when you like.") from None
+        except BaseException as error:
+            raise _cell_error(error, name) from None
+
+
+def _compile(source: str, name: str) -> tuple[CodeType, CodeType | None]:
+    tree = ast.parse(source, name)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    silent = source.rstrip().endswith(";")
+    if isinstance(last, ast.Expr) and silent:
+        tree.body.append(last)
+        last = None
+    value = compile(ast.Expression(last.value), name, "eval") if isinstance(last, ast.Expr) else None
+    return compile(tree, name, "exec"), value
+
+
+def _show_last(value: Any, namespace: dict[str, Any], screen: Screen) -> None:
+    if value is not None:
+        namespace["_"] = value
+        if id(value) not in screen.shown:
+            screen.show(value)
+
+
+def _line(error: BaseException, name: str) -> int | None:
+    """The innermost line of the cell that `error` came through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
+    return lines[-1] if lines else None
+
+
+def _cell_error(error: BaseException, name: str) -> CellError:
+    """The error as a local cell would print it, without the frames of this module."""
+    shown = error.__traceback__
+    while shown is not None and shown.tb_frame.f_code.co_filename == __file__:
+        shown = shown.tb_next
+    kind = type(error).__name__
+    try:
+        lines = traceback.format_exception(type(error), error, shown)
+        message = str(error)
+    except Exception:  # a hostile __str__ must not end the session
+        lines, message = [f"{kind}: (its message could not be made)"], ""
+    text = "".join(lines).rstrip().splitlines()
+    return CellError(f"{kind}: {message}"[:2000], traceback=[*text], line=_line(error, name))

@@ -1,0 +1,266 @@
+"""`patients`: what a cell holds instead of records. Each question becomes one request to the curator."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import msgspec
+import torch
+from safetensors.torch import load
+
+from rapha_lab.protocol import messages
+from rapha_lab.protocol.errors import RequestError, SealedError
+from rapha_lab.protocol.messages import Columns, Split
+from rapha_lab.protocol.release import Release
+from rapha_lab.protocol.schema import Schema
+from rapha_lab.session import recipe, tracing
+
+__all__ = ["Patients"]
+
+Ask = Callable[[messages.Ask, bytes], tuple[dict[str, Any], bytes]]
+
+# what a model was last fitted on, so that evaluate(model) need not be told again
+_fitted: weakref.WeakKeyDictionary[torch.nn.Module, tuple[messages.Inputs, str]] = weakref.WeakKeyDictionary()
+
+
+class Patients:
+    """A handle on a dataset's patients: it computes on them and never shows one.
+
+    Args:
+        schema: the dataset's public description.
+        ask: sends a request with its tensors to the curator, gives the release and its tensors.
+        epsilon: the cell's `--epsilon`, used once by a request that names none.
+        split: the patients meant; `train`, `validation` and `test` are attributes.
+    """
+
+    def __init__(self, schema: Schema, ask: Ask, *, epsilon: float | None = None, split: Split = "all") -> None:
+        self.schema = schema
+        self._ask, self._split = ask, split
+        self._cell_epsilon: list[float] = [epsilon] if epsilon is not None else []
+
+    @property
+    def train(self) -> Patients:
+        """The patients to learn from."""
+        return self._of("train")
+
+    @property
+    def validation(self) -> Patients:
+        """The patients to choose between models with."""
+        return self._of("validation")
+
+    @property
+    def test(self) -> Patients:
+        """The held-out patients."""
+        return self._of("test")
+
+    def _of(self, split: Split) -> Patients:
+        part = Patients(self.schema, self._ask, split=split)
+        part._cell_epsilon = self._cell_epsilon
+        return part
+
+    # -- questions ------------------------------------------------------------------------------------
+
+    def count(self, *, epsilon: float | None = None) -> Release:
+        """How many patients there are, with noise of ε."""
+        return self._release(messages.Count(**self._common(epsilon)))
+
+    def mean(self, column: str, *, epsilon: float | None = None) -> Release:
+        """The mean of a numeric or boolean column over the patients in whom it is known."""
+        self.schema.column(column)
+        return self._release(messages.Mean(column=column, **self._common(epsilon)))
+
+    def histogram(self, column: str, *, bins: int = 20, epsilon: float | None = None) -> Release:
+        """Patients per bin of a number's public bounds, or per public category."""
+        self.schema.column(column)
+        _positive("bins", bins, whole=True)
+        return self._release(messages.Histogram(column=column, bins=bins, **self._common(epsilon)))
+
+    def fit(
+        self,
+        model: torch.nn.Module,
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        *,
+        inputs: Columns | Mapping[str, Columns],
+        target: str,
+        epsilon: float | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        epochs: float | None = None,
+        batch: int | None = None,
+        clip: float | None = None,
+    ) -> Release:
+        """Train `model` in place by DP-SGD (Abadi et al. 2016) on these patients.
+
+        Args:
+            model: called with one tensor if `inputs` is a column or a list, else with keyword arguments.
+            loss: of (prediction, target); binary cross-entropy for a boolean target, cross-entropy for
+                a category, squared error for a number if not given.
+            inputs: columns of the model's input, or {argument: columns}. A list gives a float vector
+                scaled by public bounds, a single category its code.
+            target: the column to predict.
+            epsilon: the training's own (ε, δ) guarantee per patient; the noise is computed from it.
+            optimizer: any of torch.optim on the model's parameters; one that works is chosen if not given.
+            epochs: passes over the expected number of patients.
+            batch: expected patients in a step.
+            clip: the most one patient's gradient may weigh.
+
+        Returns:
+            The release: settings and price. The model holds the trained weights.
+
+        Raises:
+            RequestError: an argument is malformed.
+            ProgramError: the model or loss cannot be computed one patient at a time.
+            BudgetError, PolicyError: the site refuses; nothing was touched.
+        """
+        named = self._inputs(inputs)
+        chosen = recipe.choose(self._expected(), model, optimizer, epochs=epochs, batch=batch, clip=clip)
+        loss = loss or recipe.loss_for(self.schema.column(target))
+        program, tensors = tracing.loss_program(model, loss, self._examples(named), self._example(target))
+        request = messages.Fit(
+            program=program, inputs={**named, "target": target}, **chosen, **self._common(epsilon)
+        )
+        wire, blob = self._ask(request, tensors)
+        _load(model, load(blob))
+        _fitted[model] = (named, target)
+        return msgspec.convert(wire, Release)
+
+    def evaluate(
+        self,
+        model: torch.nn.Module,
+        metrics: Sequence[str] = ("auroc",),
+        *,
+        epsilon: float | None = None,
+        inputs: Columns | Mapping[str, Columns] | None = None,
+        target: str | None = None,
+    ) -> Release:
+        """Judge a model's logits on these patients: any metrics from one noisy histogram of scores a class.
+
+        `inputs` and `target` are those of the model's last fit if not given.
+        """
+        known = _fitted.get(model)
+        if known is None and (inputs is None or target is None):
+            raise RequestError(
+                "This model was not fitted in this session, so its inputs are not known.",
+                "evaluate() takes them from the last fit.",
+                "Say evaluate(model, [...], inputs=..., target=..., epsilon=...).",
+                field="inputs",
+            )
+        named = self._inputs(inputs) if inputs is not None else known[0] if known else {}
+        goal = target if target is not None else known[1] if known else ""
+        self.schema.column(goal)
+        metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+        program, tensors = tracing.score_program(model, self._examples(named))
+        common = self._common(epsilon)
+        return self._release(_made(messages.Evaluate, program=program, inputs=named, target=goal, metrics=metrics, **common), tensors)
+
+    # -- what they need -------------------------------------------------------------------------------
+
+    def _common(self, epsilon: float | None) -> dict[str, Any]:
+        if epsilon is None:
+            if not self._cell_epsilon:
+                raise RequestError(
+                    "No ε was given.",
+                    "Every look at patients has a price, and this cell's --epsilon is absent or already used.",
+                    "Say epsilon=0.1, say, in the call.",
+                    field="epsilon",
+                )
+            epsilon = self._cell_epsilon.pop()
+        return {"dataset": self.schema.name, "split": self._split, "epsilon": _positive("epsilon", epsilon)}
+
+    def _release(self, request: messages.Ask, tensors: bytes = b"") -> Release:
+        return msgspec.convert(self._ask(request, tensors)[0], Release)
+
+    def _expected(self) -> int:
+        expected = self.schema.expected(self._split)
+        if expected is None:
+            raise RequestError(
+                f"{self.schema.name} declares no public number of patients.",
+                "Steps and sampling rates must not be computed from the true number.",
+                "Ask the custodian to declare `patients` in the schema.",
+                field="patients",
+            )
+        return max(1, round(expected))
+
+    def _inputs(self, inputs: Columns | Mapping[str, Columns]) -> dict[str, Columns]:
+        named = dict(inputs) if isinstance(inputs, Mapping) else {"x": inputs}
+        named = {key: value if isinstance(value, str) else list(value) for key, value in named.items()}
+        for columns in named.values():
+            self.schema.layout(columns)
+        return named
+
+    def _examples(self, named: Mapping[str, Columns]) -> dict[str, torch.Tensor]:
+        return {name: self._example(columns) for name, columns in named.items()}
+
+    def _example(self, columns: Columns) -> torch.Tensor:
+        shape, dtype = self.schema.layout(columns)
+        return torch.zeros(shape, dtype=getattr(torch, dtype))
+
+    # -- what they refuse -----------------------------------------------------------------------------
+
+    def _sealed(self, what: str, instead: str) -> NoReturn:
+        raise SealedError(
+            f"{what} would show patients' records.",
+            "The records stay in the hospital's enclave; this session does not hold them.",
+            instead,
+        )
+
+    def head(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: rows are never shown."""
+        self._sealed("patients.head()", "Look at made-up ones with cohort.mock(), or ask patients.histogram('age', epsilon=0.1).")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__") or name.startswith("_repr_") or name in ("_ipython_display_", "_ipython_canary_method_should_not_exist_"):
+            raise AttributeError(name)
+        if name in _ROWS:
+            self._sealed(f"patients.{name}", "Ask for an aggregate: patients.mean(column, epsilon=0.1), .histogram(...), .count(...).")
+        raise AttributeError(f"patients has no {name!r}; it answers count, mean, histogram, fit and evaluate.")
+
+    def __iter__(self) -> NoReturn:
+        self._sealed("Going through patients one by one", "Train with patients.train.fit(...), or ask for an aggregate.")
+
+    def __len__(self) -> NoReturn:
+        self._sealed("The exact number of patients", "Ask patients.count(epsilon=0.1).")
+
+    def __bool__(self) -> NoReturn:
+        self._sealed("Whether there are patients", "Ask patients.count(epsilon=0.1).")
+
+    def __getitem__(self, key: Any) -> NoReturn:
+        self._sealed(f"patients[{key!r}]", "Ask patients.mean(...) or .histogram(...) of the column.")
+
+    def __array__(self, *_: Any, **__: Any) -> NoReturn:
+        self._sealed("An array of patients", "Train with patients.train.fit(...), or ask for an aggregate.")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self._sealed("Pickling patients", "Bring back what was released with -o.")
+
+    def __repr__(self) -> str:
+        part = "" if self._split == "all" else f", {self._split}"
+        return f"<patients of {self.schema.name}{part}: sealed; ask for count, mean, histogram, fit or evaluate>"
+
+
+_ROWS = frozenset(
+    "tail sample iloc loc values to_pandas to_numpy to_dict to_csv to_parquet iterrows itertuples rows collect "
+    "to_list tolist show glimpse item numpy data columns_data describe_rows fetch limit slice first last".split()
+)
+
+
+def _positive(field: str, value: Any, *, whole: bool = False) -> Any:
+    good = isinstance(value, int) if whole else isinstance(value, (int, float))
+    if not good or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        kind = "a whole number above 0" if whole else "a finite number above 0"
+        raise RequestError(f"{field} is {value!r}.", f"It must be {kind}.", f"Say {field}={1 if whole else 0.5}, say.", field=field)
+    return value if whole else float(value)
+
+
+def _made(kind: type[msgspec.Struct], **fields: Any) -> Any:
+    """A request checked as the curator will check it, so that a slip costs no round trip."""
+    return messages.decode(messages.encode(kind(**fields)))
+
+
+def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)

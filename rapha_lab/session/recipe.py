@@ -1,0 +1,92 @@
+"""Settings with which a first private training works: large batches, small clip, plain momentum.
+
+Noise is added once a step whatever the batch, so large batches drown it; scaled inputs and a small clip
+keep what one patient adds close to what a typical one does (De et al. 2022, arXiv:2204.13650).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.messages import Optimizer
+from rapha_lab.protocol.schema import Column
+
+__all__ = ["choose", "loss_for"]
+
+EPOCHS, BATCH, CLIP = 30.0, 2048, 0.3
+SGD = {"lr": 1.0, "momentum": 0.9}
+
+_NAMES = {
+    name.lower(): getattr(torch.optim, name)
+    for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta")
+}
+
+
+def choose(
+    expected: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    epochs: float | None = None,
+    batch: int | None = None,
+    clip: float | None = None,
+) -> dict[str, Any]:
+    """Steps, batch, clip and optimiser of a fit on `expected` patients, those given kept as they are.
+
+    Raises:
+        RequestError: naming the argument that is out of range.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise RequestError("The model has nothing to train.", "No parameter requires a gradient.", field="model")
+    size = _within("batch", batch if batch is not None else min(BATCH, max(1, expected // 2)), 1, expected)
+    passes = _within("epochs", epochs if epochs is not None else EPOCHS, 1e-6, 1e6)
+    steps = max(1, math.ceil(passes * expected / size))
+    return {
+        "steps": int(_within("epochs", steps, 1, 1_000_000)),
+        "batch": int(size),
+        "clip": float(_within("clip", clip if clip is not None else CLIP, 1e-6, 1e6)),
+        "optimizer": Optimizer(name="sgd", settings=SGD) if optimizer is None else described(optimizer),
+    }
+
+
+def _within(field: str, value: float, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise RequestError(f"{field} is {value!r}.", f"It must be between {low:g} and {high:g}.", field=field)
+    return value
+
+
+def described(optimizer: torch.optim.Optimizer) -> Optimizer:
+    """A torch optimiser by name and public settings.
+
+    Raises:
+        RequestError: if it is of a kind the curator does not run, or has several parameter groups.
+    """
+    name = next((name for name, kind in _NAMES.items() if type(optimizer) is kind), None)
+    if name is None or len(optimizer.param_groups) != 1:
+        raise RequestError(
+            f"fit() cannot run this {type(optimizer).__name__}.",
+            f"It runs {', '.join(_NAMES)} with one group of parameters.",
+            "Leave optimizer out for one that works, or choose one of these.",
+            field="optimizer",
+        )
+    group = optimizer.param_groups[0]
+    kept = {k: v for k, v in group.items() if k not in ("params", *_EXECUTION) and v is not None}
+    settings = {k: [float(x) for x in v] if isinstance(v, (tuple, list)) else v for k, v in kept.items()}
+    return Optimizer(name=name, settings=settings)  # type: ignore[arg-type]
+
+
+# how torch runs an update, not what it computes
+_EXECUTION = ("foreach", "fused", "differentiable", "capturable", "initial_lr", "decoupled_weight_decay")
+
+
+def loss_for(target: Column) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The usual loss for a column of this type."""
+    if target.type == "boolean":
+        return F.binary_cross_entropy_with_logits
+    return F.cross_entropy if target.type == "category" else F.mse_loss

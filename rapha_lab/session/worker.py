@@ -1,0 +1,94 @@
+"""The session's process: takes cells one at a time, asks the curator through its pipe, says what it shows.
+
+Frames to the worker:   {"do": "run", ...}  {"do": "answer", ...}  {"do": "interrupt"}
+Frames from the worker: {"say": "output", ...}  {"say": "ask", ...}  {"say": "done", ...}
+"""
+
+from __future__ import annotations
+
+import _thread
+import queue
+import threading
+from typing import Any, BinaryIO
+
+import msgspec
+
+from rapha_lab.protocol import messages
+from rapha_lab.protocol.errors import CellError, RaphaError, from_wire
+from rapha_lab.protocol.schema import Schema
+from rapha_lab.session import interpreter, parcels
+from rapha_lab.session.patients import Patients
+
+__all__ = ["main"]
+
+
+def main(reader: BinaryIO, writer: BinaryIO) -> None:
+    """Serve cells until the pipe closes."""
+    Worker(reader, writer).serve()
+
+
+class Worker:
+    """One researcher's session: a namespace that lives from cell to cell."""
+
+    def __init__(self, reader: BinaryIO, writer: BinaryIO) -> None:
+        self._reader, self._writer = reader, writer
+        self._write_lock, self._ask_lock = threading.Lock(), threading.Lock()
+        self._cells: queue.Queue[tuple[dict[str, Any], bytes] | None] = queue.Queue()
+        self._answers: queue.Queue[tuple[dict[str, Any], bytes]] = queue.Queue()
+        self._busy = False
+        self.namespace: dict[str, Any] = {}
+        self.screen = interpreter.Screen(lambda output: self._say({"say": "output", "output": output}))
+
+    def serve(self) -> None:
+        threading.Thread(target=self._listen, daemon=True).start()
+        while (cell := self._cells.get()) is not None:
+            self._run(*cell)
+
+    def _listen(self) -> None:
+        while (frame := messages.read_frame(self._reader)) is not None:
+            header, tensors = msgspec.json.decode(frame[0]), frame[1]
+            if header["do"] == "run":
+                self._cells.put((header, tensors))
+            elif header["do"] == "answer":
+                self._answers.put((header, tensors))
+            elif header["do"] == "interrupt" and self._busy:
+                _thread.interrupt_main()
+        self._cells.put(None)
+
+    def _say(self, header: dict[str, Any], tensors: bytes = b"") -> None:
+        with self._write_lock:
+            messages.write_frame(self._writer, messages.encode(header), tensors)
+
+    def ask(self, request: messages.Ask, tensors: bytes = b"") -> tuple[dict[str, Any], bytes]:
+        """Send one request to the curator and wait for its release.
+
+        Raises:
+            RaphaError: the curator's refusal.
+        """
+        with self._ask_lock:
+            self._say({"say": "ask", "ask": msgspec.Raw(messages.encode(request))}, tensors)
+            header, blob = self._answers.get()
+        if header.get("error") is not None:
+            raise from_wire(header["error"])
+        return header["release"], blob
+
+    def _run(self, header: dict[str, Any], tensors: bytes) -> None:
+        self._busy = True
+        try:
+            done, blob = self._cell(header, tensors)
+        except CellError as error:
+            done, blob = {"error": error.to_wire(), "traceback": error.traceback}, b""
+        except RaphaError as error:
+            done, blob = {"error": error.to_wire()}, b""
+        except KeyboardInterrupt:
+            done, blob = {"error": CellError("The cell was interrupted.").to_wire()}, b""
+        finally:
+            self._busy = False
+        self._say({"say": "done", **done}, blob)
+
+    def _cell(self, header: dict[str, Any], tensors: bytes) -> tuple[dict[str, Any], bytes]:
+        schema = Schema.from_dict(header["schema"])
+        self.namespace.update(parcels.unpack(header["inputs"], tensors))
+        self.namespace["patients"] = Patients(schema, self.ask, epsilon=header["epsilon"])
+        interpreter.run(header["source"], self.namespace, self.screen, header["name"])
+        return parcels.pack(self.namespace, header["outputs"])
