@@ -40,7 +40,7 @@ MAX_ARGS = 32
 MAX_LIST = 4_096
 MAX_RANK = 8
 MAX_NUMEL = 1 << 28
-MAX_INT = 1 << 53
+MAX_INT = (1 << 63) - 1
 
 
 class Ref(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,0 +1,394 @@
+"""Turn a PyTorch model and its loss into the program of one patient, or say which line cannot be one.
+
+A function is exported by `torch.export` (`strict=False`, no decompositions: linear, convolution, attention and
+recurrent layers stay whole) on a batch of one patient, so nothing in the program can name a second one.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from rapha_lab.protocol.errors import ProgramError
+from rapha_lab.protocol.program import DTYPES, Arg, Node, Program, Ref, TensorSpec, check, refs
+
+__all__ = ["Traced", "loss_program", "score_program", "trace"]
+
+Tensors = Mapping[str, Tensor]
+Function = Callable[[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]], Tensor]
+
+# arguments that say where and how a tensor is stored, which is the curator's business
+_STORAGE = {"device", "layout", "pin_memory", "memory_format"}
+_OURS = re.compile(r"[\\/](torch|rapha_lab|opacus)[\\/]|contextlib\.py|<frozen|<string>")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A program with its parameters and constants."""
+
+    program: Program
+    tensors: dict[str, Tensor]
+
+    @property
+    def blob(self) -> bytes:
+        """The tensors as safetensors bytes, to travel beside the program."""
+        return save({name: t.detach().contiguous().clone() for name, t in self.tensors.items()})
+
+
+def trace(
+    function: Function, parameters: Tensors, constants: Tensors, inputs: Tensors, *, modules: Any = None
+) -> Traced:
+    """The program that `function(parameters, constants, inputs)` computes for one patient.
+
+    Args:
+        function: gets the three dicts, each input with a leading dimension of 1, and returns a tensor.
+        parameters: tensors to train, by name.
+        constants: other tensors it reads, by name.
+        inputs: one patient's example tensors, without a batch dimension.
+        modules: an `nn.Module` whose children's names appear in errors.
+
+    Raises:
+        ProgramError: naming the operation or module and the line that cannot be computed patient by patient.
+    """
+    wrapper = _Wrapper(function, modules)
+    batch = {name: example.detach().unsqueeze(0) for name, example in inputs.items()}
+    dicts = tuple({k: t.detach() for k, t in part.items()} for part in (parameters, constants)) + (batch,)
+    with _quiet():
+        try:
+            exported = torch.export.export(wrapper, dicts, strict=False).run_decompositions({})
+        except Exception as error:
+            raise _untraceable(error) from None
+    names = [*parameters, *constants, *inputs]
+    return _encode(exported, names, {**parameters, **constants}, inputs, list(parameters))
+
+
+class _Wrapper(nn.Module):
+    def __init__(self, function: Function, modules: nn.Module | None) -> None:
+        super().__init__()
+        self.function, self.it = function, modules
+
+    def forward(self, parameters: Any, constants: Any, inputs: Any) -> Tensor:
+        return self.function(parameters, constants, inputs)
+
+
+def loss_program(model: nn.Module, loss: Callable[..., Tensor], inputs: Tensors, target: Tensor) -> Traced:
+    """The program of one patient's loss; its target is the input named "target".
+
+    Args:
+        model: parameters that require grad are trained, all else is constant. A single input named "x" is
+            passed by position, any other set of inputs by name.
+        loss: called as `loss(model(batch), target)`; must be a mean or a sum over patients.
+        inputs: one patient's example tensors by name, without a batch dimension.
+        target: one patient's example target.
+
+    Raises:
+        ProgramError: naming the module, operation or line to change.
+    """
+    if "target" in inputs:
+        raise ProgramError("An input is named target.", "That is the target's name.", "Rename the input.")
+    refuse_modules(model)
+
+    def compute(both: _Both, batch: dict[str, Tensor]) -> Tensor:
+        target = batch["target"]
+        return both.loss(*_matched(both.loss, _call(both.model, batch, without="target"), target))
+
+    return _program(_Both(model, loss), compute, {**inputs, "target": target}, training=True)
+
+
+def score_program(model: nn.Module, inputs: Tensors) -> Traced:
+    """The program of one patient's scores, with the model in evaluation mode; arguments as `loss_program`'s."""
+    refuse_modules(model, training=False)
+    return _program(_Both(model, None), lambda both, batch: _call(both.model, batch), inputs, training=False)
+
+
+class _Both(nn.Module):
+    """A model and its loss as one module, so that both may hold tensors."""
+
+    def __init__(self, model: nn.Module, loss: Any) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+
+def _program(both: _Both, compute: Callable[..., Tensor], inputs: Tensors, *, training: bool) -> Traced:
+    state = dict(both.named_parameters()) | dict(both.named_buffers())
+    names = {key: key.removeprefix("model.") for key in state}
+    wanted = {key for key, t in both.named_parameters() if t.requires_grad}
+    holder = _Call(both, compute)
+
+    def function(parameters: Any, constants: Any, batch: Any) -> Tensor:
+        tensors = {f"both.{key}": {**parameters, **constants}[name] for key, name in names.items()}
+        return torch.func.functional_call(holder, tensors, (batch,))
+
+    modes = {module: module.training for module in both.modules()}
+    try:
+        both.eval()
+        refuse_mixing(lambda batch: compute(both, batch), inputs, reduced=training)
+        both.train(training)
+        parameters = {names[key]: t for key, t in state.items() if key in wanted}
+        constants = {names[key]: t for key, t in state.items() if key not in wanted}
+        return trace(function, parameters, constants, inputs, modules=both)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class _Call(nn.Module):
+    def __init__(self, both: _Both, compute: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.both, self.compute = both, compute
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.compute(self.both, batch)
+
+
+def _call(model: nn.Module, batch: dict[str, Tensor], without: str = "") -> Tensor:
+    inputs = {name: t for name, t in batch.items() if name != without}
+    output = model(inputs["x"]) if list(inputs) == ["x"] else model(**inputs)
+    if not isinstance(output, Tensor):
+        raise ProgramError(
+            f"The model returns a {type(output).__name__}.", "A program has one tensor as its output.",
+            "Return that tensor from forward.", field="model",
+        )  # fmt: skip
+    return output
+
+
+def _matched(loss: Any, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The prediction in the target's shape if only trailing ones differ, the target in the loss's dtype."""
+    if (
+        prediction.dim() == target.dim() + 1
+        and prediction.shape[-1] == 1
+        and prediction.shape[:-1] == target.shape
+    ):
+        prediction = prediction.squeeze(-1)
+    if prediction.shape == target.shape and not target.is_floating_point():
+        target = target.to(prediction.dtype)
+    classes = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or loss is nn.functional.cross_entropy
+    if classes and prediction.dim() == target.dim() + 1:
+        target = target.long()
+    return prediction, target
+
+
+def refuse_modules(model: nn.Module, training: bool = True) -> None:
+    """Raise ProgramError if `model` holds a layer whose training looks across patients."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (training or module.running_mean is None):
+            channels = module.num_features
+            groups = next(g for g in (32, 16, 8, 4, 3, 2, 1) if channels % g == 0 and g < max(channels, 2))
+            raise ProgramError(
+                f"{name or 'The model'} is a {type(module).__name__}, which mixes patients.",
+                "It normalises each patient by the others in the batch, so no patient's gradient is their own.",
+                f"Replace it by nn.GroupNorm({groups}, {channels}) or nn.LayerNorm.", field=name or "model",
+            )  # fmt: skip
+
+
+def made_up(example: Tensor, patients: int, seed: int = 0) -> Tensor:
+    """Made-up values of `patients` patients in the shape and dtype of one patient's `example`."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (patients, *example.shape)
+    if example.is_floating_point():
+        return torch.rand(shape, generator=generator, dtype=example.dtype)
+    high = 2 if example.dtype == torch.bool or not example.numel() else max(int(example.max()), 1) + 1
+    return torch.randint(high, shape, generator=generator).to(example.dtype)
+
+
+def refuse_mixing(function: Callable[[dict[str, Tensor]], Tensor], inputs: Tensors, *, reduced: bool) -> None:
+    """Raise ProgramError unless three made-up patients together give the mean or sum of each alone.
+
+    Args:
+        function: computes a loss (`reduced`) or scores from a dict of batches.
+        inputs: one patient's example tensors.
+        reduced: whether the result is one number for the batch; else it is one row a patient.
+    """
+    batch = {name: made_up(example, 3) for name, example in inputs.items()}
+    single = [{name: t[i : i + 1] for name, t in batch.items()} for i in range(3)]
+    with _quiet(), torch.no_grad():
+        alone = [_run(function, one) for one in single]
+        if reduced and alone[0].numel() != 1:
+            raise ProgramError(
+                f"The loss has shape {tuple(alone[0].shape)}.", "A loss is one number.",
+                "Reduce it with .mean() or .sum().", field="loss",
+            )  # fmt: skip
+        together = _run(function, batch)
+    if reduced:
+        losses = torch.stack([t.double().reshape(()) for t in alone])
+        same = together.numel() == 1 and any(
+            _close(together, whole) for whole in (losses.mean(), losses.sum())
+        )
+    else:
+        rows = torch.cat(alone) if alone[0].dim() else torch.stack(alone)
+        same = together.shape == rows.shape and _close(together, rows)
+    if not same:
+        raise ProgramError(
+            "The model or loss mixes patients.",
+            "On three made-up patients its value is neither the mean nor the sum of what each gives alone.",
+            "Write it so that every patient is computed alone: no statistics, distances or softmax over the batch.",
+            field="model",
+        )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a.double().reshape(b.shape), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+def _run(function: Callable[..., Tensor], batch: dict[str, Tensor]) -> Tensor:
+    try:
+        return function(batch)
+    except ProgramError:
+        raise
+    except Exception as error:
+        raise _untraceable(error, patients=len(next(iter(batch.values())))) from None
+
+
+def _encode(exported: Any, names: list[str], tensors: Tensors, inputs: Tensors, trained: list[str]) -> Traced:
+    """The exported graph in our own format; nothing of torch's serialisation is used."""
+    signature, constants = exported.graph_signature, {}
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        changed = next(
+            iter([*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()])
+        )
+        raise ProgramError(
+            f"The model changes {changed} while it computes.", "A patient's program changes nothing.",
+            "Use a layer without running statistics, such as nn.GroupNorm or nn.LayerNorm.", field=str(changed),
+        )  # fmt: skip
+    ids, flat = {}, iter(_flat_order(names, tensors, inputs, trained))
+    for spec in signature.input_specs:
+        if spec.kind == torch.export.graph_signature.InputKind.USER_INPUT:
+            ids[spec.arg.name] = next(flat)
+        elif spec.target in exported.constants:
+            ids[spec.arg.name] = f"constant.{spec.target}"
+            constants[ids[spec.arg.name]] = exported.constants[spec.target]
+    nodes = [_node(n, ids) for n in exported.graph.nodes if n.op == "call_function" and _computes(n)]
+    (output,) = exported.graph.output_node().args[0]
+    if not isinstance(output, torch.fx.Node) or output.op != "call_function":
+        raise ProgramError(
+            "The model computes nothing from its inputs.", "", "Return a tensor made from them."
+        )
+    nodes = _live(nodes, ids[output.name])
+    read = {name for node in nodes for name in refs(node)}
+    kept = {name: t for name, t in {**tensors, **constants}.items() if name in read or name in trained}
+    program = Program(
+        inputs=[_spec(name, t) for name, t in inputs.items()],
+        parameters=[_spec(name, kept[name]) for name in trained],
+        constants=[_spec(name, t) for name, t in kept.items() if name not in trained],
+        nodes=nodes,
+        output=ids[output.name],
+    )
+    check(program)
+    return Traced(program, kept)
+
+
+def _flat_order(names: list[str], tensors: Tensors, inputs: Tensors, trained: list[str]) -> list[str]:
+    constants = [name for name in tensors if name not in trained]
+    return [*trained, *constants, *inputs]
+
+
+def _computes(node: Any) -> bool:
+    return "_assert" not in str(node.target) and "sym_" not in str(node.target)
+
+
+def _node(node: Any, ids: dict[str, str]) -> Node:
+    op = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target.__name__
+    line, module = _place(node.meta)
+    taken = set(ids.values())
+    ids[node.name] = node.name if node.name not in taken else f"{node.name}.node"
+    try:
+        kwargs = {k: _arg(v, ids) for k, v in node.kwargs.items() if k not in _STORAGE}
+        return Node(ids[node.name], op, [_arg(a, ids) for a in node.args], kwargs, line, module)
+    except (TypeError, KeyError):
+        where = f" in {module}" if module else ""
+        raise ProgramError(
+            f"{op}{where} depends on a value that only running it would show.",
+            "A patient's values decide no shape and no branch.",
+            "Compute with tensors only: torch.where instead of if, no .item(), float() or data-sized shapes.",
+            field=op, line=line,
+        ) from None  # fmt: skip
+
+
+def _arg(value: Any, ids: dict[str, str]) -> Arg:
+    if isinstance(value, torch.fx.Node):
+        return Ref(ids[value.name])
+    if isinstance(value, list | tuple):
+        return [_arg(item, ids) for item in value]  # type: ignore[misc]
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.device | torch.layout | torch.memory_format):
+        return None
+    raise TypeError(type(value).__name__)
+
+
+def _live(nodes: list[Node], output: str) -> list[Node]:
+    wanted, kept = {output}, []
+    for node in reversed(nodes):
+        if node.id in wanted:
+            kept.append(node)
+            wanted.update(refs(node))
+    return kept[::-1]
+
+
+def _spec(name: str, tensor: Tensor) -> TensorSpec:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        allowed = ", ".join(DTYPES)
+        raise ProgramError(f"{name} is {dtype}.", f"Allowed: {allowed}.", "Convert it first.", field=name)
+    return TensorSpec(name, dtype, list(tensor.shape))  # type: ignore[arg-type]
+
+
+def _place(meta: dict[str, Any]) -> tuple[int | None, str]:
+    """The author's line that made a node, and the path of its module."""
+    frames = [(f, int(n)) for f, n in _FRAME.findall(meta.get("stack_trace") or "") if not _OURS.search(f)]
+    stack = meta.get("nn_module_stack") or {}
+    paths = [path.removeprefix("it.") for path, _ in stack.values() if path not in ("", "it")]
+    return (frames[-1][1] if frames else None), (paths[-1] if paths else "")
+
+
+def _untraceable(error: Exception, patients: int = 1) -> ProgramError:
+    if isinstance(error, ProgramError):
+        return error
+    frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if not _OURS.search(f.filename)]
+    line = frames[-1] if frames else None
+    kind = type(error).__name__
+    if "DataDependent" in kind:
+        return ProgramError(
+            "The model decides something by a patient's values.",
+            "No branch, loop or shape may depend on what a record holds.",
+            "Use torch.where instead of if, and shapes that are the same for every patient.", line=line,
+        )  # fmt: skip
+    text = str(error).strip().split("\n")[0] or kind
+    count = "one made-up patient" if patients == 1 else f"{patients} made-up patients together"
+    return ProgramError(
+        f"The model or loss fails on {count}: {kind}: {text}", "It was tried before anything was sent.",
+        "Check the shapes and dtypes of inputs, target and layers.", line=line,
+    )  # fmt: skip
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch's warnings and logs about tracing: they speak of torch's insides, not of the cell."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch._export", "torch.fx", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
