@@ -1,0 +1,207 @@
+"""Decides whether an enclave may be trusted with a request: evidence, to claims, to a verdict (RFC 9334).
+
+    claims = Verifier().verify(evidence, endorsements, now)                    who signed it, what it says
+    appraise(claims, evidence.binding, policy, nonce=nonce).require()          whether that is good enough
+
+Verdicts are in the terms of AR4SI (draft-ietf-rats-ar4si): affirming 2, warning 32, contraindicated 96, as
+the worst of four parts of its trustworthiness vector.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from rapha_lab.client.verifiers import Endorsements
+from rapha_lab.protocol.errors import EvidenceError
+from rapha_lab.protocol.evidence import (
+    BANNER,
+    NITRO,
+    NVIDIA,
+    SGX,
+    SIMULATED,
+    SNP,
+    TDX,
+    Binding,
+    Claims,
+    Evidence,
+)
+
+__all__ = ["AppraisalPolicy", "Endorsements", "Verdict", "Verifier", "appraise"]
+
+_VERIFIERS = {
+    SNP: "sev_snp",
+    TDX: "intel",
+    SGX: "intel",
+    NITRO: "nitro",
+    NVIDIA: "nvidia",
+    SIMULATED: "simulated",
+}
+_PARTS = ("hardware", "instance-identity", "configuration", "executables")
+AFFIRMING, WARNING, CONTRAINDICATED = 2, 32, 96
+_WORDS = {AFFIRMING: "affirming", WARNING: "warning", CONTRAINDICATED: "contraindicated"}
+
+
+class Verifier:
+    """Verifies evidence of each known kind of TEE, offline."""
+
+    def verify(
+        self, evidence: Evidence, endorsements: Endorsements | None = None, now: datetime | None = None
+    ) -> Claims:
+        """The claims of `evidence` whose vendor's signature holds at the time `now`.
+
+        Raises:
+            EvidenceError: naming the check that failed.
+        """
+        name = _VERIFIERS.get(evidence.media_type)
+        if name is None:
+            raise EvidenceError(
+                "The evidence is of an unknown kind.",
+                evidence.media_type[:80],
+                "Update rapha-lab, or ask the site.",
+            )
+        try:
+            module = importlib.import_module(f"rapha_lab.client.verifiers.{name}")
+        except ModuleNotFoundError as error:
+            raise EvidenceError(
+                f"Evidence of this kind needs the package {error.name}.",
+                "It is optional.",
+                "pip install 'rapha-lab[tee]'",
+            ) from None
+        return module.verify(evidence.payload, endorsements or Endorsements(), now or datetime.now(UTC))
+
+
+@dataclass(frozen=True)
+class AppraisalPolicy:
+    """What a researcher, or the hospital for them, accepts.
+
+    Attributes:
+        measurements: launch measurements of known releases; empty accepts none of a real TEE.
+        known: asked where `measurements` does not hold one, for instance whether the log does.
+        allow_simulated: accept a simulated enclave, as a warning.
+        minimum_tcb: lowest security version of each named part of a SEV-SNP platform.
+        tcb_statuses: what the vendor may say of the platform's patch level for an affirming verdict.
+        tcb_warnings: what it may say for a warning.
+        demand_revocation: contraindicate where a revocation list was due and not given.
+    """
+
+    measurements: frozenset[str] = frozenset()
+    known: Callable[[str], bool] | None = None
+    allow_simulated: bool = False
+    minimum_tcb: dict[str, int] = field(default_factory=dict)
+    tcb_statuses: frozenset[str] = frozenset({"up to date"})
+    tcb_warnings: frozenset[str] = frozenset({"SWHardeningNeeded"})
+    demand_revocation: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An appraisal's result: `status`, the four parts it is the worst of, and the reasons in plain words."""
+
+    vector: dict[str, int]
+    reasons: tuple[str, ...]
+    claims: Claims
+
+    @property
+    def status(self) -> str:
+        """`affirming`, `warning` or `contraindicated`."""
+        return _WORDS[max(self.vector.values())]
+
+    def require(self) -> Verdict:
+        """Itself, unless contraindicated.
+
+        Raises:
+            EvidenceError: with the first reason.
+        """
+        if self.status == "contraindicated":
+            raise EvidenceError(
+                "The enclave is not to be trusted.",
+                " ".join(self.reasons),
+                "Nothing was sent. Ask the site's custodians.",
+            )
+        return self
+
+
+def appraise(
+    claims: Claims,
+    offered: Binding,
+    policy: AppraisalPolicy | None = None,
+    *,
+    nonce: bytes | None = None,
+    policy_hash: bytes | None = None,
+) -> Verdict:
+    """Whether `claims` are those of an enclave that `policy` accepts, and that holds the keys `offered`.
+
+    Args:
+        claims: what the verifier read in the evidence.
+        offered: the binding that came with it, whose keys are about to be used.
+        policy: what is accepted; by default no simulated enclave and no measurement.
+        nonce: the client's own challenge.
+        policy_hash: SHA-256 of the custodians' policy that the client has read.
+    """
+    policy = policy or AppraisalPolicy()
+    vector, reasons = dict.fromkeys(_PARTS, AFFIRMING), list[str]()
+
+    def lower(part: str, to: int, reason: str) -> None:
+        vector[part] = max(vector[part], to)
+        reasons.append(reason)
+
+    if claims.report_data != offered.report_data():
+        lower(
+            "instance-identity",
+            CONTRAINDICATED,
+            "The keys offered are not those that the evidence is bound to.",
+        )
+    if nonce is not None and offered.nonce != nonce:
+        lower("instance-identity", CONTRAINDICATED, "The evidence is stale: it answers another nonce.")
+    if policy_hash is not None and offered.policy_hash != policy_hash:
+        lower("configuration", CONTRAINDICATED, "The enclave runs another policy than the one shown.")
+    _appraise_platform(claims, policy, lower)
+    known = claims.measurement in policy.measurements or bool(
+        policy.known and policy.known(claims.measurement)
+    )
+    if not known and not (claims.simulated and policy.known is None and not policy.measurements):
+        lower("executables", CONTRAINDICATED, f"No known release measures {claims.measurement[:23]}….")
+    return Verdict(vector, tuple(reasons), claims)
+
+
+def _appraise_platform(
+    claims: Claims, policy: AppraisalPolicy, lower: Callable[[str, int, str], None]
+) -> None:
+    if claims.simulated:
+        to = WARNING if policy.allow_simulated else CONTRAINDICATED
+        lower(
+            "hardware",
+            to,
+            BANNER if policy.allow_simulated else f"{BANNER} (allow_simulated=True accepts it.)",
+        )
+        return
+    if claims.debug:
+        lower("configuration", CONTRAINDICATED, "The enclave is in debug mode: its host can read its memory.")
+    if claims.tcb_status in policy.tcb_warnings:
+        lower(
+            "hardware", WARNING, f"The platform's TCB is {claims.tcb_status}: {', '.join(claims.advisories)}."
+        )
+    elif claims.tcb_status not in policy.tcb_statuses:
+        lower(
+            "hardware",
+            CONTRAINDICATED,
+            f"The platform's TCB is {claims.tcb_status}: {', '.join(claims.advisories)}.",
+        )
+    for part, least in policy.minimum_tcb.items():
+        if claims.tcb.get(part, -1) < least:
+            lower(
+                "hardware",
+                CONTRAINDICATED,
+                f"The TCB is too old: {part} {claims.tcb.get(part)}, {least} is needed.",
+            )
+    if claims.revocation == "absent" and policy.demand_revocation:
+        lower(
+            "hardware",
+            CONTRAINDICATED,
+            "No revocation list was given, so the chip's certificate may be revoked.",
+        )
+    for caveat in claims.caveats:
+        lower("executables", WARNING, caveat)
