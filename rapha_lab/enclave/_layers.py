@@ -1,0 +1,183 @@
+"""What a worker does to itself between the fork and the first foreign byte, and how it proves each layer.
+
+Every layer is tried after it is put on: one that the kernel does not hold is reported as absent, never assumed.
+The order matters: changing the user clears the death signal, Landlock opens no file later, seccomp comes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import resource
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+__all__ = [
+    "LAYERS",
+    "NAMESPACES",
+    "deadline",
+    "drop_privileges",
+    "landlock",
+    "limit",
+    "pack",
+    "seccomp",
+    "unpack",
+]
+
+LAYERS = ("namespaces", "privileges", "rlimits", "deadline", "landlock", "seccomp", "cgroup")
+NAMESPACES = ("user", "pid", "net", "mnt", "ipc", "uts")
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+_GIB = 1 << 30
+
+
+def pack(layers: dict[str, bool]) -> int:
+    """Layers as a bit mask, for the line a worker sends before it is handed over."""
+    return sum(1 << bit for bit, name in enumerate(LAYERS) if layers.get(name))
+
+
+def unpack(mask: int) -> dict[str, bool]:
+    """The layers in a mask."""
+    return {name: bool(mask >> bit & 1) for bit, name in enumerate(LAYERS)}
+
+
+def drop_privileges(parent: int) -> bool:
+    """Become nobody in particular, without capabilities, invisible to debuggers, gone when `parent` goes."""
+    if os.geteuid() == 0:
+        user = 61184 + secrets.randbelow(
+            4336
+        )  # systemd's range for passing users: one each, so siblings differ
+        with contextlib.suppress(OSError):
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(_PR_SET_DUMPABLE, 0)
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    if os.getppid() != parent:
+        os._exit(1)
+    with open("/proc/self/status") as file:
+        status = dict(line.split(":", 1) for line in file)
+    return int(status["CapEff"], 16) == 0 and status["NoNewPrivs"].strip() == "1"
+
+
+def limit(memory: int, cpu_seconds: float, threads: int) -> bool:
+    """Set the resource limits of this process; true if the kernel then refuses to map more than `memory`."""
+    with open("/proc/self/statm") as file:
+        pages = [int(field) for field in file.read().split()]
+    page = resource.getpagesize()
+    seconds = max(1, round(cpu_seconds))
+    wanted = {
+        resource.RLIMIT_DATA: pages[5] * page + memory,
+        resource.RLIMIT_AS: pages[0] * page + memory + 8 * _GIB,
+        resource.RLIMIT_NPROC: _tasks() + threads,
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_SIGPENDING: 256,
+        **dict.fromkeys(
+            (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE),
+            0,
+        ),
+    }
+    for which, value in wanted.items():
+        _, hard = resource.getrlimit(which)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(which, (value, value))
+    too_much = lambda: mmap.mmap(-1, memory + _GIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # noqa: E731
+    return refused(too_much, errno.ENOMEM) and resource.getrlimit(resource.RLIMIT_FSIZE) == (0, 0)
+
+
+def _tasks() -> int:
+    """Threads that already count against this user: RLIMIT_NPROC counts per user, not per process."""
+    count = 0
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/status") as file:
+            status = dict(line.split(":", 1) for line in file)
+            if int(status["Uid"].split()[0]) == os.getuid():
+                count += int(status["Threads"])
+    return count
+
+
+class _SigEvent(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012
+        ("value", ctypes.c_void_p),
+        ("signo", ctypes.c_int),
+        ("notify", ctypes.c_int),
+        ("pad", ctypes.c_char * 48),
+    ]
+
+
+def deadline(seconds: float) -> bool:
+    """Let the kernel kill this process after `seconds` of wall clock, blocked signals or not."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    event, timer = _SigEvent(signo=signal.SIGKILL), ctypes.c_void_p()
+    if libc.timer_create(7, ctypes.byref(event), ctypes.byref(timer)):  # CLOCK_BOOTTIME
+        return False
+    whole = int(seconds)
+    spec = (ctypes.c_long * 4)(0, 0, whole, int((seconds - whole) * 1e9))
+    left = (ctypes.c_long * 4)()
+    if libc.timer_settime(timer, 0, ctypes.byref(spec), None) or libc.timer_gettime(
+        timer, ctypes.byref(left)
+    ):
+        return False
+    return 0 < left[2] + left[3] / 1e9 <= seconds
+
+
+def landlock() -> bool:
+    """Deny every file, TCP port, abstract socket and outside signal; true if the kernel then does."""
+    import landlockpy
+
+    try:
+        scope = landlockpy.Scope.ABSTRACT_UNIX_SOCKET | landlockpy.Scope.SIGNAL
+        with landlockpy.Ruleset(scoped=scope) as ruleset:
+            ruleset.restrict()
+    except OSError:
+        return False
+    return refused(lambda: os.listdir("/"), errno.EACCES) and refused(lambda: open(os.devnull), errno.EACCES)
+
+
+class _Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]  # noqa: RUF012
+
+
+def seccomp(code: bytes) -> bool:
+    """Load the compiled allow-list for this process; true if paths, sockets and processes then fail."""
+    program = _Program(len(code) // 8, code)
+    _prctl(_PR_SET_SECCOMP, 2, ctypes.byref(program))
+    attempts: list[Callable[[], object]] = [
+        lambda: os.stat("/"),
+        lambda: os.open("/", os.O_RDONLY),
+        lambda: os.listdir("/"),
+        socket.socket,
+        lambda: socket.socket(socket.AF_UNIX),
+        os.pipe,
+        lambda: os.kill(os.getppid(), 0),
+        _fork,
+    ]
+    return all([refused(attempt, errno.EPERM) for attempt in attempts])
+
+
+def _fork() -> None:
+    if os.fork() == 0:
+        os._exit(0)
+
+
+def refused(attempt: Callable[[], object], code: int) -> bool:
+    """True if the kernel answers `attempt` with error `code`."""
+    try:
+        attempt()
+    except OSError as error:
+        return error.errno == code
+    return False
+
+
+def _prctl(*arguments: object) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(*arguments, *(0,) * (5 - len(arguments))):
+        print(f"prctl{arguments[0]}: {os.strerror(ctypes.get_errno())}", file=sys.stderr)

@@ -1,0 +1,412 @@
+"""Start processes that run foreign Python and can reach nothing but two pipes.
+
+    zygote = Zygote("package.module:function", preload=["package.other"])
+    worker = zygote.spawn(Limits())          # function(reader, writer) runs behind the walls
+    worker.writer.write(b"..."); worker.writer.flush(); worker.reader.read(3)
+    worker.wait(10)                          # "ended", "killed", "memory", "time" or "violation"
+
+Walls come in tiers, told from what the kernel refused to a worker that tried, never from configuration:
+
+    S3  own namespaces (bubblewrap), Landlock, seccomp allow-list, limits, no privileges
+    S2  the same without namespaces; needs no privilege, so it comes up in containers
+    S1  seccomp allow-list, limits, no privileges
+    S0  less than that: nothing is started
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from rapha_lab.enclave import _layers
+from rapha_lab.protocol.errors import SiteError
+
+__all__ = ["TIERS", "Limits", "Report", "Worker", "Zygote", "probe"]
+
+TIERS = ("S0", "S1", "S2", "S3")
+_NEEDS = {
+    "S1": {"privileges", "rlimits", "deadline", "seccomp"},
+    "S2": {"privileges", "rlimits", "deadline", "seccomp", "landlock"},
+    "S3": {"privileges", "rlimits", "deadline", "seccomp", "landlock", "namespaces"},
+}
+_BOOT = "import sys,json;sys.path[:]=json.loads(sys.argv[1]);from rapha_lab.enclave._zygote import main;main({fd})"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one worker may use: bytes, seconds, threads, and bytes it may send out. Defaults suit a session."""
+
+    memory: int = 2 << 30
+    cpu_seconds: float = 4 * 3600
+    wall_seconds: float = 6 * 3600
+    threads: int = 256
+    output: int = 8 << 30
+
+    @classmethod
+    def shard(cls) -> Limits:
+        """Limits for one shard of patients: a minute or two, and an answer of about ten numbers."""
+        return cls(memory=1 << 30, cpu_seconds=120, wall_seconds=120, threads=64, output=1 << 20)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The tier a worker here reaches, the layers it proved, and why a higher tier is out of reach."""
+
+    tier: str
+    layers: dict[str, bool]
+    reasons: list[str] = field(default_factory=list)
+
+
+def tier_of(layers: dict[str, bool]) -> str:
+    """The highest tier whose layers all hold."""
+    holds = {name for name, on in layers.items() if on}
+    return max((tier for tier, needs in _NEEDS.items() if needs <= holds), default="S0")
+
+
+def probe() -> Report:
+    """Ask the kernel what a worker started here cannot do, by starting one and letting it try."""
+    try:
+        with Zygote("rapha_lab.enclave._zygote:idle", (), bare=True) as zygote:
+            return zygote.report
+    except SiteError as error:
+        return Report("S0", dict.fromkeys(_layers.LAYERS, False), [str(error)])
+
+
+class Worker:
+    """A process behind the walls; `reader` reads what it writes, `writer` writes what it reads."""
+
+    reader: BinaryIO
+    writer: BinaryIO
+
+    def __init__(self, zygote: Zygote, number: int, limits: Limits, reads: int, writes: int) -> None:
+        self._zygote, self._number = zygote, number
+        self._locked, self._gone = threading.Event(), threading.Event()
+        self._outcome = "killed"
+        self.pid: int | None = None
+        self.layers: dict[str, bool] = {}
+        self.reader = io.BufferedReader(_Counted(reads, limits.output, self._overflow))  # type: ignore[assignment]
+        self.writer = open(writes, "wb")  # noqa: SIM115
+
+    @property
+    def tier(self) -> str:
+        """The tier this very worker proved before it was handed over."""
+        return tier_of(self.layers)
+
+    def kill(self) -> None:
+        """End the worker now."""
+        self._zygote._say({"do": "kill", "id": self._number})
+
+    def _overflow(self) -> None:
+        self._zygote._say({"do": "kill", "id": self._number, "violation": True})
+
+    def wait(self, timeout: float | None = None) -> str:
+        """How the worker ended: "ended", "killed", "memory", "time" or "violation"; nothing else is known.
+
+        Raises:
+            TimeoutError: if it still runs after `timeout` seconds.
+        """
+        if not self._gone.wait(timeout):
+            raise TimeoutError("The worker is still running.")
+        return self._outcome
+
+    def close(self) -> None:
+        """End the worker and close both pipes."""
+        self.kill()
+        for stream in (self.reader, self.writer):
+            with contextlib.suppress(OSError, ValueError):
+                stream.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Counted(io.FileIO):
+    """A pipe that ends its writer once more than `limit` bytes came through it."""
+
+    def __init__(self, fd: int, limit: int, overflow) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(fd, "rb")
+        self._left, self._overflow = limit, overflow
+
+    def readinto(self, buffer) -> int | None:  # type: ignore[no-untyped-def, override]
+        count = super().readinto(buffer)
+        self._left -= count or 0
+        if self._left < 0:
+            self._overflow()
+            return 0
+        return count
+
+
+class Zygote:
+    """A warm process from which locked workers are forked in well under 100 ms.
+
+    Args:
+        entry: "package.module:function"; a worker calls function(reader, writer) over its two pipes.
+        preload: modules a worker may import besides the standard and the scientific libraries.
+        tier: at most this tier ("S1", "S2", "S3"); None for the highest this machine has.
+        bare: load no libraries (for probing).
+
+    Raises:
+        SiteError: not on Linux; the modules cannot be loaded; or no tier above S0 can be proved.
+    """
+
+    def __init__(
+        self, entry: str, preload: Sequence[str] = (), tier: str | None = None, *, bare: bool = False
+    ) -> None:
+        self._lock, self._workers, self._count = threading.Lock(), dict[int, Worker](), 0
+        self._reasons: list[str] = []
+        self._config = {
+            "entry": entry,
+            "preload": list(preload),
+            "bare": bare,
+            "filter": _filter().hex(),
+            "landlock": tier != "S1",
+            "namespaces": {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in _layers.NAMESPACES},
+        }
+        self._start(tier)
+        try:
+            self.report = self._prove()
+        except SiteError:
+            self.close()
+            raise
+
+    @property
+    def tier(self) -> str:
+        """The tier that a worker of this zygote proved."""
+        return self.report.tier
+
+    def _start(self, tier: str | None) -> None:
+        if tier in (None, "S3"):
+            try:
+                return self._launch(_bubblewrap([self._config["entry"], *self._config["preload"]]))
+            except SiteError as error:
+                if tier == "S3":
+                    raise
+                self._reasons.append(str(error))
+        self._launch([])
+
+    def _launch(self, prefix: list[str]) -> None:
+        """Run the zygote behind `prefix`, and wait until it is ready."""
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._home = tempfile.TemporaryDirectory(prefix="rapha-zygote-")
+        self._errors = tempfile.TemporaryFile()
+        home = "/tmp" if prefix else self._home.name  # noqa: S108
+        paths = json.dumps([os.path.abspath(path) for path in sys.path if os.path.exists(path or ".")])
+        with theirs:
+            self._process = subprocess.Popen(
+                [*prefix, sys.executable, "-I", "-B", "-c", _BOOT.format(fd=theirs.fileno()), paths],
+                env=_environment(home),
+                cwd="/",
+                umask=0o077,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        try:
+            self._control.send(json.dumps(self._config).encode())
+            first = json.loads(self._control.recv(1 << 16) or b"{}")
+        except OSError:
+            first = {}
+        if first.get("is") != "ready":
+            why = self._why(first)
+            self.close()
+            raise SiteError("The sandbox did not start.", why, "See its message for what is missing.")
+        threading.Thread(target=self._listen, name="rapha-zygote", daemon=True).start()
+
+    def _why(self, first: dict[str, str]) -> str:
+        self._errors.seek(0)
+        text = first.get("why") or self._errors.read().decode(errors="replace")
+        return text.strip().splitlines()[-1] if text.strip() else "The process ended without a message."
+
+    def _prove(self) -> Report:
+        """Start one worker and see which layers it proves; refuse to go on below S1."""
+        with self._spawn(Limits(wall_seconds=60)) as worker:
+            report = Report(worker.tier, worker.layers, self._reasons)
+        if report.tier == "S0":
+            missing = ", ".join(sorted(name for name in _NEEDS["S1"] if not report.layers[name]))
+            raise SiteError(
+                "This machine cannot hold foreign code.",
+                f"The kernel does not enforce: {missing}.",
+                "Run on Linux 5.13 or later with seccomp filters allowed.",
+            )
+        return report
+
+    def spawn(self, limits: Limits | None = None) -> Worker:
+        """A fresh worker, locked and waiting in its entry function.
+
+        Raises:
+            SiteError: if the zygote is gone, or a layer it held before did not hold this time.
+        """
+        worker = self._spawn(limits or Limits())
+        if worker.tier < self.tier:
+            worker.close()
+            raise SiteError("A worker was refused.", "One of its walls did not hold.", "Restart the site.")
+        return worker
+
+    def _spawn(self, limits: Limits) -> Worker:
+        job_out, job_in = os.pipe()
+        result_out, result_in = os.pipe()
+        with self._lock:
+            self._count += 1
+            worker = Worker(self, self._count, limits, result_out, job_in)
+            self._workers[self._count] = worker
+        try:
+            self._say({"do": "spawn", "id": worker._number, "limits": asdict(limits)}, [job_out, result_in])
+        finally:
+            os.close(job_out)
+            os.close(result_in)
+        if not worker._locked.wait(30) or not worker.layers:
+            worker.close()
+            raise SiteError(
+                "No worker could be started.", "It ended before its walls stood.", "Restart the site."
+            )
+        return worker
+
+    def _say(self, message: dict[str, object], fds: Sequence[int] = ()) -> None:
+        with contextlib.suppress(OSError):
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            self._control.sendmsg([json.dumps(message).encode()], rights)
+
+    def _listen(self) -> None:
+        """Take what the zygote and its locked workers report, until it is gone."""
+        size = socket.CMSG_SPACE(struct.calcsize("3i"))
+        while True:
+            try:
+                packet, ancillary, _, _ = self._control.recvmsg(1 << 16, size)
+            except OSError:
+                packet = b""
+            if not packet:
+                break
+            message = json.loads(packet)
+            worker = self._workers.get(message["id"])
+            if worker is None:
+                continue
+            if message["is"] == "worker":
+                worker.layers = message["layers"]
+                worker.pid = struct.unpack("3i", ancillary[0][2])[0] if ancillary else None
+            else:
+                worker._outcome = message["outcome"]
+                self._forget(message["id"])
+            worker._locked.set()
+        for number in list(self._workers):
+            self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        worker = self._workers.pop(number)
+        worker._locked.set()
+        worker._gone.set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still fork workers."""
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End the zygote and every worker of it."""
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._control.close()
+        self._errors.close()
+        self._home.cleanup()
+
+    def __enter__(self) -> Zygote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _filter() -> bytes:
+    if not sys.platform.startswith("linux"):
+        raise SiteError(
+            "A site runs on Linux only.",
+            "Its walls are Linux's namespaces, Landlock and seccomp.",
+            "Connect to a site elsewhere, or start one in a Linux virtual machine.",
+        )
+    from rapha_lab.enclave import _filter as source
+
+    try:
+        return source.compile_filter()
+    except (ImportError, OSError, RuntimeError) as error:
+        raise SiteError(
+            "The system-call filter could not be built.", f"libseccomp says: {error}.", "Install libseccomp2."
+        ) from error
+
+
+def _environment(home: str) -> dict[str, str]:
+    """All a zygote gets to know of its surroundings."""
+    single = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    return {
+        **dict.fromkeys(single, "1"),
+        **dict.fromkeys(("HOME", "TMPDIR", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "IPYTHONDIR"), home),
+        "PATH": "/usr/bin:/bin",
+        "LC_ALL": "C.UTF-8",
+        "OMP_WAIT_POLICY": "passive",
+        "MPLBACKEND": "agg",
+        "MPL_IGNORE_SYSTEM_FONTS": "1",
+        "POLARS_MAX_THREADS": "2",
+        "_RJEM_MALLOC_CONF": "background_thread:false",
+    }
+
+
+def _bubblewrap(modules: Sequence[str]) -> list[str]:
+    """The bubblewrap command line: namespaces of its own, read-only libraries, nothing else of this machine."""
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise SiteError(
+            "Namespaces are off.", "bubblewrap is not installed.", "Install it: apt-get install bubblewrap."
+        )
+    command = [bwrap, "--unshare-user", "--uid", "65534", "--gid", "65534", "--disable-userns"]
+    command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    command += ["--hostname", "site", "--cap-drop", "ALL", "--ro-bind", "/usr", "/usr"]
+    for name in ("/bin", "/sbin", "/lib", "/lib64"):
+        command += (
+            ["--symlink", os.readlink(name), name] if os.path.islink(name) else ["--ro-bind-try", name, name]
+        )
+    for name in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
+        command += ["--ro-bind-try", name, name]
+    for path in sorted(_homes(modules)):
+        command += ["--ro-bind", path, path]
+    command += ["--proc", "/proc", "--dev", "/dev", "--size", str(64 << 20), "--tmpfs", "/tmp"]  # noqa: S108
+    return [*command, "--remount-ro", "/", "--chdir", "/", "--"]
+
+
+def _homes(modules: Sequence[str]) -> set[str]:
+    """The folders outside /usr that hold Python and the top-level packages of `modules`."""
+    homes = {sys.prefix, sys.base_prefix}
+    for name in {"rapha_lab", *(module.partition(":")[0].partition(".")[0] for module in modules)}:
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise SiteError(f"There is no module {name}.", "It is named as an entry or to be preloaded.")
+        homes.update(spec.submodule_search_locations or ([spec.origin] if spec.origin else []))
+    outside = {str(Path(path).absolute()) for path in homes if os.path.exists(path)}
+    return {path for path in outside if not path.startswith("/usr/") and path != "/usr"}
