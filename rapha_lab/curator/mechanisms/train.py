@@ -1,0 +1,191 @@
+"""Training by DP-SGD: Algorithm 1 of Abadi et al. 2016, with the patient as the unit.
+
+For each step: take a random sample of patients, each with probability q (Poisson); compute each one's gradient;
+clip it to norm C; sum; add noise of standard deviation σC; divide by the *expected* number L = qN; descend.
+Neighbouring data sets differ in one patient, added or removed. The sum is taken of the very numbers whose norm
+was clipped, whatever the model. Neither the shape of a step nor its duration tells how many were drawn.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from rapha_lab.curator.accounting import SampledGaussian, noise_for
+from rapha_lab.curator.cohort import View
+from rapha_lab.curator.lift import Lifted, lift
+from rapha_lab.curator.mechanisms import Answer, Plan, Progress
+from rapha_lab.curator.noise import Noise, on_grid
+from rapha_lab.protocol.errors import ProgramError, RefusedError, RequestError
+from rapha_lab.protocol.messages import Columns, Fit, Optimizer
+from rapha_lab.protocol.program import Program
+from rapha_lab.protocol.schema import SPLITS, Schema
+
+__all__ = ["capacity", "fits", "optimizer_for", "plan"]
+
+Tensors = dict[str, Tensor]
+
+SLACK = 1e-3
+"""The clipping norm that noise is scaled to exceeds C by this share: rounding may add that much to one patient's part."""
+
+BLOCKS = 50
+
+
+def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -> Plan:
+    """How a model will be trained at the asked epsilon; checks everything, touches no record.
+
+    Raises:
+        ProgramError: if the loss cannot be computed patient by patient, or is too large.
+        RequestError: naming the field that is out of range.
+    """
+    lifted = lift(ask.program)
+    parameters, constants = lifted.tensors(tensors)
+    fits(ask.program, ask.inputs, schema)
+    expected = schema.expected(ask.split)
+    if expected is None:
+        why = "Sampling rates must not be computed from the true number."
+        raise RequestError("The dataset declares no number of patients.", why, field="patients")
+    if ask.batch > expected:
+        raise RequestError(
+            f"batch is {ask.batch}.", f"About {expected:.0f} patients are expected.", "Make it smaller.", field="batch"
+        )
+    rate = ask.batch / expected
+    sigma = noise_for(lambda sigma: SampledGaussian(rate, sigma, ask.steps), ask.epsilon, delta)
+    optimizer_for(ask.optimizer, {name: t.clone() for name, t in parameters.items()})
+
+    def run(view: View, progress: Progress) -> Answer:
+        inputs = {name: view.tensor(columns) for name, columns in ask.inputs.items()}
+        weights = train(lifted, parameters, constants, inputs, ask, rate, sigma, noise, progress)
+        values = {"steps": ask.steps, "noise": sigma, "clip": ask.clip, "rate": rate, "batch": ask.batch}
+        return Answer({"kind": "fit", **values}, save(weights))
+
+    touches = SPLITS if ask.split == "all" else (ask.split,)
+    return Plan(SampledGaussian(rate, sigma, ask.steps), ask.steps, touches, run)
+
+
+def train(
+    lifted: Lifted,
+    parameters: Tensors,
+    constants: Tensors,
+    inputs: Tensors,
+    ask: Fit,
+    rate: float,
+    sigma: float,
+    noise: Noise,
+    progress: Progress,
+) -> Tensors:
+    """The parameters after `ask.steps` steps on the patients' `inputs`, each `(n, *shape)`."""
+    weights = {name: t.clone() for name, t in parameters.items()}
+    optimizer = optimizer_for(ask.optimizer, weights)
+    slots = capacity(ask.batch, lifted.microbatch)
+    # one row of zeros below the patients fills the slots that no patient was drawn for
+    rows = {name: torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for name, t in inputs.items()}
+    count = len(next(iter(inputs.values())))
+    block = max(1, ask.steps // BLOCKS)
+    for step in range(ask.steps):
+        if step % block == 0:
+            _finite(weights, step)
+            progress(min(block, ask.steps - step))
+        drawn = draw(count, rate, slots, noise)
+        total = clipped_sum(lifted, weights, constants, rows, drawn, ask.clip)
+        for name, weight in weights.items():
+            weight.grad = private(total[name], ask.clip, sigma, noise).div_(ask.batch).to(weight.dtype)
+        optimizer.step()
+    _finite(weights, ask.steps)
+    return weights
+
+
+def draw(count: int, rate: float, slots: int, noise: Noise) -> Tensor:
+    """A Poisson sample of patients as `slots` row numbers, `count` (the row of zeros) where there is none."""
+    drawn = noise.bernoulli(count, rate).nonzero().squeeze(1)[:slots]
+    return torch.cat([drawn, drawn.new_full((slots - len(drawn),), count)])
+
+
+def capacity(batch: int, microbatch: int) -> int:
+    """Slots of a step, in whole microbatches: more patients than that are drawn with probability below 2^-60.
+
+    With N the declared number of patients and each one drawn with probability q independently, L = qN are
+    expected, and Bernstein's inequality gives P(more than L + t) <= exp(-t²/(2(L + t/3))). Slots depend on L alone.
+    """
+    bits = 60 * math.log(2)
+    t = bits / 3 + math.sqrt((bits / 3) ** 2 + 2 * bits * batch)
+    return math.ceil((batch + t) / microbatch) * microbatch
+
+
+def clipped_sum(
+    lifted: Lifted, weights: Tensors, constants: Tensors, rows: Tensors, drawn: Tensor, clip: float
+) -> Tensors:
+    """The sum of the drawn patients' clipped gradients, microbatch by microbatch, in float64."""
+    total = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in weights.items()}
+    absent = len(next(iter(rows.values()))) - 1
+    for part in drawn.split(lifted.microbatch):
+        batch = {name: t[part] for name, t in rows.items()}
+        for name, t in lifted.clipped_sum(weights, constants, batch, part != absent, clip).items():
+            total[name] += t
+    return total
+
+
+def private(total: Tensor, clip: float, sigma: float, noise: Noise) -> Tensor:
+    """The sum with Gaussian noise for a patient's part of norm `clip`, on a grid that no record moves."""
+    scale = sigma * clip * (1 + SLACK)
+    return on_grid(noise.gaussian(total.numel()).mul_(scale).reshape(total.shape).add_(total), scale)
+
+
+def fits(program: Program, inputs: dict[str, Columns], schema: Schema) -> None:
+    """Check that columns have the shape and dtype of the program's inputs of the same names.
+
+    Raises:
+        ProgramError: naming the input that does not fit.
+        RequestError: naming an unknown column.
+    """
+    stated = {spec.name: (tuple(spec.shape), spec.dtype) for spec in program.inputs}
+    for name in {*stated} ^ {*inputs}:
+        raise ProgramError(f"The input {name} has no columns, or the program has no such input.", field=name)
+    for name, columns in inputs.items():
+        shape, dtype = schema.layout(columns)
+        if stated[name] != (tuple(shape), dtype):
+            why = f"Its columns give {dtype} {tuple(shape)}, the program expects {stated[name][1]} {stated[name][0]}."
+            raise ProgramError(f"The input {name} does not fit the program.", why, "Trace it again.", field=name)
+
+
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    name.lower(): getattr(torch.optim, name)
+    for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta")
+}
+_SETTINGS = {
+    "lr", "momentum", "dampening", "weight_decay", "nesterov", "betas", "eps", "amsgrad", "alpha", "centered",
+    "lr_decay", "initial_accumulator_value", "momentum_decay", "rho", "maximize", "decoupled_weight_decay",
+}  # fmt: skip
+
+
+def optimizer_for(settings: Optimizer, weights: Tensors) -> torch.optim.Optimizer:
+    """The update rule on these weights; it sees private gradients only, so that all it does is post-processing.
+
+    Raises:
+        RequestError: naming the setting that is unknown or out of range.
+    """
+    for key, value in settings.settings.items():
+        numbers = value if isinstance(value, list) else [value]
+        if key not in _SETTINGS or len(numbers) > 2 or not all(abs(x) <= 1e6 for x in numbers):
+            raise RequestError(
+                f"The optimiser's setting {key} is unknown or out of range.", field=f"optimizer.settings.{key}"
+            )
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.settings.items()}
+    try:
+        # one group of plain tensors, no fused kernels: the update's cost depends on sizes alone
+        return _OPTIMIZERS[settings.name](list(weights.values()), **given)  # type: ignore[call-arg,arg-type]
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"The optimiser does not take these settings: {error}", field="optimizer") from None
+
+
+def _finite(weights: Tensors, step: int) -> None:
+    # weights are made of private sums only, so whether they are finite may be told
+    if not all(bool(t.isfinite().all()) for t in weights.values()):
+        raise RefusedError(
+            f"Training diverged before step {step + 1}.",
+            "The weights are no longer finite; the steps that ran stay charged.",
+            "Use a smaller learning rate.",
+        )
