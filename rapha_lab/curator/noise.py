@@ -22,7 +22,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-__all__ = ["CryptoNoise", "Noise", "SeededNoise", "on_grid"]
+__all__ = ["SystemNoise", "Noise", "SeededNoise", "on_grid"]
 
 _WORDS = 1 << 17  # a megabyte of keystream at a time stays in cache
 _BITS = 53
@@ -72,7 +72,7 @@ class _Words:
         return out[:n]
 
 
-class CryptoNoise(_Words):
+class SystemNoise(_Words):
     """The generator of production; takes no seed, and a forked child rekeys itself."""
 
     def __init__(self) -> None:
