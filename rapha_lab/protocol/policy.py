@@ -1,0 +1,338 @@
+"""The custodians' document: a page of TOML that says who may ask what of which patients, and its signatures.
+
+A custodian signs the very bytes of the page (its hash is `sha256sum policy.toml`), so that nothing read on
+it, comments included, can change unsigned. Statements beside it sign, veto or revoke; the last two only ever
+close. A custodian's veto ends the policy, and a revocation takes one researcher or project out of it, each at
+once and by one custodian alone; what was closed opens again only by a new version with its own signatures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import tomllib
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import msgspec
+from msgspec import Meta
+
+from rapha_lab.protocol.errors import PolicyError, RequestError
+from rapha_lab.protocol.keys import PrivateKey, PublicKey
+from rapha_lab.protocol.program import Program
+
+__all__ = ["Custodian", "Dataset", "Head", "Lane", "Policy", "Project", "Signed", "Statement", "state"]
+
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$")]
+Words = Annotated[str, Meta(min_length=1, max_length=200)]
+Digest = Annotated[str, Meta(pattern=r"^(any simulated|sha(256:[0-9a-f]{64}|384:[0-9a-f]{96}))$")]
+Duo = Annotated[str, Meta(pattern=r"^DUO:\d{7}$")]
+Release = Literal["auto", "one custodian", "two custodians"]
+LaneName = Literal["aggregate", "train", "evaluate", "shards", "review"]
+Epsilon = Annotated[float, Meta(gt=0.0, le=1000.0)]
+Delta = Annotated[float, Meta(gt=0.0, lt=0.1)]
+Count = Annotated[int, Meta(ge=1, le=10**12)]
+
+_UNSEEN = ("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp")  # a lawyer must see every character that counts
+
+
+class Custodian(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Somebody whose signature counts."""
+
+    name: Words
+    role: Words
+    key: str
+
+
+class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A dataset, the releases of the enclave that may open it, and the weakest sandbox beside it."""
+
+    name: Name
+    measurements: Annotated[list[Digest], Meta(min_length=1)]
+    sandbox: Literal["S1", "S2", "S3"] = "S3"
+    delta: Delta
+
+
+class Lane(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A kind of question, and who looks at its answer before it leaves; a person, unless signed otherwise."""
+
+    release: Release = "one custodian"
+
+
+class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Who may ask, of what, how much: `epsilon` and `delta` are per patient, for the whole project."""
+
+    name: Name
+    researchers: list[str]
+    datasets: Annotated[list[Name], Meta(min_length=1)]
+    epsilon: Epsilon
+    delta: Delta
+    largest_model: Count
+    smallest_cohort: Count
+    metrics: list[Name] = []
+    lanes: dict[LaneName, Lane] = {}
+
+    def within_size(self, program: Program) -> None:
+        """Raise PolicyError if `program` has more parameters than `largest_model`."""
+        if program.size > self.largest_model:
+            _refuse(
+                f"The model has {program.size:,} parameters.",
+                f"Project {self.name!r} may train {self.largest_model:,} at most.",
+                "Make it smaller, or ask the custodians for a new version of the policy.",
+            )
+
+
+class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the page is, what for, until when, and how many custodians must sign it."""
+
+    name: Words
+    version: Count
+    purpose: Annotated[list[Duo], Meta(min_length=1)]
+    expires: date
+    quorum: Count
+
+
+class _Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    policy: Head
+    custodians: Annotated[list[Custodian], Meta(min_length=1)]
+    datasets: list[Dataset]
+    projects: list[Project]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy as written; `Signed.check` gives the one in force."""
+
+    text: str
+    head: Head
+    custodians: tuple[Custodian, ...]
+    datasets: tuple[Dataset, ...]
+    projects: tuple[Project, ...]
+    revoked: frozenset[str] = frozenset()
+
+    @classmethod
+    def parse(cls, text: str) -> Policy:
+        """The policy on this page.
+
+        Raises:
+            RequestError: naming the field that is missing, unknown, out of range or contradicts another.
+        """
+        strange = [c for c in text if c not in "\n\t" and unicodedata.category(c) in _UNSEEN]
+        if strange:
+            _wrong(f"has an invisible character, U+{ord(strange[0]):04X}")
+        try:
+            page = msgspec.convert(tomllib.loads(text), type=_Page)
+        except (tomllib.TOMLDecodeError, msgspec.ValidationError, RecursionError) as error:
+            _wrong(str(error))
+        _consistent(page)
+        return cls(text, page.policy, tuple(page.custodians), tuple(page.datasets), tuple(page.projects))
+
+    @property
+    def canonical(self) -> bytes:
+        """The bytes that are signed: the page itself."""
+        return self.text.encode()
+
+    @property
+    def hash(self) -> bytes:
+        """SHA-256 of the page."""
+        return hashlib.sha256(self.canonical).digest()
+
+    def project(self, name: str) -> Project:
+        """The project of that name, or PolicyError."""
+        found = [p for p in self.projects if p.name == name and name not in self.revoked]
+        if not found:
+            _refuse(f"There is no project {name!r} in the policy.", "It was never in it, or was revoked.")
+        return found[0]
+
+    def dataset(self, name: str) -> Dataset:
+        """The dataset of that name, or PolicyError."""
+        found = [d for d in self.datasets if d.name == name]
+        if not found:
+            _refuse(f"The policy does not open the dataset {name!r}.", "No custodian has signed for it.")
+        return found[0]
+
+    def projects_of(self, researcher: str) -> list[Project]:
+        """The projects in which the holder of this public key may ask."""
+        mine = [p for p in self.projects if researcher in p.researchers and p.name not in self.revoked]
+        return [] if researcher in self.revoked else mine
+
+    def allows(
+        self, researcher: str, project: str, dataset: str, lane: str, *, metrics: Iterable[str] = ()
+    ) -> Release:
+        """Who releases the answer, if the holder of the key `researcher` may ask this at all.
+
+        Raises:
+            PolicyError: naming what the policy does not allow.
+        """
+        here = self.project(project)
+        if here not in self.projects_of(researcher):
+            _refuse(f"Your key is not in project {project!r}, or was revoked.", f"It is {researcher}.")
+        self.dataset(dataset)
+        if dataset not in here.datasets:
+            _refuse(
+                f"Project {project!r} may not use {dataset!r}.", f"It may use {', '.join(here.datasets)}."
+            )
+        lanes = {str(name): value for name, value in here.lanes.items()}
+        if lane not in lanes:
+            _refuse(f"Project {project!r} may not {lane}.", f"Its lanes are: {', '.join(lanes) or 'none'}.")
+        barred = [metric for metric in metrics if metric not in here.metrics]
+        if barred:
+            _refuse(
+                f"The metric {barred[0]!r} may not leave.",
+                f"Allowed are: {', '.join(here.metrics) or 'none'}.",
+            )
+        return lanes[lane].release
+
+    def admits(self, dataset: str, measurement: str, *, simulated: bool, tier: str) -> None:
+        """Raise PolicyError unless this enclave, with a sandbox of this tier, may open `dataset`."""
+        asked = self.dataset(dataset)
+        if measurement not in asked.measurements and not (
+            simulated and "any simulated" in asked.measurements
+        ):
+            _refuse(
+                f"This enclave may not open {dataset!r}.",
+                f"It measures {measurement}, which nobody signed for.",
+            )
+        if tier < asked.sandbox:
+            _refuse(
+                f"The sandbox is too weak for {dataset!r}.", f"It is {tier}; {asked.sandbox} is the least."
+            )
+
+
+class Statement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A custodian's word on a policy: sign, veto, or revoke a `subject`, a researcher's key or a project."""
+
+    act: Literal["sign", "veto", "revoke"]
+    policy: str
+    key: str
+    time: int
+    subject: str = ""
+    reason: str = ""
+    signature: bytes = b""
+
+    def signed_bytes(self) -> bytes:
+        """What the signature is over."""
+        bare = msgspec.structs.replace(self, signature=b"")
+        return b"rapha-lab/policy-statement/v1\0" + msgspec.json.encode(bare)
+
+    def holds(self) -> bool:
+        """Whether its signature is its key's."""
+        return PublicKey.parse(self.key).verifies(self.signature, self.signed_bytes())
+
+
+def state(
+    act: Literal["sign", "veto", "revoke"],
+    policy: Policy,
+    key: PrivateKey,
+    subject: str = "",
+    reason: str = "",
+) -> Statement:
+    """`key`'s statement on `policy`, to append to its file of signatures."""
+    bare = Statement(act, policy.hash.hex(), str(key.public), int(time.time()), subject, reason)
+    return msgspec.structs.replace(bare, signature=key.sign(bare.signed_bytes()))
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A policy's page with the statements made on it."""
+
+    text: str
+    statements: tuple[Statement, ...] = ()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Signed:
+        """The page at `path` and the statements in `path` + ".signatures", one JSON object a line."""
+        beside = Path(f"{path}.signatures")
+        lines = beside.read_bytes().splitlines() if beside.exists() else []
+        try:
+            text = Path(path).read_bytes().decode()
+            return cls(
+                text, tuple(msgspec.json.decode(line, type=Statement) for line in lines if line.strip())
+            )
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            _wrong(f"cannot be read: {error}")
+
+    def check(self, now: datetime | None = None, after: Policy | None = None) -> Policy:
+        """The policy, if in force at `now`; if it succeeds `after`, the custodians of that one must agree.
+
+        Raises:
+            PolicyError: it expired, was vetoed or edited, or lacks signatures, which are named.
+            RequestError: the page itself is wrong.
+        """
+        policy = Policy.parse(self.text)
+        now, head = now or datetime.now(UTC), policy.head
+        if now.date() > head.expires:
+            _refuse(
+                f"The policy {head.name!r} expired.",
+                f"It was valid until {head.expires}.",
+                "Sign a new version.",
+            )
+        if after is not None and after.hash != policy.hash:
+            if head.version <= after.head.version:
+                _refuse(
+                    "The policy is an older version.",
+                    f"Version {after.head.version} was in force.",
+                    "Raise it.",
+                )
+            self._quorum(policy, after, f"Version {after.head.version}")
+        return self._quorum(policy, policy, "This version")
+
+    def _quorum(self, policy: Policy, judges: Policy, which: str) -> Policy:
+        """`policy` less what was revoked, if enough of `judges`' custodians signed it and none vetoed."""
+        names = {c.key: f"{c.name} ({c.role})" for c in judges.custodians}
+        held = [s for s in self.statements if s.key in names and s.holds()]
+        ours = [s for s in held if s.policy == policy.hash.hex()]
+        for veto in (s for s in ours if s.act == "veto"):
+            _refuse(
+                f"{names[veto.key]} vetoed the policy.", veto.reason, "Sign a new version that they accept."
+            )
+        signed = {s.key for s in ours if s.act == "sign"}
+        if len(signed) < judges.head.quorum:
+            missing = ", ".join(names[key] for key in names if key not in signed)
+            others = {names[s.key] for s in held if s.act == "sign" and s.key not in signed}
+            why = f"{which} needs {judges.head.quorum} custodians' signatures and has {len(signed)}."
+            if others:
+                why += f" It was edited, or is another version, since {', '.join(sorted(others))} signed."
+            instead = f"Missing: {missing}. They sign with rapha-lab policy sign."
+            _refuse("The policy is not in force.", why, instead)
+        return replace(policy, revoked=frozenset(s.subject for s in ours if s.act == "revoke"))
+
+
+def _consistent(page: _Page) -> None:
+    """Raise RequestError where two fields of `page` contradict each other."""
+    keys = [c.key for c in page.custodians]
+    for what, items in (
+        ("custodians' keys", keys),
+        ("custodians' names", [c.name for c in page.custodians]),
+        ("datasets", [d.name for d in page.datasets]),
+        ("projects", [p.name for p in page.projects]),
+        *(("researchers of " + p.name, p.researchers) for p in page.projects),
+    ):
+        if len(set(items)) < len(items):
+            _wrong(f"names one twice among the {what}")
+    for key in [*keys, *(key for p in page.projects for key in p.researchers)]:
+        if PublicKey.parse(key).algorithm != "ed25519":
+            _wrong(f"has a key that does not sign: {key[:40]}")
+    if page.policy.quorum > len(keys):
+        _wrong(f"asks for {page.policy.quorum} signatures of {len(keys)} custodians")
+    deltas = {d.name: d.delta for d in page.datasets}
+    for p in page.projects:
+        for name in p.datasets:
+            if name not in deltas:
+                _wrong(f"gives project {p.name!r} a dataset it does not have: {name!r}")
+            if p.delta > deltas[name]:
+                _wrong(f"gives project {p.name!r} a larger delta than its dataset {name!r}")
+
+
+def _wrong(why: str) -> NoReturn:
+    raise RequestError(
+        f"The policy {why}." if why[:2].islower() else f"The policy is wrong: {why}.", field="policy"
+    )
+
+
+def _refuse(what: str, why: str, instead: str = "Ask the custodians.") -> NoReturn:
+    raise PolicyError(what, why, instead)
