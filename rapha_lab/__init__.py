@@ -1,0 +1,31 @@
+"""Rapha Lab: write PyTorch in a notebook cell; it runs where the patients' records are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rapha_lab.protocol import errors
+from rapha_lab.protocol.errors import RaphaError, SealedError
+from rapha_lab.protocol.release import Release
+
+if TYPE_CHECKING:
+    from rapha_lab.client.site import Dataset, Job, Site, connect
+
+__all__ = ["Dataset", "Job", "RaphaError", "Release", "SealedError", "Site", "connect", "errors"]
+
+_LAZY = ("Dataset", "Job", "Site", "connect")  # the enclave's processes import this package, not the client
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from rapha_lab.client import site
+
+        return getattr(site, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """`%load_ext rapha_lab`: gives notebooks the `%%enclave` cells."""
+    from rapha_lab.notebook.magics import EnclaveMagics
+
+    shell.register_magics(EnclaveMagics)

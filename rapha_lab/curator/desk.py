@@ -9,19 +9,19 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
 from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.ledger import Ledger
-from rapha_lab.curator.mechanisms import Plan, aggregate, evaluate, train
+from rapha_lab.curator.mechanisms import Answer, Plan
 from rapha_lab.curator.noise import Noise
+from rapha_lab.curator.plans import plan_of
 from rapha_lab.protocol import messages
-from rapha_lab.protocol.errors import RaphaError, RefusedError, RequestError
+from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError
 from rapha_lab.protocol.messages import Ask
 from rapha_lab.protocol.policy import Policy
-from rapha_lab.protocol.release import Release, digest
+from rapha_lab.protocol.release import Release, statement
 
 __all__ = ["Caller", "Cancelled", "Desk"]
 
@@ -88,14 +88,13 @@ class Desk:
         policy, cohort = self._policy(), self._cohort(ask.dataset)
         self._permit(policy, caller, ask)
         account = policy.project(caller.project)
-        plan = self._plan(ask, tensors, cohort, account.delta)
+        plan = plan_of(ask, tensors, cohort.schema, account.delta, self._noise)
         for split in plan.touches:
             self._ledger.open_account(caller.project, ask.dataset, split, account.epsilon, account.delta)
         question = hashlib.sha256(request + hashlib.sha256(tensors).digest()).digest()
         self._ledger.reserve(caller.job, caller.project, ask.dataset, plan.touches, plan.loss, question)
         answer = self._run(caller.job, plan, cohort, ask.split, on_step)
-        body = digest(answer.values, answer.tensors)
-        receipt = self._ledger.settle(caller.job, bytes.fromhex(body))
+        receipt = self._ledger.settle(caller.job, statement(answer.values, answer.tensors))
         fields = {name: getattr(ask, name) for name in ("dataset", "split", "epsilon")}
         release = Release(
             job=caller.job,
@@ -103,7 +102,7 @@ class Desk:
             site=self._site,
             delta=account.delta,
             values=answer.values,
-            digest=body,
+            tensors=hashlib.sha256(answer.tensors).hexdigest(),
             receipt=msgspec.to_builtins(receipt),
             simulated=self._simulated,
             **fields,
@@ -121,18 +120,17 @@ class Desk:
     def _permit(self, policy: Policy, caller: Caller, ask: Ask) -> None:
         lane = LANES.get(_op(ask), "aggregate")
         metrics = getattr(ask, "metrics", ())
-        policy.allows(caller.researcher, caller.project, ask.dataset, lane, metrics=metrics)
+        release = policy.allows(caller.researcher, caller.project, ask.dataset, lane, metrics=metrics)
+        if release != "auto":
+            raise PolicyError(
+                f"Answers of the lane {lane} are released here by {release}.",
+                "This version of the site cannot collect a custodian's release yet, so it does not ask the records.",
+                'Ask the custodians to sign release = "auto" for this lane, if they agree to that.',
+            )
         if isinstance(ask, messages.Fit):
             policy.project(caller.project).within_size(ask.program)
 
-    def _plan(self, ask: Ask, tensors: bytes, cohort: Cohort, delta: float) -> Plan:
-        if isinstance(ask, messages.Fit):
-            return train.plan(ask, tensors, cohort.schema, delta, self._noise)
-        if isinstance(ask, messages.Evaluate):
-            return evaluate.plan(ask, tensors, cohort.schema, delta)
-        return aggregate.plan(ask, cohort.schema, delta)
-
-    def _run(self, job: str, plan: Plan, cohort: Cohort, split: str, on_step: Callable[[int, int], None]) -> Any:
+    def _run(self, job: str, plan: Plan, cohort: Cohort, split: str, on_step: Callable[[int, int], None]) -> Answer:
         done = 0
 
         def progress(steps: int) -> None:

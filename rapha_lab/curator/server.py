@@ -33,6 +33,7 @@ class Call(msgspec.Struct, forbid_unknown_fields=True):
     project: str = ""
     ask: msgspec.Raw = msgspec.Raw(b"null")
     start: int = 0
+    text: str = ""
 
 
 class Server:

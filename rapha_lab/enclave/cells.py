@@ -117,7 +117,10 @@ class Cells:
         if order.dataset not in self._schemas:
             known = ", ".join(sorted(self._schemas))
             raise RequestError(
-                f"There is no dataset {order.dataset!r} here.", f"This site has: {known}.", "Name one.", field="dataset"
+                f"There is no dataset {order.dataset!r} here.",
+                f"This site has: {known}.",
+                "Name one.",
+                field="dataset",
             )
         order.project = self._project_of(researcher, order.project, order.dataset)
         cell = Cell(uuid.uuid4().hex, researcher, order, tensors)
@@ -126,7 +129,9 @@ class Cells:
         with self._changed:
             session = self._session(researcher, order.session)
             if sum(c.state == "queued" for c in session.cells) >= MAX_QUEUE:
-                raise SiteError("Too many cells wait in this session.", f"The limit is {MAX_QUEUE}.", "Wait for some.")
+                raise SiteError(
+                    "Too many cells wait in this session.", f"The limit is {MAX_QUEUE}.", "Wait for some."
+                )
             self._cells[cell.id] = cell
             session.cells.append(cell)
             for old in list(self._cells)[: max(0, len(self._cells) - MAX_CELLS)]:
@@ -161,7 +166,9 @@ class Cells:
         """
         found = self._cells.get(cell)
         if found is None or found.researcher != researcher:
-            raise RequestError("There is no such job of yours here.", "It is another's, or long over.", field="cell")
+            raise RequestError(
+                "There is no such job of yours here.", "It is another's, or long over.", field="cell"
+            )
         return found
 
     def watch(self, cell: Cell, after: int, seconds: float, seen: tuple[str, int] | None = None) -> None:
@@ -192,6 +199,11 @@ class Cells:
             mine = [s for k, s in self._sessions.items() if k[0] == researcher and session in (None, k[1])]
         for each in mine:
             each.kill()
+
+    def busy(self) -> bool:
+        """Whether any cell waits or runs."""
+        with self._changed:
+            return any(cell.state not in ENDED for cell in self._cells.values())
 
     def close(self) -> None:
         """End every session."""
@@ -235,7 +247,9 @@ class Cells:
             cell.epsilon += epsilon
         try:
             order = cell.order
-            wire, blob = self._curator.ask(cell.asking, cell.researcher, order.project, request, tensors, on_step)
+            wire, blob = self._curator.ask(
+                cell.asking, cell.researcher, order.project, request, tensors, on_step
+            )
         finally:
             with self._changed:
                 cell.asking = None
@@ -297,8 +311,12 @@ class _Session:
             except (OSError, RequestError, msgspec.MsgspecError, KeyError, TypeError, ValueError):
                 break
         self.over = True
-        self._worker.kill()
-        why = _OUTCOMES.get(self._worker.wait(5), _OUTCOMES["killed"])
+        try:
+            outcome = self._worker.wait(1)
+        except TimeoutError:
+            outcome = "killed"
+        self._worker.close()
+        why = _OUTCOMES.get(outcome, _OUTCOMES["killed"])
         lost = SiteError("The session at the site ended.", why, "Run the notebook's enclave cells again.")
         for cell in self.cells:
             if cell.state not in ENDED:
@@ -307,9 +325,16 @@ class _Session:
     def _run(self, cell: Cell) -> None:
         self._ran += 1
         order = cell.order
-        fields = {"source": order.source, "epsilon": order.epsilon, "inputs": order.inputs, "outputs": order.outputs}
+        fields = {
+            "source": order.source,
+            "epsilon": order.epsilon,
+            "inputs": order.inputs,
+            "outputs": order.outputs,
+        }
         schema = self._cells._schemas[order.dataset]
-        self._say({"do": "run", "name": f"<enclave cell {self._ran}>", "schema": schema, **fields}, cell.tensors)
+        self._say(
+            {"do": "run", "name": f"<enclave cell {self._ran}>", "schema": schema, **fields}, cell.tensors
+        )
         cell.tensors = b""
         while True:
             frame = messages.read_frame(self._worker.reader)

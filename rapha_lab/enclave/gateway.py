@@ -59,8 +59,10 @@ class Gateway:
         cells: runs cells.
         card: what the site says of itself to a researcher, by their public key.
         log: entries of the log from an index on.
+        extends: proof that the log of today begins with that of an earlier size.
         evidence: attestation evidence for a nonce, as JSON.
         sealing_key, signing_key: of this enclave; both are bound in the evidence.
+        identity: hash of the binding in the evidence; requests must have been sealed for it.
         known: raises PolicyError for a key that no project of the policy names.
     """
 
@@ -70,13 +72,16 @@ class Gateway:
         *,
         card: Callable[[str], Any],
         log: Callable[[int], Any],
+        extends: Callable[[int], Any],
         evidence: Callable[[bytes], Any],
         sealing_key: PrivateKey,
         signing_key: PrivateKey,
+        identity: Callable[[], bytes],
         known: Callable[[str], None],
     ) -> None:
         self._cells, self._card, self._log, self._evidence, self._known = cells, card, log, evidence, known
         self._sealing, self._signing, self._replay = sealing_key, signing_key, sealing.Replay()
+        self._identity = identity
         self._kinds: dict[str, Callable[[str, bytes, bytes], tuple[Any, bytes]]] = {
             "card": lambda who, header, blob: (self._card(who), b""),
             "run": self._run,
@@ -85,6 +90,7 @@ class Gateway:
             "cancel": self._cancel,
             "end": self._end,
             "log": lambda who, header, blob: (self._log(_read(header, Start).start), b""),
+            "extends": lambda who, header, blob: (extends(_read(header, Start).start), b""),
         }
 
     def app(self) -> Starlette:
@@ -98,9 +104,13 @@ class Gateway:
         except ValueError:
             nonce = b""
         if len(nonce) != 32:
-            error = RequestError("The nonce is no 32 bytes in hex.", "", "GET /evidence?nonce=<64 hex digits>", field="nonce")
+            error = RequestError(
+                "The nonce is no 32 bytes in hex.", "", "GET /evidence?nonce=<64 hex digits>", field="nonce"
+            )
             return JSONResponse(error.to_wire(), 400)
-        return Response(messages.encode(await run_in_threadpool(self._evidence, nonce)), media_type="application/json")
+        return Response(
+            messages.encode(await run_in_threadpool(self._evidence, nonce)), media_type="application/json"
+        )
 
     async def _post_open(self, request: Request) -> Response:
         body = bytearray()
@@ -117,8 +127,10 @@ class Gateway:
     def answer(self, envelope: bytes) -> Response:
         """Open one envelope and seal the answer to its sender."""
         try:
-            request = sealing.open_request(envelope, self._sealing, self._replay)
-        except SealError as error:
+            request = sealing.open_request(
+                envelope, key=self._sealing, evidence_hash=self._identity(), replay=self._replay
+            )
+        except (SealError, RequestError) as error:
             return JSONResponse(error.to_wire(), 400)
         researcher = str(request.researcher)
         try:
@@ -128,12 +140,14 @@ class Gateway:
             header, blob = {"error": error.to_wire()}, b""
         except Exception:
             header, blob = {"error": RefusedError("The site met an internal error.").to_wire()}, b""
-        sealed = sealing.seal_reply(_frame(header, blob), request, self._signing)
+        sealed = sealing.seal_reply(request.kind, _frame(header, blob), request=request, site=self._signing)
         return Response(sealed, media_type="application/octet-stream")
 
     def _dispatch(self, kind: str, researcher: str, body: bytes) -> tuple[Any, bytes]:
         if kind not in self._kinds:
-            raise RequestError(f"{kind!r} is no request of this site.", f"It knows {', '.join(self._kinds)}.", field="kind")
+            raise RequestError(
+                f"{kind!r} is no request of this site.", f"It knows {', '.join(self._kinds)}.", field="kind"
+            )
         frame = messages.read_frame(io.BytesIO(body))
         if frame is None:
             raise RequestError("The request is empty.")

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import rfc8785
 
-__all__ = ["MIME", "Release", "Row", "canonical", "digest"]
+__all__ = ["MIME", "Release", "Row", "canonical", "output_statement", "statement"]
 
 MIME = "application/vnd.rapha.release+json"
 
@@ -22,9 +22,16 @@ def canonical(value: Any) -> bytes:
     return rfc8785.dumps(msgspec.to_builtins(value))
 
 
-def digest(values: Any, tensors: bytes = b"") -> str:
-    """SHA-256 over an answer's canonical values and its tensors, in hex: what the log's entry names."""
-    return hashlib.sha256(hashlib.sha256(canonical(values)).digest() + hashlib.sha256(tensors).digest()).hexdigest()
+def statement(values: dict[str, Any], tensors: bytes | str) -> bytes:
+    """What the log's entry of a release names by its SHA-256: the answer's values and its tensors' hash."""
+    blob = tensors if isinstance(tensors, str) else hashlib.sha256(tensors).hexdigest()
+    return canonical({"values": values, "tensors": blob})
+
+
+def output_statement(site: str, cell: str, index: int, data: dict[str, Any]) -> bytes:
+    """What a site signs of one output of a cell, so that it can be told from a forged or edited one."""
+    shown = hashlib.sha256(canonical(data)).hexdigest()
+    return b"rapha-lab/output/v1" + canonical({"site": site, "cell": cell, "index": index, "digest": shown})
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -48,7 +55,8 @@ class Release(msgspec.Struct, kw_only=True):
     Attributes:
         job: the number under which the site's log and ledger know it.
         op: what was asked: count, mean, histogram, fit, evaluate.
-        values: the answer as the curator gave it; `digest` of the log's entry is over these and the tensors.
+        values: the answer as the curator gave it.
+        tensors: SHA-256 of the tensors that came with it, in hex.
         epsilon, delta: its own guarantee; `unit` says for whom.
         receipt: the log's entry with its proof and the signed checkpoint.
     """
@@ -62,24 +70,43 @@ class Release(msgspec.Struct, kw_only=True):
     delta: float
     unit: str = "patient"
     values: dict[str, Any] = {}
-    digest: str = ""
+    tensors: str = ""
     receipt: dict[str, Any] = {}
     simulated: bool = False
 
     @property
     def title(self) -> str:
         """What was asked, in a few words."""
-        return str(self.values.get("title", self.op))
+        kind, column = self.values.get("kind", self.op), self.values.get("column", "")
+        words = {
+            "count": "Number of patients",
+            "mean": f"Mean of {column}",
+            "histogram": f"Patients by {column}",
+            "evaluation": f"How well {self.values.get('target', 'the target')} is predicted on {self.split}",
+            "fit": f"Trained on {self.split}: {self.values.get('steps')} private steps",
+        }
+        unit = self.values.get("unit")
+        return words.get(kind, kind) + (f" ({unit})" if unit and column else "")
 
     @property
     def rows(self) -> list[Row]:
         """The released figures in order."""
-        return [msgspec.convert(row, Row) for row in self.values.get("rows", ())]
+        told = self.values
+        kind = told.get("kind", self.op)
+        if kind in ("count", "mean"):
+            return [_row(told.get("column", "patients"), told)]
+        if kind == "histogram":
+            names = told.get("categories") or _bins(told["edges"])
+            each = zip(names, told["counts"], told["intervals"], strict=True)
+            rows = [Row(name, value, told["error"], tuple(ends)) for name, value, ends in each]
+            return rows + ([_row("missing", told["missing"])] if told.get("missing") else [])
+        return [_row(name, figure) for name, figure in told.get("metrics", {}).items()]
 
-    @property
-    def data(self) -> dict[str, Any]:
-        """What else was released with the figures: bin edges, curves, a training's settings."""
-        return dict(self.values.get("data", {}))
+    def __getattr__(self, name: str) -> Any:
+        """What else was released with the figures: edges and counts, curves, a training's settings."""
+        if not name.startswith("_") and name in self.values:
+            return self.values[name]
+        raise AttributeError(f"This release has no {name!r}; it has {', '.join(self.values)}.")
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -138,6 +165,14 @@ class Release(msgspec.Struct, kw_only=True):
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         card = msgspec.to_builtins(self) | {"title": self.title, "rows": msgspec.to_builtins(self.rows)}
         return {MIME: card, "text/html": self._repr_html_(), "text/plain": repr(self)}
+
+
+def _row(name: str, told: dict[str, Any]) -> Row:
+    return Row(name, told["value"], told.get("error"), tuple(told["interval"]) if told.get("interval") else None)
+
+
+def _bins(edges: list[float]) -> list[str]:
+    return [f"{low:.4g} to {high:.4g}" for low, high in zip(edges, edges[1:], strict=False)]
 
 
 def _figure(value: float) -> str:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
+import matplotlib.pyplot as pyplot
 from IPython.core.formatters import DisplayFormatter
 
 from rapha_lab.protocol.errors import CellError, RaphaError
@@ -53,8 +54,7 @@ class Screen:
 
     def figures(self) -> None:
         """Show and close the matplotlib figures that are open, as the inline backend does."""
-        pyplot = sys.modules.get("matplotlib.pyplot")
-        for number in pyplot.get_fignums() if pyplot else ():
+        for number in pyplot.get_fignums():
             figure = pyplot.figure(number)
             self._send({"type": "display", "data": picture(figure), "metadata": {}})
             pyplot.close(figure)
@@ -97,20 +97,21 @@ class _Stream(io.TextIOBase):
 
 @contextmanager
 def _captured(screen: Screen) -> Iterator[None]:
-    """Streams and display go to the screen while the cell runs."""
+    """Streams, display and plt.show go to the screen while the cell runs."""
     import IPython.core.display_functions as functions
     import IPython.display as public
 
-    before = sys.stdout, sys.stderr, functions.display, public.display
+    before = sys.stdout, sys.stderr, functions.display, public.display, pyplot.show
     streams = _Stream(screen, "stdout"), _Stream(screen, "stderr")
     sys.stdout, sys.stderr = streams
     functions.display = public.display = screen.show
+    pyplot.show = lambda *_, **__: screen.figures()
     try:
         yield
     finally:
         for stream in streams:
             stream.flush()
-        sys.stdout, sys.stderr, functions.display, public.display = before
+        sys.stdout, sys.stderr, functions.display, public.display, pyplot.show = before
 
 
 def run(source: str, namespace: dict[str, Any], screen: Screen, name: str = "<cell>") -> None:

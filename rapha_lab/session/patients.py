@@ -117,11 +117,9 @@ class Patients:
         named = self._inputs(inputs)
         chosen = recipe.choose(self._expected(), model, optimizer, epochs=epochs, batch=batch, clip=clip)
         loss = loss or recipe.loss_for(self.schema.column(target))
-        program, tensors = tracing.loss_program(model, loss, self._examples(named), self._example(target))
-        request = messages.Fit(
-            program=program, inputs={**named, "target": target}, **chosen, **self._common(epsilon)
-        )
-        wire, blob = self._ask(request, tensors)
+        traced = tracing.loss_program(model, loss, self._examples(named), self._example(target))
+        asked = {"inputs": {**named, "target": target}, **chosen, **self._common(epsilon)}
+        wire, blob = self._ask(_made(messages.Fit, program=traced.program, **asked), traced.blob)
         _load(model, load(blob))
         _fitted[model] = (named, target)
         return msgspec.convert(wire, Release)
@@ -151,9 +149,9 @@ class Patients:
         goal = target if target is not None else known[1] if known else ""
         self.schema.column(goal)
         metrics = [metrics] if isinstance(metrics, str) else list(metrics)
-        program, tensors = tracing.score_program(model, self._examples(named))
-        common = self._common(epsilon)
-        return self._release(_made(messages.Evaluate, program=program, inputs=named, target=goal, metrics=metrics, **common), tensors)
+        traced = tracing.score_program(model, self._examples(named))
+        asked = {"inputs": named, "target": goal, "metrics": metrics, **self._common(epsilon)}
+        return self._release(_made(messages.Evaluate, program=traced.program, **asked), traced.blob)
 
     # -- what they need -------------------------------------------------------------------------------
 

@@ -1,0 +1,135 @@
+"""`rapha-lab`: serve a site, make keys, sign and read policies, measure a release, check a log."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from rapha_lab.protocol.errors import RaphaError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it went well, 1 with a clear line if not."""
+    args = _parser().parse_args(arguments)
+    try:
+        return int(args.run(args) or 0)
+    except RaphaError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except FileNotFoundError as error:
+        print(f"There is no file {error.filename}.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    line = argparse.ArgumentParser(prog="rapha-lab", description=__doc__)
+    commands = line.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run a hospital's site from its configuration")
+    serve.add_argument("config", type=Path)
+    serve.set_defaults(run=_serve)
+
+    measure = commands.add_parser("measure", help="what this release's enclave measures to")
+    measure.set_defaults(run=_measure)
+
+    keys = commands.add_parser("keys", help="researchers' and custodians' keys").add_subparsers(required=True)
+    new = keys.add_parser("new", help="make a key and print its public half")
+    new.add_argument("file", type=Path)
+    new.set_defaults(run=_new_key)
+    show = keys.add_parser("show", help="print a key's public half")
+    show.add_argument("file", type=Path)
+    show.set_defaults(run=_show_key)
+
+    policy = commands.add_parser("policy", help="the custodians' policy").add_subparsers(required=True)
+    for name, run, words in (
+        ("show", _show_policy, "the policy in plain English"),
+        ("check", _check_policy, "whether it is in force, and who has not signed"),
+    ):
+        command = policy.add_parser(name, help=words)
+        command.add_argument("policy", type=Path)
+        command.set_defaults(run=run)
+    for act, words in (
+        ("sign", "sign it"),
+        ("veto", "end it at once"),
+        ("revoke", "take a researcher's key or a project out of it at once"),
+    ):
+        command = policy.add_parser(act, help=words)
+        command.add_argument("policy", type=Path)
+        command.add_argument("--key", type=Path, required=True)
+        command.add_argument("--reason", default="")
+        if act == "revoke":
+            command.add_argument("subject")
+        command.set_defaults(run=_state, act=act, subject="")
+    return line
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from rapha_lab.enclave.site import Config, Site, serve
+
+    site = Site(Config.load(args.config))
+    if site.simulated:
+        print("SIMULATED ENCLAVE: no hardware protects this site.", file=sys.stderr)
+    serve(site, lambda url: print(f"{site.config.name} answers at {url} (sandbox {site.tier}).", flush=True))
+
+
+def _measure(args: argparse.Namespace) -> None:
+    from rapha_lab.enclave.attester import measure
+
+    print(measure())
+
+
+def _passphrase(prompt: str) -> str:
+    return os.environ.get("RAPHA_LAB_PASSPHRASE") or getpass.getpass(prompt)
+
+
+def _new_key(args: argparse.Namespace) -> None:
+    from rapha_lab.protocol.keys import PrivateKey
+
+    key = PrivateKey.create()
+    key.save(args.file, _passphrase("A passphrase for it, 10 characters or more: "))
+    print(key.public)
+
+
+def _show_key(args: argparse.Namespace) -> None:
+    from rapha_lab.protocol.keys import PrivateKey
+
+    print(PrivateKey.load(args.file, _passphrase("Its passphrase: ")).public)
+
+
+def _show_policy(args: argparse.Namespace) -> None:
+    from rapha_lab.protocol.policy import Policy
+
+    print(Policy.parse(args.policy.read_text()).plain_english())
+
+
+def _check_policy(args: argparse.Namespace) -> None:
+    from rapha_lab.protocol.policy import Signed
+
+    policy = Signed.load(args.policy).check()
+    print(f"{policy.head.name}, version {policy.head.version}, is in force until {policy.head.expires}.")
+
+
+def _state(args: argparse.Namespace) -> None:
+    from rapha_lab.protocol.keys import PrivateKey
+    from rapha_lab.protocol.policy import Policy, state
+
+    policy = Policy.parse(args.policy.read_text())
+    print(policy.plain_english())
+    key = PrivateKey.load(args.key, _passphrase("Your passphrase: "))
+    said = state(args.act, policy, key, args.subject, args.reason)
+    with Path(f"{args.policy}.signatures").open("ab") as file:
+        file.write(msgspec.json.encode(said) + b"\n")
+    print(f"Written to {args.policy}.signatures: {args.act}, by {key.public}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Runs a cell here first, on made-up patients and a few steps: a typo costs seconds and no ε.
+
+The same interpreter, mechanisms and checks as at the site, with a cohort drawn from the public schema alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from typing import Any
+
+import msgspec
+
+from rapha_lab.client.mock import mock
+from rapha_lab.curator.cohort import Cohort
+from rapha_lab.curator.noise import SystemNoise
+from rapha_lab.curator.plans import plan_of
+from rapha_lab.protocol import messages
+from rapha_lab.protocol.errors import RaphaError
+from rapha_lab.protocol.release import Release
+from rapha_lab.protocol.schema import Schema
+from rapha_lab.session import interpreter, parcels
+from rapha_lab.session.patients import Patients
+
+__all__ = ["Rehearsal"]
+
+PATIENTS, STEPS, BATCH, DELTA = 400, 3, 64, 1e-5
+
+
+class Rehearsal:
+    """A session in this process on made-up patients, as long-lived as the one at the site."""
+
+    def __init__(self) -> None:
+        self.namespace: dict[str, Any] = {}
+        self._cohorts: dict[bytes, Cohort] = {}
+        self._lock = threading.Lock()
+
+    def run(self, source: str, schema: Schema, *, epsilon: float | None, inputs: dict[str, Any]) -> None:
+        """Run a cell; what it shows is not shown.
+
+        Raises:
+            RaphaError: what would have failed at the site, before anything was sent.
+        """
+        with self._lock:
+            self.namespace.update(inputs)
+            self.namespace["patients"] = Patients(schema, lambda a, t=b"": self._answer(schema, a, t), epsilon=epsilon)
+            interpreter.run(source, self.namespace, interpreter.Screen(lambda output: None), "<enclave cell>")
+
+    def _answer(self, schema: Schema, ask: messages.Ask, tensors: bytes) -> tuple[dict[str, Any], bytes]:
+        request = messages.decode(messages.encode(ask))
+        # priced as asked, so that an ε that no noise reaches fails here; then run short
+        plan_of(request, tensors, schema, DELTA, SystemNoise())
+        if isinstance(request, messages.Fit):
+            steps, batch = min(request.steps, STEPS), min(request.batch, BATCH)
+            request = msgspec.structs.replace(request, steps=steps, batch=batch)
+        small = msgspec.structs.replace(schema, patients=PATIENTS)
+        plan = plan_of(request, tensors, small, DELTA, SystemNoise())
+        answer = plan.run(self._cohort(small).view(request.split), lambda steps: None)
+        release = Release(
+            job=uuid.uuid4().hex,
+            op=str(type(request).__struct_config__.tag),
+            dataset=request.dataset,
+            split=request.split,
+            site="rehearsal on made-up patients",
+            epsilon=request.epsilon,
+            delta=DELTA,
+            values=answer.values,
+        )
+        return msgspec.to_builtins(release), answer.tensors
+
+    def _cohort(self, schema: Schema) -> Cohort:
+        known = schema.to_json()
+        if known not in self._cohorts:
+            self._cohorts[known] = Cohort(schema, mock(schema, PATIENTS, seed=0), salt=bytes(16))
+        return self._cohorts[known]
+
+    def take(self, values: dict[str, Any], blob: bytes, also: dict[str, Any]) -> dict[str, Any]:
+        """The values a job brought back; modules are loaded into the rehearsed ones, else into those of `also`."""
+        return parcels.unpack(values, blob, into={**also, **self.namespace})
+
+    @staticmethod
+    def send(namespace: dict[str, Any], names: list[str]) -> tuple[dict[str, Any], bytes]:
+        """The named values of the notebook, packed for the site.
+
+        Raises:
+            RaphaError: a name is not defined, or its value does not travel.
+        """
+        return parcels.pack(namespace, names)
+
+    def fits(self, schema: Schema, source: str) -> RaphaError | None:
+        """What would stop the cell, or None."""
+        try:
+            self.run(source, schema, epsilon=1.0, inputs={})
+        except RaphaError as error:
+            return error
+        return None

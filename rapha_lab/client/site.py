@@ -1,0 +1,340 @@
+"""`connect` to a site, and what one holds then: the site, its datasets, and jobs that live there."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import threading
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from rapha_lab.client import cards, demo
+from rapha_lab.client.appraisal import AppraisalPolicy, Endorsements
+from rapha_lab.client.channel import Channel
+from rapha_lab.client.home import home, read, write
+from rapha_lab.client.mock import mock
+from rapha_lab.protocol.errors import CellError, RaphaError, RequestError, SiteError, from_wire
+from rapha_lab.protocol.keys import PrivateKey
+from rapha_lab.protocol.release import Release
+from rapha_lab.protocol.schema import Schema
+
+if TYPE_CHECKING:
+    import polars
+
+__all__ = ["ENDED", "Dataset", "Job", "Site", "connect", "known", "latest"]
+
+ENDED = ("done", "failed", "cancelled", "lost")
+_open: dict[tuple[str, str], Site] = {}
+_lock = threading.Lock()
+_latest: list[Site] = []
+
+
+def connect(
+    where: str = "demo",
+    *,
+    key: PrivateKey | str | Path | None = None,
+    passphrase: str | None = None,
+    project: str = "",
+    allow_simulated: bool = False,
+    measurements: Collection[str] = (),
+    endorsements: Endorsements | None = None,
+) -> Site:
+    """Connect to a hospital's site, or to the demo on this machine, which is started if need be.
+
+    Its attestation evidence is verified before anything is sealed to it.
+
+    Args:
+        where: "demo", or the site's address ("https://...").
+        key: the researcher's key, or the file that holds it.
+        passphrase: of that file; $RAPHA_LAB_PASSPHRASE if not given.
+        project: the project to act for, if the researcher is in several.
+        allow_simulated: accept an enclave without hardware, which protects from nobody.
+        measurements: of releases to trust, as the custodians published them.
+        endorsements: the vendor's collateral for the hardware's evidence.
+
+    Raises:
+        EvidenceError: the enclave is not to be trusted; nothing was sent.
+        SiteError: it cannot be reached or did not start.
+    """
+    if where == "demo":
+        url, secret, simulated = demo.start(), demo.researcher(), True
+    elif re.match(r"https?://", where):
+        url, secret, simulated = where, _key(key, passphrase), allow_simulated
+    else:
+        raise RequestError(
+            f"{where!r} is no site.", "A site is an address.", 'Say "demo" or "https://...".', field="where"
+        )
+    with _lock:
+        found = _open.get((url, str(secret.public)))
+        if found is None:
+            policy = AppraisalPolicy(frozenset(measurements), allow_simulated=simulated)
+            found = _open[url, str(secret.public)] = Site(Channel(url, secret, policy, endorsements), project)
+    found.refresh()
+    _remember(found, where, key if isinstance(key, (str, Path)) else None)
+    _latest[:] = [found]
+    return found
+
+
+def latest() -> Site:
+    """The site last connected to, which is the one that enclave cells run at.
+
+    Raises:
+        SiteError: none yet.
+    """
+    if not _latest:
+        raise SiteError("No site is connected.", "", 'Say site = rapha.connect("demo") first.')
+    return _latest[0]
+
+
+def _key(key: PrivateKey | str | Path | None, passphrase: str | None) -> PrivateKey:
+    if isinstance(key, PrivateKey):
+        return key
+    if key is None:
+        raise RequestError(
+            "No key was given.",
+            "A hospital's site answers only researchers whose key its policy names.",
+            'Make one with "rapha-lab keys new" and say connect(url, key="me.key").',
+            field="key",
+        )
+    return PrivateKey.load(key, passphrase if passphrase is not None else os.environ.get("RAPHA_LAB_PASSPHRASE", ""))
+
+
+def _remember(site: Site, where: str, key: str | Path | None) -> None:
+    told = {"where": where, "url": site.url, "key": str(key) if key else "", "site_key": str(site.key)}
+    told |= {"project": site.project, "simulated": site.simulated, "name": site.name}
+    write(home() / "sites" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', site.name)}.json", told)
+
+
+def known() -> list[Site]:
+    """The sites this user has connected to and that can be reached now without asking for anything."""
+    found = []
+    for path in sorted((home() / "sites").glob("*.json")):
+        told = read(path)
+        try:
+            if told.get("where") != "demo":
+                found.append(connect(told["url"], key=told["key"], project=told["project"], allow_simulated=told["simulated"]))
+            elif demo.running() is not None:
+                found.append(connect("demo"))
+        except (RaphaError, KeyError, OSError):
+            continue  # gone, or its key needs a passphrase
+    return found
+
+
+class Site:
+    """A connected site. Its repr is a card: attestation, measurement, policy, who signed it, datasets."""
+
+    def __init__(self, channel: Channel, project: str = "") -> None:
+        self._channel, self.project = channel, project
+        self._card: dict[str, Any] = {}
+
+    def refresh(self) -> None:
+        """Ask the site again for what it says of itself."""
+        self._card = self._channel.call("card", {})[0]
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return str(self._card["name"])
+
+    @property
+    def url(self) -> str:
+        """The address of its gateway."""
+        return self._channel.url
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no hardware protects it."""
+        return self._channel.verdict.claims.simulated
+
+    @property
+    def key(self) -> Any:
+        """The attested public key with which it signs."""
+        return self._channel.site_key
+
+    def card(self) -> dict[str, Any]:
+        """What the site shows of itself, with this client's verdict on its evidence."""
+        verdict = self._channel.verdict
+        told = {"url": self.url, "simulated": self.simulated, "alive": True, "key": str(self.key)}
+        told |= {"measurement": verdict.claims.measurement}
+        return self._card | told | {"verdict": {"status": verdict.status, "reasons": list(verdict.reasons)}}
+
+    def dataset(self, name: str) -> Dataset:
+        """One of the site's datasets.
+
+        Raises:
+            RequestError: there is none of that name.
+        """
+        self.refresh()
+        for told in self._card["datasets"]:
+            if told["name"] == name:
+                return Dataset(self, told)
+        names = ", ".join(told["name"] for told in self._card["datasets"])
+        raise RequestError(f"{self.name} has no dataset {name!r}.", f"It has: {names}.", "Name one.", field="dataset")
+
+    @property
+    def datasets(self) -> list[str]:
+        """The names of its datasets."""
+        return [told["name"] for told in self._card["datasets"]]
+
+    def run(
+        self,
+        source: str,
+        dataset: str,
+        *,
+        session: str = "default",
+        epsilon: float | None = None,
+        outputs: Collection[str] = (),
+        inputs: tuple[dict[str, Any], bytes] | None = None,
+        origin: dict[str, str] | None = None,
+    ) -> Job:
+        """Send a cell to run in one of your sessions there; returns at once."""
+        parcel, blob = inputs or ({}, b"")
+        order = {"session": session, "dataset": dataset, "source": source, "project": self.project}
+        order |= {"epsilon": epsilon, "outputs": list(outputs), "inputs": parcel, "origin": origin or {}}
+        return self.attach(self._channel.call("run", order, blob)[0]["cell"])
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Your cells at the site, oldest first, as the job card shows them."""
+        return [told | self._tag() for told in self._channel.call("jobs", {})[0]]
+
+    def attach(self, job: str) -> Job:
+        """A cell of yours at the site, whoever started it and whether or not that kernel lives."""
+        return Job(self, job)
+
+    def cancel(self, job: str) -> dict[str, Any]:
+        """Stop a cell of yours; what has run stays charged."""
+        return self._channel.call("cancel", {"id": job})[0] | self._tag()
+
+    def end_sessions(self, session: str = "") -> None:
+        """End your sessions there, or one of them; what they hold is lost, what was released is not."""
+        self._channel.call("end", {"id": session})
+
+    def _tag(self) -> dict[str, Any]:
+        return {"site": self.name, "simulated": self.simulated}
+
+    def _watch(self, job: str, after: int, wait: float, state: str, step: int) -> tuple[dict[str, Any], bytes]:
+        asked = {"cell": job, "after": after, "wait": wait, "state": state, "step": step}
+        told, blob = self._channel.call("watch", asked)
+        return told | self._tag(), blob
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        return cards.site(self.card())
+
+    def __repr__(self) -> str:
+        return f"<site {self.name} at {self.url}{', SIMULATED' if self.simulated else ''}>"
+
+
+class Dataset:
+    """A dataset one can't see: its public schema, its privacy unit, and what budget is left."""
+
+    def __init__(self, site: Site, told: dict[str, Any]) -> None:
+        self.site, self._told = site, told
+        self.schema = Schema.from_dict(told["schema"])
+
+    @property
+    def name(self) -> str:
+        """What cells call it."""
+        return self.schema.name
+
+    @property
+    def budget(self) -> dict[str, dict[str, dict[str, float]]]:
+        """By project and split: epsilon, delta, spent, left, and room for one more answer."""
+        self.site.refresh()
+        told = next(d for d in self.site._card["datasets"] if d["name"] == self.name)
+        return dict(told["budget"])
+
+    def mock(self, patients: int = 200, seed: int = 0) -> polars.DataFrame:
+        """Made-up patients, drawn from the schema alone; no record was looked at."""
+        return mock(self.schema, patients, seed)
+
+    def card(self) -> dict[str, Any]:
+        """The dataset as its card shows it."""
+        public = msgspec.to_builtins(self.schema)
+        return public | {"budget": self.budget, "site": self.site.name, "simulated": self.site.simulated}
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        return cards.dataset(self.card())
+
+    def __repr__(self) -> str:
+        return f"<dataset {self.name} at {self.site.name}: {len(self.schema.columns)} columns, no row to see>"
+
+
+class Job:
+    """A cell at the site. It lives there, not in this kernel: `attach` to it from anywhere."""
+
+    def __init__(self, site: Site, id: str) -> None:
+        self.site, self.id = site, id
+        self.told: dict[str, Any] = {"id": id, "state": "queued", "dataset": "", **site._tag()}
+        self.outputs: list[dict[str, Any]] = []
+        self.values: dict[str, Any] = {}
+        self.blob = b""
+
+    @property
+    def state(self) -> str:
+        """queued, running, done, failed, cancelled or lost, as last heard."""
+        return str(self.told["state"])
+
+    def poll(self, wait: float = 0.0) -> list[dict[str, Any]]:
+        """The outputs that are new, waiting up to `wait` seconds for a change."""
+        step = int(self.told.get("step") or 0)
+        told, self.blob = self.site._watch(self.id, len(self.outputs), wait, self.state, step)
+        new = told.pop("outputs")
+        self.outputs += new
+        self.values = {"values": told.pop("values")}
+        self.told = told
+        return new
+
+    def follow(self) -> Iterator[list[dict[str, Any]]]:
+        """New outputs as they come, ending when the job has; `state` and `told` are fresh at each."""
+        while True:
+            yield self.poll(wait=2.0)
+            if self.state in ENDED:
+                return
+
+    def wait(self) -> Job:
+        """Wait for the end.
+
+        Raises:
+            RaphaError: what ended it, if it did not end well.
+        """
+        for _ in self.follow():
+            pass
+        self.raise_error()
+        return self
+
+    def raise_error(self) -> None:
+        """Raise what ended the job, if it did not end well."""
+        if self.state == "done":
+            return
+        error = from_wire(self.told["error"]) if self.told.get("error") else SiteError(f"The job is {self.state}.")
+        if isinstance(error, CellError):
+            error.traceback = list(self.told.get("traceback") or [])
+        raise error
+
+    @property
+    def releases(self) -> list[Release]:
+        """The private answers it was given, in order."""
+        found = [o["data"][_RELEASE] for o in self.outputs if _RELEASE in o.get("data", {})]
+        fields = {f.name for f in msgspec.structs.fields(Release)}
+        return [msgspec.convert({k: v for k, v in each.items() if k in fields}, Release) for each in found]
+
+    def cancel(self) -> None:
+        """Stop it; what has run stays charged."""
+        self.told |= self.site.cancel(self.id)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        shown = {k: v for k, v in self.told.items() if k not in ("error", "traceback")}
+        return cards.job({"step": 0, "steps": 0, "epsilon": 0.0, "spent": 0.0} | shown)
+
+
+_RELEASE = "application/vnd.rapha.release+json"
+
+
+@atexit.register
+def _close() -> None:
+    for site in _open.values():
+        site._channel.close()

@@ -1,0 +1,134 @@
+"""`python -m rapha_lab.curator`: the process that holds the records. Its first frame is its configuration."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from rapha_lab.curator.cohort import Cohort
+from rapha_lab.curator.desk import Desk
+from rapha_lab.curator.ledger import Ledger
+from rapha_lab.curator.noise import SystemNoise
+from rapha_lab.curator.server import Call, Server
+from rapha_lab.protocol import messages
+from rapha_lab.protocol.errors import RaphaError, RequestError
+from rapha_lab.protocol.policy import Policy, Signed
+from rapha_lab.protocol.schema import SPLITS, Schema
+
+__all__ = ["Config", "main"]
+
+
+class Source(msgspec.Struct, forbid_unknown_fields=True):
+    """One dataset: its schema file and the folder with its records."""
+
+    schema: str
+    folder: str
+
+
+class Config(msgspec.Struct, forbid_unknown_fields=True):
+    """What the curator is started with, over its pipe: keys are in no file or argument of it."""
+
+    site: str
+    simulated: bool
+    policy: str
+    ledger: str
+    key: str
+    salt: str
+    measurement: str
+    tier: str
+    datasets: list[Source]
+
+
+def main() -> None:
+    """Serve the desk over stdin and stdout until stdin closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the site's operator ends the site, not its curator
+    reader = os.fdopen(os.dup(0), "rb")
+    writer = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints never gets among the frames
+    frame = messages.read_frame(reader)
+    if frame is None:
+        return
+    try:
+        server = _open(msgspec.json.decode(frame[0], type=Config), reader, writer)
+    except (RaphaError, OSError, msgspec.DecodeError) as error:
+        wrong = error if isinstance(error, RaphaError) else RequestError(f"The site cannot start: {error}")
+        messages.write_frame(writer, messages.encode({"error": wrong.to_wire()}))
+        sys.exit(1)
+    messages.write_frame(writer, messages.encode({"ready": os.getpid()}))
+    server.serve()
+
+
+def _open(config: Config, reader: Any, writer: Any) -> Server:
+    key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(config.key))
+
+    def in_force() -> Policy:
+        # read anew each time: a veto or a revocation holds from the next request on
+        return Signed.load(config.policy).check()
+
+    policy = in_force()
+    cohorts = {}
+    for source in config.datasets:
+        schema = Schema.load(source.schema)
+        policy.admits(schema.name, config.measurement, simulated=config.simulated, tier=config.tier)
+        cohorts[schema.name] = Cohort.open(schema, source.folder, bytes.fromhex(config.salt))
+        for column, found in cohorts[schema.name].findings.items():
+            if found.clamped or found.unlisted or found.missing:
+                print(f"{schema.name}.{column}: {found}", file=sys.stderr)
+    ledger = Ledger(Path(config.ledger), key, origin=config.site)
+    for project in policy.projects:
+        for dataset in project.datasets:
+            for split in SPLITS:
+                ledger.open_account(project.name, dataset, split, project.epsilon, project.delta)
+    ledger.record("policy", hash=policy.hash.hex())
+    ledger.record("release-of-enclave", measurement=config.measurement)
+    desk = Desk(in_force, ledger, cohorts, SystemNoise(), config.site, simulated=config.simulated)
+    return Server(desk, _free(ledger, in_force, cohorts), reader, writer)
+
+
+def _free(ledger: Ledger, policy: Callable[[], Policy], cohorts: dict[str, Cohort]) -> dict[str, Any]:
+    """What holds nothing of a patient: the catalog with its budgets, the log, a cell's hash for the log."""
+
+    def catalog(call: Call) -> Any:
+        mine = policy().projects_of(call.researcher)
+        return [_card(name, cohort.schema, mine) for name, cohort in cohorts.items()]
+
+    def _card(name: str, schema: Schema, projects: Any) -> Any:
+        budget = {
+            project.name: {
+                split: msgspec.to_builtins(ledger.statement(project.name, name, split)) for split in SPLITS
+            }
+            for project in projects
+            if name in project.datasets
+        }
+        return {"name": name, "title": schema.title, "schema": msgspec.to_builtins(schema), "budget": budget}
+
+    def cell(call: Call) -> Any:
+        return ledger.record("cell", source=call.text, project=call.project, researcher=call.researcher)
+
+    def log(call: Call) -> Any:
+        entries = [body.decode() for body in ledger.log.entries(call.start)[:1000]]
+        return {"entries": entries, "checkpoint": ledger.log.checkpoint()}
+
+    def extends(call: Call) -> Any:
+        size = ledger.log.size()
+        proof = [part.hex() for part in ledger.log.consistency(min(call.start, size), size)]
+        return {"checkpoint": ledger.log.checkpoint(), "proof": proof}
+
+    return {
+        "catalog": catalog,
+        "cell": cell,
+        "log": log,
+        "extends": extends,
+        "checkpoint": lambda call: ledger.log.checkpoint(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Starts a site from its configuration: keys, policy, curator, sandbox, evidence, gateway."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvicorn
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from rapha_lab.enclave.attester import SimulatedAttester, attester, measure
+from rapha_lab.enclave.cells import Cells
+from rapha_lab.enclave.curator import Curator
+from rapha_lab.enclave.gateway import Gateway
+from rapha_lab.enclave.sandbox import Zygote
+from rapha_lab.protocol.errors import PolicyError, RequestError
+from rapha_lab.protocol.evidence import Binding, Evidence
+from rapha_lab.protocol.keys import PrivateKey
+from rapha_lab.protocol.policy import Policy, Signed
+from rapha_lab.protocol.release import canonical, output_statement
+
+__all__ = ["Config", "Site", "serve"]
+
+
+class Dataset(msgspec.Struct, forbid_unknown_fields=True):
+    """A dataset of the site: its schema file, and the folder its records are in."""
+
+    schema: str
+    folder: str = "."
+
+
+class Config(msgspec.Struct, forbid_unknown_fields=True):
+    """A site's configuration, TOML; paths are relative to its file.
+
+    Attributes:
+        name: of the site.
+        state: folder for the site's keys, ledger and log.
+        policy: the custodians' policy; its signatures are beside it, `policy` + ".signatures".
+        datasets: what it serves.
+        listen: address and port; port 0 takes a free one.
+        tier: at most this sandbox tier, for tests.
+    """
+
+    name: str
+    state: str
+    policy: str
+    datasets: list[Dataset]
+    listen: str = "127.0.0.1:8470"
+    tier: str | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> Config:
+        """Read it and make its paths absolute.
+
+        Raises:
+            RequestError: naming the field that is wrong.
+        """
+        try:
+            config = msgspec.convert(tomllib.loads(path.read_text()), cls)
+        except (tomllib.TOMLDecodeError, msgspec.ValidationError, OSError) as error:
+            raise RequestError(f"The site's configuration is malformed: {error}.", f"It is {path}.") from None
+        base = path.parent.resolve()
+        config.state, config.policy = str(base / config.state), str(base / config.policy)
+        for dataset in config.datasets:
+            dataset.schema, dataset.folder = str(base / dataset.schema), str(base / dataset.folder)
+        return config
+
+
+class Site:
+    """A running site; `close` ends its processes."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._state = Path(config.state)
+        self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        seed = _secret(self._state / "site.key")
+        self.signing_key = PrivateKey("ed25519", (Ed25519PrivateKey.from_private_bytes(seed),))
+        self.sealing_key = PrivateKey.create("x-wing")
+        self._policy()
+        self._attester, self._measurement = attester(), measure()
+        self.simulated = isinstance(self._attester, SimulatedAttester)
+        self._zygote = Zygote("rapha_lab.session.worker:main", tier=config.tier)
+        try:
+            self._curator = Curator(self._curator_config(seed))
+        except BaseException:
+            self._zygote.close()
+            raise
+        schemas = {told["name"]: told["schema"] for told in self._curator.look_up("catalog")}
+        self.cells = Cells(self._zygote, self._curator, self._sign, schemas, self._project_of)
+        self.gateway = Gateway(
+            self.cells,
+            card=self.card,
+            log=lambda start: self._curator.look_up("log", start=start),
+            extends=lambda size: self._curator.look_up("extends", start=size),
+            evidence=self.evidence,
+            sealing_key=self.sealing_key,
+            signing_key=self.signing_key,
+            identity=lambda: self._binding(bytes(32), bytes(32)).identity(),
+            known=self._known,
+        )
+
+    def _policy(self) -> Policy:
+        """The policy in force, read anew: a veto or a revocation holds from the next request on."""
+        return Signed.load(self.config.policy).check()
+
+    def _curator_config(self, seed: bytes) -> dict[str, Any]:
+        return {
+            "site": self.config.name,
+            "simulated": self.simulated,
+            "policy": self.config.policy,
+            "ledger": str(self._state / "ledger.sqlite"),
+            "key": seed.hex(),
+            "salt": _secret(self._state / "split.salt").hex(),
+            "measurement": self._measurement,
+            "tier": self._zygote.tier,
+            "datasets": [msgspec.to_builtins(dataset) for dataset in self.config.datasets],
+        }
+
+    def _sign(self, cell: str, index: int, data: dict[str, Any]) -> dict[str, Any]:
+        """Signs one output, so that a notebook can tell it from a forged or edited one."""
+        signature = self.signing_key.sign(output_statement(self.config.name, cell, index, data))
+        digest = hashlib.sha256(canonical(data)).hexdigest()
+        told = {"site": self.config.name, "key": str(self.signing_key.public), "cell": cell, "index": index}
+        return told | {"digest": digest, "signature": msgspec.to_builtins(signature)}
+
+    def _known(self, researcher: str) -> None:
+        if not self._policy().projects_of(researcher):
+            raise PolicyError(
+                "No project of this site names your key.", researcher, "Ask the custodians to add it to the policy."
+            )
+
+    def _project_of(self, researcher: str, project: str, dataset: str) -> str:
+        """The researcher's project that may use the dataset: the one they named, or their only one."""
+        mine = [p.name for p in self._policy().projects_of(researcher) if dataset in p.datasets]
+        if project in mine or (not project and len(mine) == 1):
+            return project or mine[0]
+        names = ", ".join(mine) or "none"
+        raise PolicyError(
+            f"You act for no one project that may use {dataset}.",
+            f"Yours are: {names}.",
+            "Say which: connect(..., project=...)." if mine else "Ask the custodians to add you.",
+            field="project",
+        )
+
+    def _binding(self, nonce: bytes, checkpoint: bytes) -> Binding:
+        return Binding(
+            nonce=nonce,
+            sealing_key=str(self.sealing_key.public),
+            signing_key=str(self.signing_key.public),
+            policy_hash=self._policy().hash,
+            checkpoint_hash=checkpoint,
+        )
+
+    def evidence(self, nonce: bytes) -> Evidence:
+        """Fresh evidence bound to the nonce, this site's keys, its policy and the head of its log."""
+        head = hashlib.sha256(self._curator.look_up("checkpoint").encode()).digest()
+        return self._attester.evidence(self._binding(nonce, head), {"tier": self._zygote.tier})
+
+    def card(self, researcher: str) -> dict[str, Any]:
+        """What the site tells a researcher of itself."""
+        policy = self._policy()
+        return {
+            "name": self.config.name,
+            "tier": self._zygote.tier,
+            "layers": self._zygote.report.layers,
+            "reasons": self._zygote.report.reasons,
+            "policy": {
+                "name": policy.head.name,
+                "hash": policy.hash.hex(),
+                "signers": self._signers(policy),
+                "expires": str(policy.head.expires),
+            },
+            "projects": [p.name for p in policy.projects_of(researcher)],
+            "datasets": self._curator.look_up("catalog", researcher=researcher),
+        }
+
+    def _signers(self, policy: Policy) -> list[str]:
+        said = [s for s in Signed.load(self.config.policy).statements if s.act == "sign" and s.holds()]
+        keys = {s.key for s in said if s.policy == policy.hash.hex()}
+        return [f"{c.name} ({c.role})" for c in policy.custodians if c.key in keys]
+
+    @property
+    def tier(self) -> str:
+        """The sandbox tier that was proved at start."""
+        return self._zygote.tier
+
+    def close(self) -> None:
+        """End sessions, sandbox and curator."""
+        self.cells.close()
+        self._zygote.close()
+        self._curator.close()
+
+
+def serve(site: Site, ready: Callable[[str], None] = lambda url: None, stop: Callable[[], bool] | None = None) -> None:
+    """Answer over HTTP until interrupted, or until `stop` says so.
+
+    Args:
+        site: what to serve.
+        ready: called with the URL once it answers.
+        stop: asked every second.
+    """
+    host, _, port = site.config.listen.rpartition(":")
+    config = uvicorn.Config(site.gateway.app(), host=host, port=int(port), log_level="warning", server_header=False)
+    _Server(config, ready, stop).run()
+    site.close()
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, ready: Callable[[str], None], stop: Callable[[], bool] | None) -> None:
+        super().__init__(config)
+        self._ready, self._stop = ready, stop
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        self._ready(f"http://{host}:{port}")
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0 and self._stop is not None and self._stop():
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def _secret(path: Path) -> bytes:
+    """32 random bytes kept in a file for the site alone, made at first use."""
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(os.urandom(32))
+    except FileExistsError:
+        pass
+    return path.read_bytes()

@@ -1,0 +1,171 @@
+"""`%%enclave`: rehearse the cell here, run it at the site, show what may be shown."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import uuid
+from typing import Any, NoReturn
+
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.magic import Magics, cell_magic, magics_class
+from IPython.display import display
+
+from rapha_lab.client import cards
+from rapha_lab.client.site import ENDED, Dataset, Job, Site, latest
+from rapha_lab.protocol.errors import (
+    BudgetError,
+    CellError,
+    PolicyError,
+    RaphaError,
+    RequestError,
+    SealedError,
+    SiteError,
+)
+
+__all__ = ["EnclaveMagics"]
+
+USAGE = "%%enclave DATASET [--epsilon E] [-o NAMES] [-i NAMES] [--no-rehearsal]"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"The line of this enclave cell is malformed: {message}.", "", f"Write {USAGE}.")
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if not name.isidentifier():
+            raise argparse.ArgumentTypeError(f"{name!r} is no name")
+    return names
+
+
+def _epsilon(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"--epsilon is {text!r}; it must be a number above 0")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the magic's line."""
+    line = _Parser(prog="%%enclave", add_help=False)
+    line.add_argument("dataset")
+    line.add_argument("--epsilon", type=_epsilon)
+    line.add_argument("-o", "--output", type=_names, default=[])
+    line.add_argument("-i", "--input", type=_names, default=[])
+    line.add_argument("--no-rehearsal", action="store_true")
+    line.add_argument("--rehearse-only", action="store_true")
+    return line
+
+
+@magics_class
+class EnclaveMagics(Magics):
+    """The cell magic; one notebook has one session at a site."""
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        super().__init__(shell)
+        from rapha_lab.client.rehearsal import Rehearsal
+
+        self._session = uuid.uuid4().hex
+        self._rehearsal = Rehearsal()
+
+    @cell_magic
+    def enclave(self, line: str, cell: str) -> None:
+        """Run this cell at the hospital's enclave: %%enclave DATASET [--epsilon E] [-o NAMES] [-i NAMES]."""
+        try:
+            self._enclave(line, cell)
+        except RaphaError as error:
+            raise _shown(error) from None
+
+    def _enclave(self, line: str, cell: str) -> None:
+        args = self._parse(line)
+        dataset = latest().dataset(args.dataset)
+        sent = self._rehearsal.send(self.shell.user_ns, args.input)
+        if not args.no_rehearsal:
+            inputs = {name: self.shell.user_ns[name] for name in args.input}
+            self._rehearsal.run(cell, dataset.schema, epsilon=args.epsilon, inputs=inputs)
+        if args.rehearse_only:
+            print("Rehearsed on made-up patients: it would run. Nothing was sent, no ε was spent.")
+            return
+        job = self._run(dataset, cell, args, sent)
+        taken = self._rehearsal.take(job.values, job.blob, self.shell.user_ns)
+        self.shell.user_ns.update(taken)
+
+    def _parse(self, line: str) -> argparse.Namespace:
+        try:
+            return parser().parse_args(shlex.split(line, comments=True))
+        except ValueError as error:
+            raise RequestError(
+                f"The line of this enclave cell is malformed: {error}.", "", f"Write {USAGE}."
+            ) from None
+
+    def _run(
+        self, dataset: Dataset, cell: str, args: argparse.Namespace, sent: tuple[dict[str, Any], bytes]
+    ) -> Job:
+        site: Site = dataset.site
+        job = site.run(
+            cell,
+            dataset.name,
+            session=self._session,
+            epsilon=args.epsilon,
+            outputs=args.output,
+            inputs=sent,
+            origin=_origin(self.shell),
+        )
+        try:
+            _follow(job)
+        except KeyboardInterrupt:
+            job.cancel()
+            _follow(job)
+        job.raise_error()
+        return job
+
+
+def _follow(job: Job) -> None:
+    """Show a job's outputs as they come, and its card while it takes steps."""
+    card = None
+    for outputs in job.follow():
+        for output in outputs:
+            _show(output)
+        if job.told.get("steps", 0) > 1 or card is not None:
+            bundle = job._repr_mimebundle_()
+            if card is None:
+                card = display(bundle, raw=True, display_id=True)
+            else:
+                card.update(bundle, raw=True)
+    if job.state not in ENDED:
+        raise SiteError("The job was left running.", "", f'Come back to it: site.attach("{job.id}").')
+
+
+def _show(output: dict[str, Any]) -> None:
+    if output["type"] == "stream":
+        print(
+            output["text"], end="", file=sys.stderr if output["name"] == "stderr" else sys.stdout, flush=True
+        )
+    else:
+        display(output["data"], raw=True, metadata=output.get("metadata") or {})
+
+
+def _origin(shell: InteractiveShell) -> dict[str, str]:
+    """Which notebook cell this is, as far as the front end says."""
+    parent = getattr(shell, "parent_header", None) or {}
+    cell = (parent.get("metadata") or {}).get("cellId", "")
+    path = shell.user_ns.get("__session__", "")
+    return {"cell": str(cell), "notebook": str(path)}
+
+
+def _shown(error: RaphaError) -> RaphaError:
+    """The error as the notebook raises it: refusals leave a card above and one line below."""
+    if isinstance(error, CellError):
+        return error
+    if isinstance(error, (SealedError, BudgetError, PolicyError, RequestError)):
+        display(cards.blocked(error.to_wire()), raw=True)
+    line = f"{type(error).__name__}: {error}"
+    error._render_traceback_ = lambda: [line]  # type: ignore[attr-defined]
+    return error
