@@ -1,4 +1,4 @@
-"""Made-up patients, drawn from a dataset's public schema alone: code that runs on them runs on the real ones."""
+"""Made-up patients, drawn from a dataset's public schema alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MISSING_SHARE = 0.1
 def mock(schema: Schema, n: int = 1000, seed: int = 0) -> pl.DataFrame:
     """`n` made-up patients in the layout of the records.
 
-    Numbers spread over the public bounds on the column's scale and reach both; later categories are rarer, and
-    some may not occur; where a value can be missing it is in a tenth. Columns are independent: nothing
+    Numbers spread over the public bounds on the scale of the column and reach both; later categories are rarer
+    and may not occur; where a value can be missing it is in a tenth. Columns are independent: nothing
     can be learnt from them. The same arguments give the same patients.
 
     Returns:

@@ -1,0 +1,164 @@
+"""Judging a model on held-out patients: every metric from one noisy histogram of scores per class.
+
+1. Two quantiles of the scores, by noisy maximum over public candidates (McSherry and Talwar 2007; OpenDP's
+   noisy max), place the bins: a histogram on fixed bins would miss a model with narrow scores.
+2. One histogram of scores per class with discrete Laplace noise; a patient is in one cell of it.
+3. All metrics, curves and intervals are computed from that histogram (after Boyd, Lantz and Page 2015).
+
+The three answers together are (ε, 0)-private. For one patient in one cell Laplace noise is smaller than
+Gaussian noise of the same stand-alone (ε, δ).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import opendp.prelude as dp
+import torch
+from torch import Tensor
+
+from rapha_lab.curator.accounting import Pure
+from rapha_lab.curator.cohort import View
+from rapha_lab.curator.lift import lift
+from rapha_lab.curator.mechanisms import Answer, Plan, Progress, metrics
+from rapha_lab.curator.mechanisms.aggregate import laplace, touched
+from rapha_lab.curator.mechanisms.train import fits
+from rapha_lab.protocol.errors import ProgramError, RequestError
+from rapha_lab.protocol.messages import Evaluate
+from rapha_lab.protocol.schema import Schema
+
+__all__ = ["bounded", "cells", "edges_between", "logits", "plan", "utilities"]
+
+LARGEST = 8.0
+"""Scores are clamped to this many logits; beyond, a probability is within 0.0004 of 0 or 1."""
+
+CANDIDATES = np.linspace(-6.0, 6.0, 241)
+TENTHS = 3
+"""Bins are placed by the quantiles at this many tenths from either end."""
+
+REACH = 10 - TENTHS
+"""By how much one patient moves a candidate's utility."""
+
+PLACING = 0.15
+"""Share of ε for each of the two quantiles."""
+
+BINS = 11
+"""Bins of a class: eight equal ones, two tails, and one more where 0 divides one."""
+
+
+def plan(ask: Evaluate, tensors: bytes, schema: Schema, delta: float) -> Plan:
+    """How a model will be judged at the asked epsilon.
+
+    Args:
+        ask: its `program` gives one patient's logit.
+        tensors: the program's parameters and constants, as safetensors.
+        schema: what is public about the dataset.
+        delta: not used: the answer is (epsilon, 0)-private.
+
+    Raises:
+        RequestError: for a target that is not boolean, or an unknown column.
+        ProgramError: if the program is not one patient's logit in allowed operations.
+    """
+    target = schema.column(ask.target)
+    if target.type != "boolean":
+        raise RequestError(
+            f"The target {target.name} is no boolean column.",
+            f"It is a {target.type}; these metrics are about a yes or no.",
+            "Name a boolean column as target.",
+            field="target",
+        )
+    score = logits(ask, tensors, schema)
+    find = _finder(PLACING * ask.epsilon)
+    scale = 1 / ((1 - 2 * PLACING) * ask.epsilon)
+    add_noise = laplace(scale)
+
+    def run(view: View, progress: Progress) -> Answer:
+        progress(1)
+        known = view.known(target.name)
+        labels, scores = view.codes(target.name)[known].numpy(), bounded(score(view)[known])
+        low, high = (float(CANDIDATES[find(part)]) for part in utilities(scores))
+        edges = edges_between(low, high)
+        noisy = np.array(add_noise(cells(scores, labels, edges).ravel())).reshape(2, -1)
+        judged = metrics.judge(noisy, edges, scale, ask.metrics)
+        patients = _totals(noisy, metrics.spread(scale))
+        return Answer({"kind": "evaluation", "target": target.name, "patients": patients, **judged})
+
+    return Plan(Pure(ask.epsilon), 1, touched(ask.split), run)
+
+
+def bounded(scores: Tensor) -> np.ndarray:
+    """Scores as logits within public limits; one that is no number counts as undecided, 0."""
+    return scores.double().nan_to_num(0.0, LARGEST, -LARGEST).clamp(-LARGEST, LARGEST).numpy()
+
+
+def utilities(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How well each candidate fits as the lower and as the upper quantile; one patient moves each by REACH.
+
+    For the quantile a/10: -|(10 - a) * patients below - a * patients above|.
+    """
+    ordered = np.sort(scores)
+    below = np.searchsorted(ordered, CANDIDATES, side="left")
+    above = len(scores) - np.searchsorted(ordered, CANDIDATES, side="right")
+    low = -np.abs((10 - TENTHS) * below - TENTHS * above)
+    high = -np.abs(TENTHS * below - (10 - TENTHS) * above)
+    return low.astype(np.int64), high.astype(np.int64)
+
+
+def edges_between(low: float, high: float) -> np.ndarray:
+    """The inner edges of the bins: an equally spaced grid about two quantiles, and 0."""
+    low, high = min(low, high), max(low, high)
+    width = max(high - low, 0.05)
+    edges = np.linspace(low - 1.5 * width, high + 1.5 * width, BINS - 2)
+    return np.sort(np.append(edges, 0.0))
+
+
+def cells(scores: np.ndarray, labels: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Patients by class and bin, (2, len(edges) + 1); each is in one."""
+    size = len(edges) + 1
+    where = labels * size + np.searchsorted(edges, scores, side="right")
+    return np.bincount(where, minlength=2 * size).reshape(2, size)
+
+
+def _finder(epsilon: float) -> Callable[[np.ndarray], int]:
+    """The index of about the largest utility, (epsilon, 0)-private."""
+    space = dp.vector_domain(dp.atom_domain(T="i64")), dp.linf_distance(T="i64")
+    noisy_max = dp.m.make_noisy_max(*space, dp.max_divergence(), scale=2 * REACH / epsilon)
+    return lambda utility: noisy_max(utility.tolist())
+
+
+def _totals(noisy: np.ndarray, sd: float) -> dict[str, Any]:
+    error = sd * math.sqrt(noisy.shape[1])
+    names = ("negative", "positive")
+    return {
+        name: {"value": max(0, int(row.sum())), "error": error}
+        for name, row in zip(names, noisy, strict=True)
+    }
+
+
+def logits(ask: Evaluate, tensors: bytes, schema: Schema) -> Callable[[View], Tensor]:
+    """The program as a function from a view to its patients' scores, (n,).
+
+    Raises:
+        ProgramError: if it is not one patient's logit in allowed operations.
+    """
+    lifted = lift(ask.program, loss=False)
+    if math.prod(lifted.output) != 1:
+        why = f"For one patient its output has the shape {list(lifted.output)}."
+        raise ProgramError(
+            "The model gives no single score.", why, "Let it end in one logit.", field="program"
+        )
+    parameters, constants = lifted.tensors(tensors)
+    fits(ask.program, ask.inputs, schema)
+    expected = schema.expected(ask.split) or 0.0
+
+    def score(view: View) -> Tensor:
+        inputs = {name: view.tensor(columns) for name, columns in ask.inputs.items()}
+        # the number of microbatches is that of the declared number of patients
+        room = max(0, math.ceil(expected + 6 * math.sqrt(expected)) - len(view))
+        rows = {name: torch.cat([t, t.new_zeros(room, *t.shape[1:])]) for name, t in inputs.items()}
+        return lifted.scores(parameters, constants, rows).reshape(-1)[: len(view)]
+
+    return score
