@@ -28,6 +28,7 @@ __all__ = [
     "Order",
     "Pure",
     "SampledGaussian",
+    "budget_at",
     "decode_loss",
     "encode_loss",
     "epsilon_of",
@@ -180,11 +181,12 @@ class Pure(Loss, frozen=True, tag="pure"):
         _within("epsilon", self.epsilon, 1e-9, 1e6)
 
     def rdp(self, alpha: int) -> float:
-        """ln(cosh((α-½)ε) / cosh(ε/2)) / (α-1), never more than ε."""
-        if alpha * self.epsilon > 600:
-            return self.epsilon
-        ratio = 2 * math.sinh(alpha * self.epsilon / 2) * math.sinh((alpha - 1) * self.epsilon / 2)
-        return min(self.epsilon, math.log1p(ratio / math.cosh(self.epsilon / 2)) / (alpha - 1))
+        """ln(cosh((α-½)ε) / cosh(ε/2)) / (α-1), in the form that is exact for large or for small ε."""
+        e = self.epsilon
+        if alpha * e > 30:
+            return e + (math.log1p(math.exp((1 - 2 * alpha) * e)) - math.log1p(math.exp(-e))) / (alpha - 1)
+        excess = 2 * math.sinh(alpha * e / 2) * math.sinh((alpha - 1) * e / 2) / math.cosh(e / 2)
+        return math.log1p(excess) / (alpha - 1)
 
     def with_noise(self, noise: float) -> Pure:
         """The same answer with Laplace noise of scale `noise` times the L1 sensitivity."""
@@ -220,24 +222,20 @@ def order_for(epsilon: float, delta: float) -> Order:
     _within("epsilon", epsilon, 1e-6, 1e6)
     _within("delta", delta, 1e-300, 0.5)
     alpha = max(ORDERS, key=lambda order: (epsilon - _overhead(order, delta)) / order)
-    return Order(alpha, budget_at(alpha, epsilon, delta))
-
-
-def budget_at(alpha: int, epsilon: float, delta: float) -> int:
-    """The Rényi loss at order `alpha`, in billionths rounded down, that implies (epsilon, delta).
-
-    Raises:
-        RequestError: naming `epsilon`, if nothing is left at this order.
-    """
-    budget = math.floor(Fraction(epsilon - _overhead(alpha, delta) - _ROUNDING) * UNIT)
-    if not 0 < budget < _LARGEST:
+    order = Order(alpha, budget_at(alpha, epsilon, delta))
+    if not 0 < order.units < _LARGEST:
         raise RequestError(
             f"A budget of epsilon={epsilon:g} at delta={delta:g} allows no answer at all.",
-            "Below that delta no amount of noise reaches so small an epsilon by Rényi accounting.",
+            "Rényi accounting certifies no epsilon as small as that at this delta, whatever the noise.",
             "State a larger epsilon or a larger delta.",
             field="epsilon",
         )
-    return budget
+    return order
+
+
+def budget_at(alpha: int, epsilon: float, delta: float) -> int:
+    """The loss at order `alpha` that implies (epsilon, delta), rounded down; below 1 if none does."""
+    return math.floor(Fraction(epsilon - _overhead(alpha, delta) - _ROUNDING) * UNIT)
 
 
 def _overhead(alpha: int, delta: float) -> float:

@@ -134,7 +134,7 @@ class Ledger:
     def open_account(self, project: str, dataset: str, split: str, epsilon: float, delta: float) -> None:
         """Make sure that the account has the budget (epsilon, delta).
 
-        A budget may change later; the order stays once the account has jobs.
+        A budget may change later; its order may not, once anything is spent.
 
         Raises:
             PolicyError: if more is spent already than the new budget has.
@@ -145,7 +145,12 @@ class Ledger:
             old = self._find(project, dataset, split)
             if old and (old.epsilon, old.delta) == (epsilon, delta):
                 return
-            if old and db.execute("SELECT 1 FROM charge WHERE account = ?", (old.number,)).fetchone():
+            if (
+                old
+                and db.execute(
+                    "SELECT 1 FROM charge WHERE account = ? AND units > 0", (old.number,)
+                ).fetchone()
+            ):
                 budget = accounting.budget_at(old.alpha, epsilon, delta)
                 if budget < old.spent:
                     raise _shrunk(old, epsilon, delta)
