@@ -1,0 +1,60 @@
+import * as React from 'react';
+import { Gauge } from './gauge';
+import { Fact } from './siteviews';
+import { IColumn, IDataset, ISite } from './tokens';
+
+/** The datasets of all sites: what the schema says of them, and what is left of each budget. */
+export function Datasets({ datasets }: { datasets: { site: ISite; dataset: IDataset }[] }): JSX.Element {
+  return (
+    <>
+      {datasets.map(({ site, dataset }) => (
+        <Dataset key={`${site.name} ${dataset.name}`} site={site} dataset={dataset} />
+      ))}
+    </>
+  );
+}
+
+function Dataset({ site, dataset }: { site: ISite; dataset: IDataset }): JSX.Element {
+  const columns = (dataset.columns ?? []).map(column =>
+    typeof column === 'string' ? { name: column } : column
+  );
+  return (
+    <article className="rapha-Dataset" aria-label={`Dataset ${dataset.name}`}>
+      <header className="rapha-Card-head">
+        <strong>{dataset.name}</strong>
+        <span className="rapha-Card-aside">at {site.name}</span>
+      </header>
+      <dl className="rapha-Facts">
+        <Fact term="About">{dataset.title}</Fact>
+        <Fact term="Unit">one patient, by {dataset.patient}</Fact>
+      </dl>
+      {Object.entries(dataset.budget ?? {}).map(([project, splits]) => (
+        <div key={project} className="rapha-Budget">
+          <h3>Budget of {project}</h3>
+          {Object.entries(splits).map(([split, budget]) => (
+            <Gauge key={split} label={split} budget={budget} />
+          ))}
+        </div>
+      ))}
+      {columns.length > 0 && (
+        <details className="rapha-Columns">
+          <summary>{columns.length} columns</summary>
+          <ul>
+            {columns.map(column => (
+              <Column key={column.name} column={column} />
+            ))}
+          </ul>
+        </details>
+      )}
+    </article>
+  );
+}
+
+function Column({ column }: { column: IColumn }): JSX.Element {
+  const about = [column.type, column.unit].filter(Boolean).join(', ');
+  return (
+    <li>
+      <code>{column.name}</code> {about}
+    </li>
+  );
+}

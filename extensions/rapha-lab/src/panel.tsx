@@ -1,0 +1,85 @@
+import { ILayoutRestorer, JupyterFrontEnd, JupyterFrontEndPlugin } from '@jupyterlab/application';
+import { ReactWidget } from '@jupyterlab/ui-components';
+import * as React from 'react';
+import { Datasets } from './datasets';
+import { enclaveIcon } from './icons';
+import { Jobs } from './jobs';
+import { Sites } from './siteviews';
+import { CommandIDs, IJob, ISites } from './tokens';
+import { useSites } from './usesites';
+
+const ID = 'rapha-lab-panel';
+
+/** The sidebar: sites, datasets with their budgets, jobs; it needs no kernel. */
+export const panel: JupyterFrontEndPlugin<void> = {
+  id: 'rapha-lab:panel',
+  description: 'Shows sites, datasets, budgets and jobs in the sidebar.',
+  autoStart: true,
+  requires: [ISites],
+  optional: [ILayoutRestorer],
+  activate: (app: JupyterFrontEnd, sites: ISites, restorer: ILayoutRestorer | null) => {
+    const showCell = (job: IJob) => void app.commands.execute(CommandIDs.showCell, { cell: job.cell ?? '' });
+    const widget = ReactWidget.create(<Panel sites={sites} showCell={showCell} />);
+    widget.id = ID;
+    widget.addClass('rapha-Panel');
+    widget.title.icon = enclaveIcon;
+    widget.title.caption = 'Rapha Lab: sites, budgets and jobs';
+    widget.node.setAttribute('role', 'region');
+    widget.node.setAttribute('aria-label', 'Rapha Lab');
+    app.shell.add(widget, 'left', { rank: 600 });
+    restorer?.add(widget, ID);
+    app.commands.addCommand(CommandIDs.openPanel, {
+      label: 'Show Sites, Budgets and Jobs',
+      icon: enclaveIcon,
+      describedBy: { args: {} },
+      execute: () => app.shell.activateById(ID)
+    });
+  }
+};
+
+function Panel({ sites, showCell }: { sites: ISites; showCell: (job: IJob) => void }): JSX.Element {
+  useSites(sites);
+  const datasets = sites.sites.flatMap(site => site.datasets.map(dataset => ({ site, dataset })));
+  return (
+    <div className="rapha-Panel-body">
+      {sites.problem && (
+        <p className="rapha-Note" role="alert">
+          {sites.problem}
+        </p>
+      )}
+      <Section title="Sites" count={sites.sites.length}>
+        {sites.sites.length ? <Sites sites={sites.sites} /> : <NoSites ready={sites.ready} />}
+      </Section>
+      {datasets.length > 0 && (
+        <Section title="Datasets" count={datasets.length}>
+          <Datasets datasets={datasets} />
+        </Section>
+      )}
+      <Section title="Jobs" count={sites.jobs.length}>
+        <Jobs jobs={sites.jobs} cancel={job => sites.cancel(job)} showCell={showCell} />
+      </Section>
+    </div>
+  );
+}
+
+function Section(props: { title: string; count: number; children: React.ReactNode }): JSX.Element {
+  return (
+    <details className="rapha-Section" open>
+      <summary>
+        <h2>{props.title}</h2>
+        <span className="rapha-Section-count">{props.count}</span>
+      </summary>
+      {props.children}
+    </details>
+  );
+}
+
+function NoSites({ ready }: { ready: boolean }): JSX.Element {
+  return ready ? (
+    <p className="rapha-Empty">
+      No site is known on this computer. In a cell: <code>rapha.connect("demo")</code>
+    </p>
+  ) : (
+    <p className="rapha-Empty">Looking for sites…</p>
+  );
+}

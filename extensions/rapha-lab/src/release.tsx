@@ -1,0 +1,94 @@
+import { JupyterFrontEnd, JupyterFrontEndPlugin } from '@jupyterlab/application';
+import { IRenderMimeRegistry } from '@jupyterlab/rendermime';
+import * as React from 'react';
+import { addCard } from './card';
+import { epsilon, figure, value } from './format';
+import { IRelease, Mime } from './tokens';
+
+type Row = IRelease['rows'][number];
+
+/** Draws what the curator released: each value with its error, and what it cost. */
+export const release: JupyterFrontEndPlugin<void> = {
+  id: 'rapha-lab:release',
+  description: 'Draws releases, each value with its error.',
+  autoStart: true,
+  requires: [IRenderMimeRegistry],
+  activate: (_: JupyterFrontEnd, registry: IRenderMimeRegistry) => {
+    addCard<IRelease>(registry, Mime.release, data => <ReleaseCard data={data} />);
+  }
+};
+
+function ReleaseCard({ data }: { data: IRelease }): JSX.Element {
+  const rows = data.rows ?? [];
+  const scale = whiskers(rows);
+  return (
+    <section className="rapha-Card rapha-Release" aria-label="Release">
+      <table>
+        <caption>{data.title || data.op}</caption>
+        <thead>
+          <tr>
+            <th scope="col">Name</th>
+            <th scope="col">Value</th>
+            <th scope="col">Error</th>
+            <th scope="col">Interval</th>
+          </tr>
+        </thead>
+        <tbody>
+          {rows.map((row, index) => (
+            <ReleaseRow key={index} row={row} scale={scale} />
+          ))}
+        </tbody>
+      </table>
+      <p className="rapha-Release-price">
+        <span>
+          ε {epsilon(data.epsilon)}, δ {figure(data.delta)}
+        </span>
+        <span>one {data.unit} more or less</span>
+        <span>
+          {data.dataset}, {data.split === 'all' ? 'all splits' : `${data.split} split`}
+        </span>
+      </p>
+    </section>
+  );
+}
+
+function ReleaseRow({ row, scale }: { row: Row; scale: [number, number] | null }): JSX.Element {
+  const { name, value: shown, error, interval } = row;
+  return (
+    <tr>
+      <th scope="row">{name}</th>
+      <td className="rapha-mod-number">{value(shown, error)}</td>
+      <td className="rapha-mod-number">{error ? `± ${value(error, error)}` : ''}</td>
+      <td className="rapha-mod-number">
+        {interval && `${value(interval[0], error)} to ${value(interval[1], error)}`}
+        {interval && scale && typeof shown === 'number' && (
+          <Whisker at={shown} from={interval[0]} to={interval[1]} scale={scale} />
+        )}
+      </td>
+    </tr>
+  );
+}
+
+/** A dot with its interval, on the scale all rows share. */
+function Whisker(props: { at: number; from: number; to: number; scale: [number, number] }): JSX.Element {
+  const [low, high] = props.scale;
+  const x = (v: number) => 4 + (112 * (v - low)) / (high - low);
+  return (
+    <svg className="rapha-Whisker" width="120" height="14" aria-hidden="true">
+      <line x1={x(props.from)} x2={x(props.to)} y1="7" y2="7" />
+      <line x1={x(props.from)} x2={x(props.from)} y1="4" y2="10" />
+      <line x1={x(props.to)} x2={x(props.to)} y1="4" y2="10" />
+      <circle cx={x(props.at)} cy="7" r="3" />
+    </svg>
+  );
+}
+
+/** The range of all intervals, or null where fewer than two rows could be compared. */
+function whiskers(rows: Row[]): [number, number] | null {
+  const ends = rows.flatMap(row => row.interval ?? []).filter(isFinite);
+  if (ends.length < 4) {
+    return null;
+  }
+  const [low, high] = [Math.min(...ends), Math.max(...ends)];
+  return high > low ? [low, high] : null;
+}
