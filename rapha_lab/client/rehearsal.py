@@ -10,19 +10,20 @@ import uuid
 from typing import Any
 
 import msgspec
+import polars
+import torch
 
 from rapha_lab.client.mock import mock
 from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.noise import SystemNoise
 from rapha_lab.curator.plans import plan_of
 from rapha_lab.protocol import messages
-from rapha_lab.protocol.errors import RaphaError
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
 from rapha_lab.session import interpreter, parcels
 from rapha_lab.session.patients import Patients
 
-__all__ = ["Rehearsal"]
+__all__ = ["Rehearsal", "encoded"]
 
 PATIENTS, STEPS, BATCH, DELTA = 400, 3, 64, 1e-5
 
@@ -87,10 +88,11 @@ class Rehearsal:
         """
         return parcels.pack(namespace, names)
 
-    def fits(self, schema: Schema, source: str) -> RaphaError | None:
-        """What would stop the cell, or None."""
-        try:
-            self.run(source, schema, epsilon=1.0, inputs={})
-        except RaphaError as error:
-            return error
-        return None
+
+def encoded(schema: Schema, patients: polars.DataFrame, columns: str | list[str]) -> torch.Tensor:
+    """Local patients as a program's input, by the very code that does it at the site."""
+    names = [columns] if isinstance(columns, str) else list(columns)
+    asked = tuple({column.name: column for column, _ in map(schema.find, names)}.values())
+    rows = patients.with_columns(polars.int_range(polars.len()).alias(schema.patient))
+    part = msgspec.structs.replace(schema, columns=asked, patients=None)
+    return Cohort(part, rows, salt=bytes(16)).view("all").tensor(columns)

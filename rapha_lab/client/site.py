@@ -24,6 +24,7 @@ from rapha_lab.protocol.schema import Schema
 
 if TYPE_CHECKING:
     import polars
+    import torch
 
 __all__ = ["ENDED", "Dataset", "Job", "Site", "connect", "known", "latest"]
 
@@ -250,6 +251,17 @@ class Dataset:
     def mock(self, patients: int = 200, seed: int = 0) -> polars.DataFrame:
         """Made-up patients, drawn from the schema alone; no record was looked at."""
         return mock(self.schema, patients, seed)
+
+    def inputs(self, patients: polars.DataFrame, columns: str | list[str]) -> torch.Tensor:
+        """Your own patients as a model's input: scaled and coded as the site does it, (n, *shape).
+
+        Args:
+            patients: one row a patient, with the schema's columns that are asked for; others may be absent.
+            columns: as given to `fit`'s `inputs`.
+        """
+        from rapha_lab.client.rehearsal import encoded
+
+        return encoded(self.schema, patients, columns)
 
     def card(self) -> dict[str, Any]:
         """The dataset as its card shows it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import subprocess
@@ -23,22 +24,35 @@ Progress = Callable[[int, int], None]
 class Curator:
     """A curator subprocess on two pipes, started again if it dies.
 
-    Args:
-        config: what `rapha_lab.curator` reads first: policy, ledger, data sets, keys. See its `__main__`.
+    It loads its libraries from the start; `open` gives it its configuration and waits until it is ready.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self._config = config
+    def __init__(self) -> None:
+        self._config: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._waiting: dict[str, queue.Queue[tuple[dict[str, Any], bytes] | None]] = {}
         self._closed = False
-        self._process = self._start()
+        self._process = self._launch()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def open(self, config: dict[str, Any]) -> None:
+        """Have it open the records and the ledger.
+
+        Args:
+            config: policy, ledger, datasets, keys: see `rapha_lab.curator.__main__.Config`.
+
+        Raises:
+            RaphaError: what is wrong with them.
+        """
+        self._config = config
+        self._configure(self._process)
+
+    def _launch(self) -> subprocess.Popen[bytes]:
         # -I: nothing of the working directory or the environment's PYTHON* is imported
         command = [sys.executable, "-I", "-m", "rapha_lab.curator"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
+
+    def _configure(self, process: subprocess.Popen[bytes]) -> None:
         try:
             messages.write_frame(process.stdin, messages.encode(self._config))  # type: ignore[arg-type]
             first = messages.read_frame(process.stdout)  # type: ignore[arg-type]
@@ -46,13 +60,14 @@ class Curator:
             first = None
         if first is None:
             process.wait()
-            raise SiteError("The curator did not start.", "Its process ended at once.", "See what it wrote above.")
+            raise SiteError(
+                "The curator did not start.", "Its process ended at once.", "See what it wrote above."
+            )
         ready = msgspec.json.decode(first[0])
         if "error" in ready:
             process.wait()
             raise from_wire(ready["error"])
         threading.Thread(target=self._listen, args=(process,), daemon=True).start()
-        return process
 
     @property
     def pid(self) -> int:
@@ -80,7 +95,8 @@ class Curator:
             if self._closed:
                 raise SiteError("The site is stopping.")
             if self._process.poll() is not None:
-                self._process = self._start()
+                self._process = self._launch()
+                self._configure(self._process)
             try:
                 messages.write_frame(self._process.stdin, messages.encode(header), tensors)  # type: ignore[arg-type]
             except BrokenPipeError:
@@ -131,7 +147,8 @@ class Curator:
         """End the process; a running job keeps what it had spent."""
         with self._lock:
             self._closed = True
-            self._process.stdin.close()  # type: ignore[union-attr]
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()  # type: ignore[union-attr]
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:

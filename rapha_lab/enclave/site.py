@@ -84,11 +84,12 @@ class Site:
         self._policy()
         self._attester, self._measurement = attester(), measure()
         self.simulated = isinstance(self._attester, SimulatedAttester)
-        self._zygote = Zygote("rapha_lab.session.worker:main", tier=config.tier)
+        self._curator = Curator()
         try:
-            self._curator = Curator(self._curator_config(seed))
+            self._zygote = Zygote("rapha_lab.session.worker:main", tier=config.tier)
+            self._curator.open(self._curator_config(seed))
         except BaseException:
-            self._zygote.close()
+            self._curator.close()
             raise
         schemas = {told["name"]: told["schema"] for told in self._curator.look_up("catalog")}
         self.cells = Cells(self._zygote, self._curator, self._sign, schemas, self._project_of)

@@ -35,11 +35,14 @@ class Screen:
 
     Args:
         send: takes one output: {"type": "stream", "name", "text"} or {"type": "display", "data", "metadata"}.
+
+    Attributes:
+        released: what this cell was given by the curator, whose cards the site shows by itself.
     """
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.shown: set[int] = set()
+        self.released: list[Any] = []
 
     def stream(self, name: str, text: str) -> None:
         if text:
@@ -124,6 +127,7 @@ def run(source: str, namespace: dict[str, Any], screen: Screen, name: str = "<ce
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     namespace.setdefault("__name__", "__main__")
     namespace["display"] = screen.show
+    screen.released.clear()
     with _captured(screen):
         try:
             body, last = _compile(source, name)
@@ -154,7 +158,7 @@ def _compile(source: str, name: str) -> tuple[CodeType, CodeType | None]:
 def _show_last(value: Any, namespace: dict[str, Any], screen: Screen) -> None:
     if value is not None:
         namespace["_"] = value
-        if id(value) not in screen.shown:
+        if not any(value is release for release in screen.released):
             screen.show(value)
 
 

@@ -33,12 +33,21 @@ class Patients:
         schema: the dataset's public description.
         ask: sends a request with its tensors to the curator, gives the release and its tensors.
         epsilon: the cell's `--epsilon`, used once by a request that names none.
+        released: told of each release as it is given.
         split: the patients meant; `train`, `validation` and `test` are attributes.
     """
 
-    def __init__(self, schema: Schema, ask: Ask, *, epsilon: float | None = None, split: Split = "all") -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        ask: Ask,
+        *,
+        epsilon: float | None = None,
+        released: Callable[[Release], None] = lambda release: None,
+        split: Split = "all",
+    ) -> None:
         self.schema = schema
-        self._ask, self._split = ask, split
+        self._ask, self._released, self._split = ask, released, split
         self._cell_epsilon: list[float] = [epsilon] if epsilon is not None else []
 
     @property
@@ -57,7 +66,7 @@ class Patients:
         return self._of("test")
 
     def _of(self, split: Split) -> Patients:
-        part = Patients(self.schema, self._ask, split=split)
+        part = Patients(self.schema, self._ask, released=self._released, split=split)
         part._cell_epsilon = self._cell_epsilon
         return part
 
@@ -122,7 +131,7 @@ class Patients:
         wire, blob = self._ask(_made(messages.Fit, program=traced.program, **asked), traced.blob)
         _load(model, load(blob))
         _fitted[model] = (named, target)
-        return msgspec.convert(wire, Release)
+        return self._given(wire)
 
     def evaluate(
         self,
@@ -168,7 +177,12 @@ class Patients:
         return {"dataset": self.schema.name, "split": self._split, "epsilon": _positive("epsilon", epsilon)}
 
     def _release(self, request: messages.Ask, tensors: bytes = b"") -> Release:
-        return msgspec.convert(self._ask(request, tensors)[0], Release)
+        return self._given(self._ask(request, tensors)[0])
+
+    def _given(self, wire: dict[str, Any]) -> Release:
+        release = msgspec.convert(wire, Release)
+        self._released(release)
+        return release
 
     def _expected(self) -> int:
         expected = self.schema.expected(self._split)
