@@ -6,8 +6,7 @@ mixes two patients, whatever the program is. That independence is what the proof
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rapha_lab.curator.lift import gradients, layers, losses, reductions, shapes  # noqa: F401  (rules)
@@ -27,7 +27,7 @@ __all__ = ["TABLE", "Lifted", "Limits", "lift"]
 
 Tensors = Mapping[str, Tensor]
 # one fixed shape of batch keeps a patient's rounding apart from the neighbours'; below 8 rows kernels differ
-SMALLEST, LARGEST = 8, 256
+SMALLEST, LARGEST = 8, 128
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ class Lifted:
 
     Attributes:
         microbatch: how many patients are computed at once, always; a function of the program alone.
+        output: the shape of one patient's output.
+        paths: how each parameter is differentiated.
     """
 
-    def __init__(self, graph: Graph, microbatch: int, output: tuple[int, ...]) -> None:
-        self.graph, self.microbatch, self.output = graph, microbatch, output
+    def __init__(self, graph: Graph, paths: gradients.Paths, microbatch: int, output: tuple[int, ...]) -> None:
+        self.graph, self.paths, self.microbatch, self.output = graph, paths, microbatch, output
         self.program = graph.program
 
     def tensors(self, blob: bytes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -87,25 +89,22 @@ class Lifted:
 
     def scores(self, parameters: Tensors, constants: Tensors, inputs: Tensors) -> Tensor:
         """The output for each patient, `(patients, *output)`, computed in padded microbatches."""
-        count = len(next(iter(inputs.values())))
+        count, values = len(next(iter(inputs.values()))), {**parameters, **constants}
         parts = [torch.empty(0, *self.output)]
         for start in range(0, count, self.microbatch):
-            rows = {
-                name: padded(t[start : start + self.microbatch], self.microbatch)
-                for name, t in inputs.items()
-            }
-            out = gradients.forward(self.graph, parameters, constants, rows)
+            rows = {name: padded(t[start : start + self.microbatch], self.microbatch) for name, t in inputs.items()}
+            out = gradients.forward(self.graph, values, rows)
             parts.append(out.expand(self.microbatch, *self.output)[: count - start])
         return torch.cat(parts)
 
     def gradients(self, parameters: Tensors, constants: Tensors, inputs: Tensors) -> dict[str, Tensor]:
-        """Each patient's gradient by every parameter, materialised."""
-        return gradients.per_patient(self.graph, parameters, constants, inputs)
+        """Each patient's gradient by every parameter the loss depends on, materialised: `(patients, *shape)`."""
+        return gradients.per_patient(gradients.parts(self.graph, self.paths, parameters, constants, inputs))
 
     def clipped_sum(
         self, parameters: Tensors, constants: Tensors, inputs: Tensors, mask: Tensor, clip: float
     ) -> dict[str, Tensor]:
-        """The sum of the masked patients' gradients, each scaled down to norm `clip`, in float64.
+        """The sum of the masked patients' gradients, each scaled down to norm `clip`.
 
         Args:
             parameters: their values by name.
@@ -114,7 +113,9 @@ class Lifted:
             mask: `(microbatch,)` booleans, False for padding.
             clip: the largest norm one patient may add.
         """
-        return gradients.clipped_sum(self.gradients(parameters, constants, inputs), mask, clip)
+        found = gradients.parts(self.graph, self.paths, parameters, constants, inputs)
+        sums = gradients.clipped_sum(found, mask, clip)
+        return {name: sums.get(name, torch.zeros_like(t)) for name, t in parameters.items()}
 
 
 def padded(rows: Tensor, size: int) -> Tensor:
@@ -140,93 +141,102 @@ def lift(program: Program, *, loss: bool = True, limits: Limits = Limits()) -> L
         why = f"It has {program.size:,} parameters; this site trains up to {limits.parameters:,}."
         raise ProgramError("The model is too large.", why, "Make it smaller.", field="parameters")
     graph = Graph(program)
-    cost, output = _dry_run(graph, loss, limits)
+    paths = gradients.Paths(graph)
+    cost, output = _dry_run(graph, paths, loss, limits)
     room = limits.memory // max(cost, 1)
     if room < SMALLEST:
         why = f"One patient takes {cost >> 20} MiB; {SMALLEST} at once may take {limits.memory >> 20} MiB."
-        raise ProgramError(
-            "The model is too large.", why, "Make its layers or inputs smaller.", field="program"
-        )
-    return Lifted(graph, min(LARGEST, 1 << (room.bit_length() - 1)), output)
+        raise ProgramError("The model is too large.", why, "Make its layers or inputs smaller.", field="program")
+    return Lifted(graph, paths, min(LARGEST, 1 << (room.bit_length() - 1)), output)
 
 
-def _dry_run(graph: Graph, loss: bool, limits: Limits) -> tuple[int, tuple[int, ...]]:
-    """Bytes a patient needs and the output's shape, by running the rules on tensors without values."""
-    program, size, spent = graph.program, 8, 0
-    functions = {node.id: function for node, function, _ in graph.steps}
+def _dry_run(graph: Graph, paths: gradients.Paths, loss: bool, limits: Limits) -> tuple[int, tuple[int, ...]]:
+    """Bytes that one patient adds and the output's shape, by running it all on tensors without values."""
+    program, shapes = graph.program, {}
 
-    def careful(node: Node, args: list[Any]) -> Any:
-        nonlocal spent
+    def checked(node: Node, compute: Callable[[], Any]) -> Any:
         try:
-            out = functions[node.id](*args)
-            values = out if isinstance(out, tuple | list) else [out]
-            for value in values:
-                spent += _measured(value, size, limits)
-        except ProgramError as error:
-            raise ProgramError(
-                f"{at(node)}: {error.what}", error.why, error.instead, field=node.op, line=node.line
-            ) from None
+            out = compute()
+            for value in out if isinstance(out, tuple | list) else [out]:
+                _measured(value, limits)
         except Exception as error:
-            raise refused(
-                node, f"{str(error).splitlines()[0] if str(error) else type(error).__name__}."
-            ) from None
-        if flops.get_total_flops() > limits.work * size:
-            raise ProgramError(
-                "The model takes too much work.", f"It was counted up to {at(node)}.", field="program"
-            )
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise refused(node, f"{text.rstrip('.')}.") from None
+        if meter.flops.get_total_flops() > limits.work * SMALLEST or meter.bytes > limits.memory * SMALLEST:
+            raise ProgramError("The model is too large.", f"It was counted up to {at(node)}.", field="program")
+        shapes[node.id] = out
         return out
 
-    parameters = {s.name: _meta(s, size, trained=True) for s in program.parameters}
-    values = parameters | {s.name: _meta(s, 1) for s in program.constants}
-    values |= {s.name: _meta(s, size).unsqueeze(1) for s in program.inputs}
-    with FlopCounterMode(display=False) as flops, torch.enable_grad():
-        out = graph.run(values, careful)
-        if not isinstance(out, Tensor):
-            raise ProgramError("The program's output is no tensor.", field="output")
+    parameters = {s.name: _meta(s, trained=True) for s in program.parameters}
+    constants = {s.name: _meta(s) for s in program.constants}
+    inputs = {s.name: _meta(s, SMALLEST) for s in program.inputs}
+    with Meter() as meter:
         if loss:
-            _differentiate(out, list(parameters.values()))
-    # forward values, their gradients, and each patient's own gradient by every parameter
-    weights = sum(math.prod(s.shape) * DTYPES[s.dtype] for s in program.parameters)
-    return 2 * spent // size + 2 * weights, tuple(out.shape[1:])
+            _loss(lambda: gradients.parts(graph, paths, parameters, constants, inputs, checked), graph, shapes)
+        else:
+            gradients.forward(graph, {**parameters, **constants}, inputs, checked)
+    out = shapes[program.output]
+    if not isinstance(out, Tensor):
+        raise ProgramError("The program's output is no tensor.", field="output")
+    return meter.bytes // SMALLEST, tuple(out.shape[1:])
 
 
-def _measured(value: Any, size: int, limits: Limits) -> int:
-    if not isinstance(value, Tensor) or value.shape[0] not in (1, size):
+class Meter(TorchDispatchMode):
+    """Counts what operations allocate and compute, backward passes included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.flops = 0, FlopCounterMode(display=False)
+
+    def __enter__(self) -> Meter:
+        self.flops.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.flops.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not any(result.alias_info for result in func._schema.returns):
+            values = out if isinstance(out, tuple | list) else [out]
+            self.bytes += sum(t.numel() * t.element_size() for t in values if isinstance(t, Tensor))
+        return out
+
+
+def _measured(value: Any, limits: Limits) -> None:
+    if not isinstance(value, Tensor) or value.dim() < 1 or value.shape[0] not in (1, SMALLEST):
         raise TypeError("it does not compute a tensor for each patient")
     if str(value.dtype).removeprefix("torch.") not in DTYPES:
         raise TypeError(f"it computes {value.dtype}")
-    taken = value.numel() * value.element_size()
-    if taken > limits.memory or value.dim() > 12:
-        raise ProgramError("its value is too large.", f"{taken >> 20} MiB.", "Make it smaller.")
-    return taken
+    if value.numel() * value.element_size() > limits.memory or value.dim() > 12:
+        raise ValueError("its value is too large")
 
 
-def _meta(spec: TensorSpec, size: int, trained: bool = False) -> Tensor:
+def _meta(spec: TensorSpec, *size: int, trained: bool = False) -> Tensor:
     dtype = getattr(torch, spec.dtype)
     if trained and not dtype.is_floating_point:
-        raise ProgramError(
-            f"The parameter {spec.name} is {spec.dtype}.", "Only floats are trained.", field=spec.name
-        )
-    t = torch.empty(1, *spec.shape, dtype=dtype, device="meta").expand(size, *spec.shape)
-    return t.requires_grad_() if trained else t
+        raise ProgramError(f"The parameter {spec.name} is {spec.dtype}.", "Only floats are trained.", field=spec.name)
+    return torch.empty(*size, *spec.shape, dtype=dtype, device="meta")
 
 
-def _differentiate(out: Tensor, parameters: list[Tensor]) -> None:
-    if out[0].numel() != 1 or not out.is_floating_point():
-        why = f"It has shape {tuple(out.shape[1:])} and dtype {str(out.dtype)[6:]}."
-        raise ProgramError(
-            "A loss is one number for each patient.", why, "Reduce it with .mean().", field="output"
-        )
-    if not out.requires_grad:
-        raise ProgramError(
-            "The loss does not depend on any parameter.",
-            "",
-            "Check requires_grad and detach().",
-            field="parameters",
-        )
+def _loss(differentiate: Callable[[], Any], graph: Graph, shapes: dict[str, Any]) -> None:
+    """Differentiate once, for the errors it gives."""
     try:
-        torch.autograd.grad(out.sum(), parameters, allow_unused=True)
-    except Exception as error:
+        found = differentiate()
+        if found:
+            gradients.clipped_sum(found, torch.ones(SMALLEST, dtype=torch.bool, device="meta"), 1.0)
+    except ProgramError:
+        raise
+    except Exception:
+        found = {}
+    out = shapes.get(graph.program.output)
+    if isinstance(out, Tensor) and (out[0].numel() != 1 or not out.is_floating_point()):
+        why = f"It has shape {tuple(out.shape[1:])} and dtype {str(out.dtype)[6:]}."
+        raise ProgramError("A loss is one number for each patient.", why, "Reduce it with .mean().", field="output")
+    if not found:
         raise ProgramError(
-            "The loss cannot be differentiated.", f"{str(error).splitlines()[0]}.", field="program"
-        ) from None
+            "The loss cannot be differentiated by any parameter.", "", "Check requires_grad and detach().",
+            field="parameters",
+        )  # fmt: skip

@@ -1,60 +1,151 @@
-"""Per-patient gradients of a lifted loss, clipped and summed: the norm is taken of the numbers that are added."""
+"""Per-patient gradients of a lifted loss, clipped and summed: the norm is taken of the very numbers that are added.
+
+A parameter reaches its clipped sum on a path chosen from the program alone:
+
+- outer: the weight of a linear layer, used once at one position. A patient's gradient is the outer product of the
+  stored output gradient and input, its norm the product of theirs; it is never materialised.
+- rows: an embedding used once. A patient's gradient is kept for the rows the patient uses.
+- stored: linear layers at several positions, convolutions, recurrent layers, and layers that share a parameter.
+  A patient's gradient is materialised, added up over the uses, measured and summed.
+- copy: any other use. Each patient gets an own copy of the parameter, which autograd differentiates.
+
+No Gram matrices: norms from them cancel in floating point, and the author of the program is the adversary.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rapha_lab.curator.lift.graph import Graph
+from rapha_lab.curator.lift.graph import Checked, Graph
+from rapha_lab.curator.lift.taps import TAPS, Part, Stored, Use, names_of
+from rapha_lab.protocol.program import Node, Ref
 
-__all__ = ["clipped_sum", "per_patient"]
+__all__ = ["Paths", "clipped_sum", "forward", "parts", "per_patient"]
 
 Tensors = Mapping[str, Tensor]
 
 
-def per_patient(graph: Graph, parameters: Tensors, constants: Tensors, inputs: Tensors) -> dict[str, Tensor]:
-    """Each patient's gradient of the loss by every parameter, `(patients, *shape)`, all materialised.
+class Paths:
+    """How each parameter of a program is differentiated.
+
+    Attributes:
+        tapped: the weights' names by node, where they all are parameters that only such nodes use.
+        copied: parameters with any other use, with a node that makes it so.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        names = {spec.name for spec in graph.program.parameters}
+        uses = {node.id: [name for name in _read(args) if name in names] for node, _, args in graph.steps}
+        self.tapped: dict[str, list[str | None]] = {}
+        for node, _, args in graph.steps:
+            found = names_of(TAPS[node.op][0](args), names) if node.op in TAPS else None
+            if found is not None and Counter(uses[node.id]) == Counter(n for n in found if n):
+                self.tapped[node.id] = found
+        self.copied: dict[str, str] = {}
+        while more := self._others(graph, uses):
+            self.copied |= more
+            kept = {id for id, found in self.tapped.items() if not set(found) & set(self.copied)}
+            self.tapped = {id: self.tapped[id] for id in kept}
+
+    def _others(self, graph: Graph, uses: dict[str, list[str]]) -> dict[str, str]:
+        return {
+            name: node.op
+            for node, _, _ in graph.steps
+            if node.id not in self.tapped
+            for name in uses[node.id]
+            if name not in self.copied
+        }
+
+
+def _read(args: list[Any]) -> list[str]:
+    flat = [a for arg in args for a in (arg if isinstance(arg, list) else [arg])]
+    return [a.ref for a in flat if isinstance(a, Ref)]
+
+
+def parts(
+    graph: Graph, paths: Paths, parameters: Tensors, constants: Tensors, inputs: Tensors, checked: Checked | None = None
+) -> dict[str, Part]:
+    """Every patient's gradient of the loss by each parameter that it depends on, in stored form.
 
     Args:
         graph: a one-patient loss.
+        paths: how its parameters are differentiated.
         parameters: their values, without a patient dimension.
         constants: likewise.
         inputs: `(patients, *shape)` by name.
+        checked: runs each node, for a dry run.
     """
-    size = len(next(iter(inputs.values())))
+    size, uses = len(next(iter(inputs.values()))), []
+
+    def hook(node: Node, args: list[Any]) -> Any:
+        if node.id not in paths.tapped:
+            return NotImplemented
+        out, used = TAPS[node.op][1](paths.tapped[node.id], size, *args)
+        uses.extend(used)
+        return out
+
     with torch.enable_grad():
-        own = {name: t.detach().expand(size, *t.shape).requires_grad_() for name, t in parameters.items()}
-        losses = graph.run({**own, **_shared(constants), **_batched(inputs)})
-        grads = torch.autograd.grad(losses.sum(), list(own.values()), allow_unused=True)
-    pairs = zip(own.items(), grads, strict=True)
-    return {name: torch.zeros_like(t) if g is None else g for (name, t), g in pairs}
+        own = {name: parameters[name].detach().expand(size, *parameters[name].shape).requires_grad_() for name in paths.copied}
+        values = {**shared({n: t.detach() for n, t in parameters.items()}), **own, **shared(constants), **batched(inputs)}
+        losses = graph.run(values, hook, checked)
+        watched = [y for use in uses for y in use.outputs]
+        grads = iter(torch.autograd.grad(losses.sum(), [*watched, *own.values()], allow_unused=True))
+    found: dict[str, list[Part]] = {}
+    for use in uses:
+        for part in _parts(use, [next(grads) for _ in use.outputs]):
+            found.setdefault(part.name, []).append(part)
+    for name, gradient in zip(own, grads, strict=True):
+        if gradient is not None:
+            found[name] = [Stored(name, gradient)]
+    return {name: _one(several) for name, several in found.items()}
 
 
-def clipped_sum(gradients: Tensors, mask: Tensor, clip: float) -> dict[str, Tensor]:
-    """The sum over patients of their gradients scaled down to norm `clip`, in float64.
+def _parts(use: Use, grads: list[Tensor | None]) -> list[Part]:
+    if all(g is None for g in grads):
+        return []
+    return use.parts([torch.zeros_like(y) if g is None else g for y, g in zip(use.outputs, grads, strict=True)])
+
+
+def _one(several: list[Part]) -> Part:
+    """The gradient over all uses of a parameter; norms of uses do not add, so they are materialised."""
+    if len(several) == 1:
+        return several[0]
+    return Stored(several[0].name, reduce(torch.add, (part.dense() for part in several)))
+
+
+def clipped_sum(found: Mapping[str, Part], mask: Tensor, clip: float) -> dict[str, Tensor]:
+    """The sum over patients of their gradients scaled down to norm `clip`.
 
     A patient whose mask is False, or whose gradient is not finite, adds nothing.
     """
-    flat = [g.reshape(len(mask), -1) for g in gradients.values()]
-    norms = torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=torch.float64) for g in flat])
-    norm = torch.linalg.vector_norm(norms, dim=0)
-    counts = mask & norm.isfinite()
-    scale = torch.where(counts, (clip / norm).clamp(max=1.0), 0.0)
-    sums = [scale @ torch.where(counts[:, None], g, 0).double() for g in flat]
-    return {name: s.reshape(g.shape[1:]) for s, (name, g) in zip(sums, gradients.items(), strict=True)}
+    square = reduce(torch.add, (part.square() for part in found.values()))
+    counts = mask & square.isfinite()
+    scale = torch.where(counts, (clip / square.sqrt()).clamp(max=1.0), 0.0)
+    return {name: part.total(scale, counts) for name, part in found.items()}
 
 
-def _shared(tensors: Tensors) -> dict[str, Tensor]:
+def per_patient(found: Mapping[str, Part]) -> dict[str, Tensor]:
+    """The gradients materialised, `(patients, *shape)` by parameter."""
+    return {name: part.dense() for name, part in found.items()}
+
+
+def shared(tensors: Tensors) -> dict[str, Tensor]:
+    """Values that are the same for every patient, lifted."""
     return {name: t.unsqueeze(0) for name, t in tensors.items()}
 
 
-def _batched(inputs: Tensors) -> dict[str, Tensor]:
+def batched(inputs: Tensors) -> dict[str, Tensor]:
+    """Inputs, lifted: each patient's with the leading 1 that a program expects."""
     return {name: t.unsqueeze(1) for name, t in inputs.items()}
 
 
-def forward(graph: Graph, parameters: Tensors, constants: Tensors, inputs: Tensors) -> Tensor:
-    """The program's output for each patient, with shared parameters and no gradient."""
+def forward(graph: Graph, values: Tensors, inputs: Tensors, checked: Checked | None = None) -> Tensor:
+    """The program's output for each patient, without gradients."""
     with torch.no_grad():
-        return graph.run({**_shared(parameters), **_shared(constants), **_batched(inputs)})
+        return graph.run({**shared(values), **batched(inputs)}, None, checked)

@@ -12,10 +12,11 @@ from rapha_lab.curator.lift.table import TABLE
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.program import DTYPES, Node, Program, Ref, at
 
-__all__ = ["Graph", "refused"]
+__all__ = ["Checked", "Graph", "refused"]
 
 _STORAGE = {"layout", "device", "pin_memory", "memory_format", "generator", "out"}
 Hook = Callable[[Node, list[Any]], Any]
+Checked = Callable[[Node, Callable[[], Any]], Any]
 
 
 class Graph:
@@ -27,7 +28,6 @@ class Graph:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.tuples: set[str] = set()
         self.steps = [(node, *self._bound(node)) for node in program.nodes]
 
     def _bound(self, node: Node) -> tuple[Any, list[Any]]:
@@ -47,13 +47,23 @@ class Graph:
         op, function = TABLE[node.op]
         return function, _bind(node, op._schema.arguments)
 
-    def run(self, values: Mapping[str, Tensor], hook: Hook | None = None) -> Any:
-        """The output, from inputs, parameters and constants by name with the patient as dimension 0."""
+    def run(self, values: Mapping[str, Tensor], hook: Hook | None = None, checked: Checked | None = None) -> Any:
+        """The output, from inputs, parameters and constants by name with the patient as dimension 0.
+
+        Args:
+            values: all that the nodes may read.
+            hook: computes a node in place of its rule, or returns NotImplemented.
+            checked: calls each node's computation, for a dry run.
+        """
         env: dict[str, Any] = dict(values)
         for node, function, args in self.steps:
-            given = [_resolved(a, env) for a in args]
-            out = hook(node, given) if hook is not None else NotImplemented
-            env[node.id] = function(*given) if out is NotImplemented else out
+
+            def compute(node: Node = node, function: Any = function, args: list[Any] = args) -> Any:
+                given = [_resolved(a, env) for a in args]
+                out = hook(node, given) if hook is not None else NotImplemented
+                return function(*given) if out is NotImplemented else out
+
+            env[node.id] = compute() if checked is None else checked(node, compute)
         return env[self.program.output]
 
 

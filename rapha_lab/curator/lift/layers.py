@@ -1,3 +1,4 @@
+# ruff: noqa: D103  (a rule does what the operation it is entered under does)
 """The table's rules for layers: a weight is shared by all patients, or (dimension 0 being theirs) each patient's own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: D103  (a rule does what the operation it is entered under does)
 """The table's rules for losses: elementwise, then the mean or sum over one patient's own dimensions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: D103  (a rule does what the operation it is entered under does)
 """The table's rules for shapes, slices and indices."""
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def clipped_sum(
     for part in drawn.split(lifted.microbatch):
         batch = {name: t[part] for name, t in rows.items()}
         for name, t in lifted.clipped_sum(weights, constants, batch, part != absent, clip).items():
-            total[name] += t
+            total[name] += t.double()
     return total
 
 

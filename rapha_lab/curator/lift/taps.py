@@ -1,0 +1,272 @@
+"""Layers whose per-patient parameter gradients are made from stored inputs and output gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from rapha_lab.curator.lift.shapes import clamped
+from rapha_lab.protocol.program import Ref
+
+__all__ = ["TAPS", "Outer", "Part", "Rows", "Stored", "Use", "squared"]
+
+
+class Part(Protocol):
+    """Every patient's gradient by one parameter, in stored form."""
+
+    name: str
+
+    def square(self) -> Tensor:
+        """Each patient's squared norm, `(patients,)` float64; not finite if a number of it is not."""
+        ...
+
+    def total(self, scale: Tensor, counts: Tensor) -> Tensor:
+        """The sum of the counting patients' gradients times their scales, in the parameter's shape."""
+        ...
+
+    def dense(self) -> Tensor:
+        """The gradients materialised, `(patients, *shape)`."""
+        ...
+
+
+def squared(values: Tensor) -> Tensor:
+    """Squared norms of rows in float64, where squares of float32 neither overflow nor vanish."""
+    return torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64).square()
+
+
+def counting(values: Tensor, counts: Tensor) -> Tensor:
+    """The values with zeros for patients that do not count: 0 times NaN would not do."""
+    return torch.where(counts.reshape(-1, *[1] * (values.dim() - 1)), values, 0)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Materialised gradients, `(patients, *shape)`."""
+
+    name: str
+    rows: Tensor
+
+    def square(self) -> Tensor:
+        """Of the rows."""
+        return squared(self.rows)
+
+    def total(self, scale: Tensor, counts: Tensor) -> Tensor:
+        """One vector by matrix product."""
+        flat = counting(self.rows, counts).flatten(1)
+        return (scale.to(flat.dtype) @ flat).reshape(self.rows.shape[1:])
+
+    def dense(self) -> Tensor:
+        """Themselves."""
+        return self.rows
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Outer products of output gradients `(patients, out)` and inputs `(patients, in)`, not materialised."""
+
+    name: str
+    out: Tensor
+    inp: Tensor
+
+    def square(self) -> Tensor:
+        """The product of two squared norms."""
+        return squared(self.out) * squared(self.inp)
+
+    def total(self, scale: Tensor, counts: Tensor) -> Tensor:
+        """One matrix product."""
+        out = counting(self.out, counts) * scale.to(self.out.dtype)[:, None]
+        return out.T @ counting(self.inp, counts)
+
+    def dense(self) -> Tensor:
+        """The products."""
+        return self.out.unsqueeze(2) * self.inp.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Gradients of the rows of a table a patient used: `index` (patients, t), `rows` (patients, t, width).
+
+    A row used at several places is added up at the first of them and zero at the others.
+    """
+
+    name: str
+    index: Tensor
+    rows: Tensor
+    length: int
+
+    def square(self) -> Tensor:
+        """Of the rows."""
+        return squared(self.rows)
+
+    def total(self, scale: Tensor, counts: Tensor) -> Tensor:
+        """Scaled rows added to their places."""
+        rows = counting(self.rows, counts) * scale.to(self.rows.dtype)[:, None, None]
+        table = rows.new_zeros(self.length, rows.shape[-1])
+        return table.index_add(0, self.index.flatten(), rows.flatten(0, 1))
+
+    def dense(self) -> Tensor:
+        """The whole table for each patient."""
+        size, _, width = self.rows.shape
+        place = self.index.unsqueeze(-1).expand_as(self.rows)
+        return self.rows.new_zeros(size, self.length, width).scatter_add(1, place, self.rows)
+
+
+class Use(Protocol):
+    """One use of a layer's parameters."""
+
+    outputs: list[Tensor]
+
+    def parts(self, grads: Sequence[Tensor]) -> list[Part]:
+        """The gradients of its parameters, from the gradients of the loss by its outputs."""
+        ...
+
+
+Run = Callable[..., tuple[Any, list[Use]]]
+TAPS: dict[str, tuple[Callable[[list[Any]], list[Any]], Run]] = {}
+"""Operation → (which of its arguments are weights; the layer, giving its output and uses).
+
+Weights that a layer does without are None. The layer is called with the weights' names, the number of patients
+and the operation's arguments."""
+
+
+def tap(weights: Callable[[list[Any]], list[Any]], *names: str) -> Callable[[Run], Run]:
+    """Enter a layer."""
+
+    def enter(function: Run) -> Run:
+        TAPS.update({f"aten.{name}": (weights, function) for name in names})
+        return function
+
+    return enter
+
+
+def names_of(weights: list[Any], parameters: set[str]) -> list[str | None] | None:
+    """The parameters a layer's weights are; None if one is anything else, so that it must be copied."""
+    if not all(w is None or (isinstance(w, Ref) and w.ref in parameters) for w in weights):
+        return None
+    return [None if w is None else w.ref for w in weights]
+
+
+def watched(y: Tensor) -> Tensor:
+    """A layer's output as something the loss can be differentiated by."""
+    return y if y.requires_grad else y.requires_grad_()
+
+
+@dataclass(frozen=True)
+class Product:
+    """`y = a W^T + b` at each of T positions: inputs `(patients, T, in)`."""
+
+    weight: str
+    bias: str | None
+    inputs: Tensor
+    outputs: list[Tensor]
+
+    def parts(self, grads: Sequence[Tensor]) -> list[Part]:
+        """An outer product at one position, materialised at several."""
+        a = self.inputs
+        g = torch.cat([g.reshape(len(a), -1, g.shape[-1]) for g in grads], dim=1)
+        bias: list[Part] = [] if self.bias is None else [Stored(self.bias, g.sum(1))]
+        if a.shape[1] == 1:
+            return [Outer(self.weight, g[:, 0], a[:, 0]), *bias]
+        return [Stored(self.weight, torch.bmm(g.transpose(1, 2), a)), *bias]
+
+
+@tap(lambda args: args[1:3], "linear.default")
+def linear(names: list[str | None], size: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    """A linear layer."""
+    x = x.expand(size, *x.shape[1:])
+    y = watched(F.linear(x, weight[0], None if bias is None else bias[0]))
+    return y, [Product(str(names[0]), names[1], x.detach().reshape(size, -1, x.shape[-1]), [y])]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution as a product of windows of its input."""
+
+    weight: str
+    bias: str | None
+    inputs: Tensor
+    outputs: list[Tensor]
+    shape: torch.Size
+    setting: tuple[list[int], list[int], list[int], int]
+
+    def parts(self, grads: Sequence[Tensor]) -> list[Part]:
+        """Materialised from windows, `(patients, groups, positions, in * kernel)`."""
+        stride, padding, dilation, groups = self.setting
+        kernel, x, (g,) = self.shape[2:], self.inputs, grads
+        rank, size = len(kernel), len(x)
+        x = F.pad(x.flatten(0, 1), [p for pair in padding[::-1] for p in (pair,) * 2]) if any(padding) else x.flatten(0, 1)
+        for d in range(rank):
+            x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
+        # (images, channels, *positions, *kernel) → (patients, groups, images * positions, channels * kernel)
+        x = x.unflatten(1, (groups, -1)).unflatten(0, (size, -1))
+        order = [0, 2, 1, *range(4, 4 + rank), 3, *range(4 + rank, 4 + 2 * rank)]
+        x = x.permute(order).reshape(size, groups, -1, math.prod(self.shape[1:]))
+        flat = g.flatten(3).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+        rows = torch.matmul(flat, x).reshape(size, *self.shape)
+        bias: list[Part] = [] if self.bias is None else [Stored(self.bias, g.flatten(3).sum((1, 3)))]
+        return [Stored(self.weight, rows), *bias]
+
+
+@tap(lambda args: args[1:3], *(f"conv{n}d.{kind}" for n in (1, 2, 3) for kind in ("default", "padding")))
+def convolution(
+    names: list[str | None], size: int, x: Tensor, weight: Tensor, bias: Tensor | None,
+    stride: list[int], padding: Any, dilation: list[int], groups: int,
+) -> Any:  # fmt: skip
+    """A convolution over one, two or three dimensions; the program's own batch folds with the patients."""
+    rank, shape = weight.dim() - 3, weight.shape[1:]
+    if x.dim() not in (rank + 2, rank + 3):
+        raise ValueError(f"an input of {rank + 2} dimensions is expected")
+    images = x.expand(size, *x.shape[1:]) if x.dim() == rank + 3 else x.expand(size, *x.shape[1:]).unsqueeze(1)
+    stride, dilation = (list(v) * (rank if len(v) == 1 else 1) for v in (stride, dilation))
+    images, padding = _padded(images, shape[2:], padding if isinstance(padding, str) else list(padding), dilation)
+    padding = padding * (rank if len(padding) == 1 else 1)
+    function = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+    b = None if bias is None else bias[0]
+    y = function(images.flatten(0, 1), weight[0], b, stride, padding, dilation, groups)
+    y = watched(y.unflatten(0, (size, -1)))
+    use = Convolution(str(names[0]), names[1], images.detach(), [y], shape, (stride, padding, dilation, groups))
+    return (y if x.dim() == rank + 3 else y.squeeze(1)), [use]
+
+
+def _padded(x: Tensor, kernel: torch.Size, padding: Any, dilation: list[int]) -> tuple[Tensor, list[int]]:
+    """Padding by name turned into zeros around the input, which may be uneven."""
+    if padding == "same":
+        around = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        x = F.pad(x, [p for total in around[::-1] for p in (total // 2, total - total // 2)])
+    return x, [0] if isinstance(padding, str) else padding
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of a table picked by index `(patients, t)`."""
+
+    weight: str
+    index: Tensor
+    padding: int
+    length: int
+    outputs: list[Tensor]
+
+    def parts(self, grads: Sequence[Tensor]) -> list[Part]:
+        """Each used row's gradient, added up where the row was first used."""
+        g = grads[0].reshape(*self.index.shape, -1)
+        if self.padding >= 0:
+            g = torch.where((self.index == self.padding).unsqueeze(-1), 0, g)
+        first = (self.index.unsqueeze(2) == self.index.unsqueeze(1)).to(torch.uint8).argmax(2)
+        rows = torch.zeros_like(g).scatter_add(1, first.unsqueeze(-1).expand_as(g), g)
+        return [Rows(self.weight, self.index, rows, self.length)]
+
+
+@tap(lambda args: ["scaled by frequency" if args[3] else args[0]], "embedding.default")
+def embedding(
+    names: list[str | None], size: int, weight: Tensor, index: Tensor, padding: int, scale: bool, sparse: bool
+) -> Any:
+    """An embedding; indices out of range are clamped."""
+    index = clamped(index, weight.shape[1]).expand(size, *index.shape[1:])
+    y = watched(F.embedding(index, weight[0]))
+    return y, [Lookup(str(names[0]), index.reshape(size, -1), padding, weight.shape[1], [y])]
