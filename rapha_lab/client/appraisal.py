@@ -70,7 +70,16 @@ class Verifier:
                 "It is optional.",
                 "pip install 'rapha-lab[tee]'",
             ) from None
-        return module.verify(evidence.payload, endorsements or Endorsements(), now or datetime.now(UTC))
+        try:
+            claims: Claims = module.verify(
+                evidence.payload, endorsements or Endorsements(), now or datetime.now(UTC)
+            )
+        except EvidenceError:
+            raise
+        except Exception as error:  # certificates are parsed lazily, and bad ones raise from anywhere
+            why = f"{type(error).__name__}: {str(error)[:100]}"
+            raise EvidenceError("The evidence is malformed.", why, "Do not connect.") from None
+        return claims
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,8 @@ def appraise(
         vector[part] = max(vector[part], to)
         reasons.append(reason)
 
-    if claims.report_data != offered.report_data():
+    bound = offered.report_data()
+    if claims.report_data != (bound[:32] if claims.tee == "nvidia" else bound):
         lower(
             "instance-identity",
             CONTRAINDICATED,
@@ -162,7 +172,8 @@ def appraise(
     known = claims.measurement in policy.measurements or bool(
         policy.known and policy.known(claims.measurement)
     )
-    if not known and not (claims.simulated and policy.known is None and not policy.measurements):
+    anything = claims.simulated and policy.known is None and not policy.measurements
+    if not known and not anything and claims.tee != "nvidia":
         lower("executables", CONTRAINDICATED, f"No known release measures {claims.measurement[:23]}….")
     return Verdict(vector, tuple(reasons), claims)
 

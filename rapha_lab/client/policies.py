@@ -95,7 +95,7 @@ def _project(part: Project) -> str:
     lanes = [f"{lane} ({_WORDS[rule.release]})" for lane, rule in part.lanes.items()]
     return (
         f"Project {part.name}: {len(part.researchers)} researcher(s) may, on {', '.join(part.datasets)}: "
-        f"{'; '.join(lanes) or 'nothing'}. At most epsilon {part.epsilon:g} and delta {part.delta:g} per patient; "
+        f"{'; '.join(lanes) or 'nothing'}. Per patient epsilon {part.epsilon:g} at most, delta {part.delta:g}; "
         f"models of at most {part.largest_model:,} parameters; cohorts of at least {part.smallest_cohort:,} "
         f"patients; metrics: {', '.join(part.metrics) or 'none'}."
     )
