@@ -103,7 +103,7 @@ class Gaussian(Loss, frozen=True, tag="gaussian"):
     """One answer with Gaussian noise of standard deviation `noise` times the L2 sensitivity.
 
     α/(2 noise²) (Mironov 2017, Corollary 3); the discrete Gaussian of that parameter loses no more
-    (Canonne, Kamath and Steinke 2020, Theorem 4 and Proposition 5).
+    (Canonne, Kamath and Steinke 2020).
     """
 
     noise: float
