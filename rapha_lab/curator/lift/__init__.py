@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rapha_lab.curator.lift import gradients, layers, losses, reductions, shapes  # noqa: F401  (rules)
 from rapha_lab.curator.lift.graph import Graph, refused
 from rapha_lab.curator.lift.table import TABLE
-from rapha_lab.protocol.errors import ProgramError
+from rapha_lab.protocol.errors import ProgramError, RefusedError
 from rapha_lab.protocol.program import DTYPES, Node, Program, TensorSpec, at, check
 
 __all__ = ["TABLE", "Lifted", "Limits", "lift"]
@@ -116,6 +116,41 @@ class Lifted:
         found = gradients.parts(self.graph, self.paths, parameters, constants, inputs)
         sums = gradients.clipped_sum(found, mask, clip)
         return {name: sums.get(name, torch.zeros_like(t)) for name, t in parameters.items()}
+
+    def selftest(self, parameters: Tensors, constants: Tensors) -> None:
+        """Check on this machine that a made-up patient's gradient has the same bits in any slot and company.
+
+        A kernel that rounds a row by its place could be amplified until one patient moves another's gradient.
+
+        Raises:
+            RefusedError: if it does not; a function of program and machine alone.
+        """
+        generator = torch.Generator().manual_seed(0)
+        one = {spec.name: _made_up(spec, 1, generator) for spec in self.program.inputs}
+        random = any("dropout" in node.op for node in self.program.nodes)
+        slots = [0] if random else [0, 1, self.microbatch // 2, self.microbatch - 1]
+        seen = []
+        for slot in slots * 2 if random else slots:
+            batch = {spec.name: _made_up(spec, self.microbatch, generator) for spec in self.program.inputs}
+            for name, t in batch.items():
+                t[slot] = one[name][0]
+            mask = torch.arange(self.microbatch) == slot
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                seen.append(self.clipped_sum(parameters, constants, batch, mask, 1.0))
+        if not all(torch.equal(t, other[name]) for other in seen for name, t in seen[0].items()):
+            raise RefusedError(
+                "This machine does not compute this model reproducibly.",
+                "A patient's gradient depended on its place in the batch, which would spoil the privacy proof.",
+                "Tell the site's custodian.",
+            )
+
+
+def _made_up(spec: TensorSpec, count: int, generator: torch.Generator) -> Tensor:
+    shape, dtype = (count, *spec.shape), getattr(torch, spec.dtype)
+    if dtype.is_floating_point:
+        return torch.rand(shape, generator=generator, dtype=dtype)
+    return torch.randint(2, shape, generator=generator).to(dtype)
 
 
 def padded(rows: Tensor, size: int) -> Tensor:

@@ -28,10 +28,8 @@ __all__ = ["capacity", "fits", "optimizer_for", "plan"]
 
 Tensors = dict[str, Tensor]
 
-SLACK = 1e-3
-"""The clipping norm that noise is scaled to exceeds C by this share: rounding may add that much to one patient's part."""
-
 BLOCKS = 50
+"""A run announces its steps in about this many blocks."""
 
 
 def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -> Plan:
@@ -81,6 +79,8 @@ def train(
     weights = {name: t.clone() for name, t in parameters.items()}
     optimizer = optimizer_for(ask.optimizer, weights)
     slots = capacity(ask.batch, lifted.microbatch)
+    sensitivity = ask.clip * (1 + slack(slots, lifted.microbatch))
+    lifted.selftest(parameters, constants)
     # one row of zeros below the patients fills the slots that no patient was drawn for
     rows = {name: torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for name, t in inputs.items()}
     count = len(next(iter(inputs.values())))
@@ -92,7 +92,7 @@ def train(
         drawn = draw(count, rate, slots, noise)
         total = clipped_sum(lifted, weights, constants, rows, drawn, ask.clip)
         for name, weight in weights.items():
-            weight.grad = private(total[name], ask.clip, sigma, noise).div_(ask.batch).to(weight.dtype)
+            weight.grad = private(total[name], sigma * sensitivity, noise).div_(ask.batch).to(weight.dtype)
         optimizer.step()
     _finite(weights, ask.steps)
     return weights
@@ -128,10 +128,20 @@ def clipped_sum(
     return total
 
 
-def private(total: Tensor, clip: float, sigma: float, noise: Noise) -> Tensor:
-    """The sum with Gaussian noise for a patient's part of norm `clip`, on a grid that no record moves."""
-    scale = sigma * clip * (1 + SLACK)
-    return on_grid(noise.gaussian(total.numel()).mul_(scale).reshape(total.shape).add_(total), scale)
+def private(total: Tensor, deviation: float, noise: Noise) -> Tensor:
+    """The sum with Gaussian noise of this standard deviation, on a grid that no record moves."""
+    drawn = noise.gaussian(total.numel()).reshape(total.shape)
+    return on_grid(drawn.mul_(deviation).add_(total), deviation)
+
+
+def slack(slots: int, microbatch: int) -> float:
+    """By how much of C a patient may move the computed sum beyond C, because float32 rounds.
+
+    Adding n numbers in float32 in any order errs by at most (n + 2) 2^-24 times the sum of their sizes (Higham
+    2002, section 4.2, products and the scale included), so each microbatch of n patients by (n + 2) 2^-24 nC in
+    norm; with and without the patient all others' rounding may differ, hence twice. Microbatches add in float64.
+    """
+    return 2 * slots * (microbatch + 2) * 2.0**-24 + 1e-5
 
 
 def fits(program: Program, inputs: dict[str, Columns], schema: Schema) -> None:
