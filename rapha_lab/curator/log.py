@@ -51,6 +51,7 @@ class Log:
         self, connection: sqlite3.Connection, lock: threading.RLock, key: Ed25519PrivateKey, origin: str
     ) -> None:
         self._connection, self._lock, self._key, self._origin = connection, lock, key, origin
+        self.checkpoint()  # a name that cannot be signed for is refused now
 
     def append(self, connection: sqlite3.Connection, kind: Kind, fields: Mapping[str, object]) -> int:
         """Append {kind, ...fields} within the transaction that `connection` is in; its index.

@@ -135,7 +135,17 @@ def verify_consistency(old: int, new: int, old_root: bytes, new_root: bytes, pro
 
 
 def sign_checkpoint(checkpoint: Checkpoint, key: Ed25519PrivateKey) -> str:
-    """The checkpoint as a note signed by the log whose name is its origin."""
+    """The checkpoint as a note signed by the log whose name is its origin.
+
+    Raises:
+        LogError: if the name is empty or has a space or a plus sign, which no note can carry.
+    """
+    if "+" in checkpoint.origin or checkpoint.origin.split() != [checkpoint.origin]:
+        raise LogError(
+            f"A log cannot be named {checkpoint.origin!r}.",
+            "The name in a signed note has no space and no plus sign.",
+            "Name the site like a host, such as demo or rapha.hospital.example.",
+        )
     text = f"{checkpoint.origin}\n{checkpoint.size}\n{_base64(checkpoint.root)}\n"
     signature = _key_id(checkpoint.origin, key.public_key()) + key.sign(text.encode())
     return f"{text}\n— {checkpoint.origin} {_base64(signature)}\n"

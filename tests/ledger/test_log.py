@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rapha_lab.curator.accounting import Gaussian
+from rapha_lab.curator.ledger import Ledger
 from rapha_lab.protocol.checkpoint import (
     Checkpoint,
     Receipt,
@@ -144,6 +145,12 @@ class TestCheckpoints:
             open_checkpoint(note, Ed25519PrivateKey.generate().public_key())
         with pytest.raises(LogError):
             open_checkpoint(note, key.public_key(), "rapha-lab/other")
+
+    @pytest.mark.parametrize("origin", ["", "two words", " led", "one+one", "line\nbreak"])
+    def test_a_name_that_notes_cannot_carry_is_refused_at_once(self, path, key, origin):
+        """Not only when the first client fails to read a checkpoint."""
+        with pytest.raises(LogError, match="named"):
+            Ledger(path, key, origin)
 
     def test_others_may_sign_too(self, log, key):
         """A witness's line is passed over."""
