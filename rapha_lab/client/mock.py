@@ -15,9 +15,9 @@ MISSING_SHARE = 0.1
 def mock(schema: Schema, n: int = 1000, seed: int = 0) -> pl.DataFrame:
     """`n` made-up patients in the layout of the records.
 
-    Numbers spread over the public bounds on the scale of the column and reach both; later categories are rarer
-    and may not occur; where a value can be missing it is in a tenth. Columns are independent: nothing
-    can be learnt from them. The same arguments give the same patients.
+    Numbers spread over the public bounds on the column's scale and reach both; later categories are
+    rarer and may not occur; where a value can be missing it is in a tenth. Columns are independent:
+    nothing can be learnt from them. The same arguments give the same patients.
 
     Returns:
         A frame of `n` rows: the patient column, then the schema's columns in order.

@@ -30,7 +30,7 @@ from rapha_lab.protocol.errors import ProgramError, RequestError
 from rapha_lab.protocol.messages import Evaluate
 from rapha_lab.protocol.schema import Schema
 
-__all__ = ["bounded", "cells", "edges_between", "logits", "plan", "utilities"]
+__all__ = ["bounded", "cells", "edges_between", "logits", "plan", "share_for_placing", "utilities"]
 
 LARGEST = 8.0
 """Scores are clamped to this many logits; beyond, a probability is within 0.0004 of 0 or 1."""
@@ -43,7 +43,10 @@ REACH = 10 - TENTHS
 """By how much one patient moves a candidate's utility."""
 
 PLACING = 0.15
-"""Share of ε for each of the two quantiles."""
+"""Largest share of ε for each of the two quantiles; less where patients are many."""
+
+UP = 1 + 1e-9
+"""More than the rounding of the three parts of ε together."""
 
 BINS = 11
 """Bins of a class: eight equal ones, two tails, and one more where 0 divides one."""
@@ -71,8 +74,9 @@ def plan(ask: Evaluate, tensors: bytes, schema: Schema, delta: float) -> Plan:
             field="target",
         )
     score = logits(ask, tensors, schema)
-    find = _finder(PLACING * ask.epsilon)
-    scale = 1 / ((1 - 2 * PLACING) * ask.epsilon)
+    placing = share_for_placing(schema.expected(ask.split), ask.epsilon)
+    find = _finder(placing * ask.epsilon)
+    scale = UP / ((1 - 2 * placing) * ask.epsilon)
     add_noise = laplace(scale)
 
     def run(view: View, progress: Progress) -> Answer:
@@ -87,6 +91,11 @@ def plan(ask: Evaluate, tensors: bytes, schema: Schema, delta: float) -> Plan:
         return Answer({"kind": "evaluation", "target": target.name, "patients": patients, **judged})
 
     return Plan(Pure(ask.epsilon), 1, touched(ask.split), run)
+
+
+def share_for_placing(expected: float | None, epsilon: float) -> float:
+    """What a quantile takes of ε: 100 / patients places it well enough, by simulation."""
+    return PLACING if expected is None else min(PLACING, max(0.02, 100 / (expected * epsilon)))
 
 
 def bounded(scores: Tensor) -> np.ndarray:
@@ -125,7 +134,7 @@ def cells(scores: np.ndarray, labels: np.ndarray, edges: np.ndarray) -> np.ndarr
 def _finder(epsilon: float) -> Callable[[np.ndarray], int]:
     """The index of about the largest utility, (epsilon, 0)-private."""
     space = dp.vector_domain(dp.atom_domain(T="i64")), dp.linf_distance(T="i64")
-    noisy_max = dp.m.make_noisy_max(*space, dp.max_divergence(), scale=2 * REACH / epsilon)
+    noisy_max = dp.m.make_noisy_max(*space, dp.max_divergence(), scale=UP * 2 * REACH / epsilon)
     return lambda utility: noisy_max(utility.tolist())
 
 

@@ -16,17 +16,17 @@ __all__ = ["METRICS", "RATES", "judge", "mend", "refine", "spread"]
 
 Counts = np.ndarray
 
-DRAWS, PARTS, CAUTION = 1000, 4, 5.0
+DRAWS, PARTS, CAUTION = 1000, 4, 1.5
 _TINY = 1e-9
 
 
 def mend(noisy: Counts, sd: float) -> Counts:
     """Noisy counts with empty tails set to 0 and none below 0.
 
-    A class's outermost bins are taken as empty as long as their sum is within 1.5 standard deviations of its
-    noise; clipping alone would turn noise into patients with extreme scores.
+    A class's outermost bins are taken as empty as long as their sum is within half a standard deviation of
+    its noise; clipping alone would turn noise into patients with extreme scores.
     """
-    limit = 1.5 * sd * np.sqrt(np.arange(1, noisy.shape[-1] + 1))
+    limit = 0.5 * sd * np.sqrt(np.arange(1, noisy.shape[-1] + 1))
     rising = np.logical_or.accumulate(np.cumsum(noisy, -1) > limit, -1)
     falling = np.logical_or.accumulate(np.cumsum(noisy[..., ::-1], -1) > limit, -1)[..., ::-1]
     return np.where(rising & falling, noisy, 0.0).clip(0)
@@ -86,7 +86,7 @@ def _caution(counts: Counts, sd: float) -> float:
     where hardly any patient of a class is distinguished from noise.
     """
     noise = sd * math.sqrt(counts.shape[-1]) / max(float(counts.sum(-1).min()), _TINY)
-    return 1 + CAUTION * noise if noise < 0.5 else math.inf
+    return 1 + CAUTION * math.sqrt(noise) if noise < 0.5 else math.inf
 
 
 def _ties(counts: Counts, edges: np.ndarray) -> float:
