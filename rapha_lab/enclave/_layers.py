@@ -1,11 +1,13 @@
 """What a worker does to itself between the fork and the first foreign byte, and how it proves each layer.
 
-Every layer is tried after it is put on: one that the kernel does not hold is reported as absent, never assumed.
-The order matters: changing the user clears the death signal, Landlock opens no file later, seccomp comes last.
+Every layer is tried after it is put on: one that the kernel does not hold is reported as absent, never
+assumed. The order matters: changing the user clears the death signal, Landlock opens no file later, seccomp
+comes last.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import errno
@@ -16,6 +18,7 @@ import secrets
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 
 __all__ = [
@@ -25,26 +28,14 @@ __all__ = [
     "drop_privileges",
     "landlock",
     "limit",
-    "pack",
     "seccomp",
-    "unpack",
 ]
 
-LAYERS = ("namespaces", "privileges", "rlimits", "deadline", "landlock", "seccomp", "cgroup")
+LAYERS = ("namespaces", "privileges", "rlimits", "deadline", "threads", "landlock", "seccomp", "cgroup")
 NAMESPACES = ("user", "pid", "net", "mnt", "ipc", "uts")
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _GIB = 1 << 30
-
-
-def pack(layers: dict[str, bool]) -> int:
-    """Layers as a bit mask, for the line a worker sends before it is handed over."""
-    return sum(1 << bit for bit, name in enumerate(LAYERS) if layers.get(name))
-
-
-def unpack(mask: int) -> dict[str, bool]:
-    """The layers in a mask."""
-    return {name: bool(mask >> bit & 1) for bit, name in enumerate(LAYERS)}
 
 
 def drop_privileges(parent: int) -> bool:
@@ -67,7 +58,7 @@ def drop_privileges(parent: int) -> bool:
     return int(status["CapEff"], 16) == 0 and status["NoNewPrivs"].strip() == "1"
 
 
-def limit(memory: int, cpu_seconds: float, threads: int) -> bool:
+def limit(memory: int, cpu_seconds: float) -> bool:
     """Set the resource limits of this process; true if the kernel then refuses to map more than `memory`."""
     with open("/proc/self/statm") as file:
         pages = [int(field) for field in file.read().split()]
@@ -76,7 +67,6 @@ def limit(memory: int, cpu_seconds: float, threads: int) -> bool:
     wanted = {
         resource.RLIMIT_DATA: pages[5] * page + memory,
         resource.RLIMIT_AS: pages[0] * page + memory + 8 * _GIB,
-        resource.RLIMIT_NPROC: _tasks() + threads,
         resource.RLIMIT_CPU: seconds,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_SIGPENDING: 256,
@@ -86,11 +76,30 @@ def limit(memory: int, cpu_seconds: float, threads: int) -> bool:
         ),
     }
     for which, value in wanted.items():
-        _, hard = resource.getrlimit(which)
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(which, (value, value))
+        _lower(which, value)
     too_much = lambda: mmap.mmap(-1, memory + _GIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # noqa: E731
     return refused(too_much, errno.ENOMEM) and resource.getrlimit(resource.RLIMIT_FSIZE) == (0, 0)
+
+
+def limit_threads(threads: int) -> bool:
+    """Allow `threads` more threads to this user; true if the kernel counts them, as it does not for root."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
+    try:
+        _thread.start_new_thread(int, ())
+    except RuntimeError:
+        return _lower(resource.RLIMIT_NPROC, _tasks() + threads)
+    while len(os.listdir("/proc/self/task")) > 1:  # Landlock and seccomp hold for the calling thread only
+        time.sleep(0.001)
+    _lower(resource.RLIMIT_NPROC, _tasks() + threads)
+    return False
+
+
+def _lower(which: int, value: int) -> bool:
+    _, hard = resource.getrlimit(which)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(which, (value, value))
+    return resource.getrlimit(which) == (value, value)
 
 
 def _tasks() -> int:
@@ -105,7 +114,7 @@ def _tasks() -> int:
 
 
 class _SigEvent(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("value", ctypes.c_void_p),
         ("signo", ctypes.c_int),
         ("notify", ctypes.c_int),
@@ -143,7 +152,7 @@ def landlock() -> bool:
 
 
 class _Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]  # noqa: RUF012
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
 
 
 def seccomp(code: bytes) -> bool:
@@ -160,7 +169,7 @@ def seccomp(code: bytes) -> bool:
         lambda: os.kill(os.getppid(), 0),
         _fork,
     ]
-    return all([refused(attempt, errno.EPERM) for attempt in attempts])
+    return all(refused(attempt, errno.EPERM) for attempt in attempts)
 
 
 def _fork() -> None:

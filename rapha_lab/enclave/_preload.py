@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import io
 import os
+import pkgutil
 import sys
 import tempfile
 import time
@@ -25,23 +26,33 @@ _NEVER = {"antigravity", "this", "idlelib", "lib2to3", "tkinter", "turtle", "tur
 _PARKED = {"polars-ooc-clea"}
 
 LIBRARIES = """
-    encodings.idna encodings.ascii encodings.latin_1 encodings.cp1252 encodings.utf_8_sig concurrent.futures.thread
+    encodings.idna encodings.ascii encodings.latin_1 encodings.cp1252 encodings.utf_8_sig
+    concurrent.futures.thread concurrent.futures.process html.entities xml.etree.ElementTree zoneinfo
     numpy.fft numpy.linalg numpy.random numpy.polynomial numpy.ma numpy.testing numpy._core._methods
     scipy.cluster.hierarchy scipy.integrate scipy.interpolate scipy.linalg scipy.ndimage scipy.optimize
     scipy.signal scipy.sparse.linalg scipy.spatial.distance scipy.special scipy.stats
-    sklearn.calibration sklearn.cluster sklearn.covariance sklearn.compose sklearn.datasets sklearn.decomposition
-    sklearn.dummy sklearn.ensemble sklearn.feature_selection sklearn.gaussian_process sklearn.impute
-    sklearn.inspection sklearn.isotonic sklearn.kernel_ridge sklearn.linear_model sklearn.metrics sklearn.mixture
-    sklearn.model_selection sklearn.naive_bayes sklearn.neighbors sklearn.neural_network sklearn.pipeline
-    sklearn.preprocessing sklearn.svm sklearn.tree
-    torch.func torch.fx torch.fx.experimental.proxy_tensor torch.fx.experimental.symbolic_shapes torch.export
-    torch.nn.utils.parametrizations torch.nn.utils.rnn torch.nn.utils.prune torch.optim.lr_scheduler
-    torch.optim.swa_utils torch.utils.data torch.utils.checkpoint torch.distributions torch.special torch.linalg
-    torch._dynamo torch.nested torch.autograd.forward_ad torch.autograd.profiler torch.sparse
-    polars polars.selectors polars.dataframe._html polars.io polars.testing polars.lazyframe.frame
+    sklearn.calibration sklearn.cluster sklearn.covariance sklearn.compose sklearn.datasets
+    sklearn.decomposition sklearn.dummy sklearn.ensemble sklearn.feature_selection sklearn.gaussian_process
+    sklearn.impute sklearn.inspection sklearn.isotonic sklearn.kernel_ridge sklearn.linear_model
+    sklearn.metrics sklearn.mixture sklearn.model_selection sklearn.naive_bayes sklearn.neighbors
+    sklearn.neural_network sklearn.pipeline sklearn.preprocessing sklearn.svm sklearn.tree
+    torch.func torch.fx.experimental.proxy_tensor torch.fx.experimental.symbolic_shapes torch.distributions
+    torch.special torch.linalg torch._dynamo torch.nested torch.sparse torch.autograd.forward_ad
+    torch.autograd.profiler torch.autograd.gradcheck torch.optim.swa_utils torch.testing
+    polars polars.selectors polars.dataframe._html polars.testing polars.sql
     IPython.core.formatters IPython.core.display IPython.core.ultratb IPython.lib.pretty IPython.display
-    safetensors.torch safetensors.numpy msgspec.json msgspec.msgpack PIL.Image PIL.PngImagePlugin
-""".split()
+    safetensors.torch safetensors.numpy msgspec.json msgspec.msgpack msgspec.inspect
+    PIL.Image PIL.ImageDraw PIL.ImageFont PIL.PngImagePlugin PIL.JpegImagePlugin
+    matplotlib.style matplotlib.animation matplotlib.gridspec matplotlib.dates matplotlib.patheffects
+    mpl_toolkits.mplot3d mpl_toolkits.axes_grid1 stack_data executing pygments.lexers.python
+    pygments.formatters.terminal256 pygments.formatters.html
+""".split()  # noqa: SIM905
+"""Modules beside the standard library; one that is not installed is passed over."""
+
+WALKED = "torch.nn torch.fx torch._export torch.export torch._higher_order_ops torch.utils polars".split()  # noqa: SIM905
+"""Packages that import their own parts at first use: all of these are loaded."""
+
+_PASSED_OVER = ("test", "tensorboard", "hipify", "benchmark", "onnx", "bundled", "__main__")
 
 
 def load(preload: Sequence[str]) -> None:
@@ -59,6 +70,9 @@ def load(preload: Sequence[str]) -> None:
                 _try(name)
         for name in LIBRARIES:
             _try(name)
+        for package in WALKED:
+            _walk(package)
+        _terminal()
         _torch()
         _figures()
     for name in preload:
@@ -71,6 +85,22 @@ def _try(name: str) -> None:
         importlib.import_module(name)
 
 
+def _walk(package: str) -> None:
+    path = getattr(sys.modules.get(package), "__path__", ())
+    for module in pkgutil.walk_packages(path, f"{package}.", onerror=lambda _: None):
+        if not any(part in module.name for part in _PASSED_OVER):
+            _try(module.name)
+
+
+def _terminal() -> None:
+    """Read the colours of IPython's tracebacks, which it keeps in files."""
+    with contextlib.suppress(ImportError):
+        from IPython.utils import PyColorize
+
+        for name in list(PyColorize.theme_table):
+            PyColorize.theme_table[name]
+
+
 def _torch() -> None:
     """One step of each kind that imports lazily: an optimiser, an export."""
     import torch
@@ -81,8 +111,10 @@ def _torch() -> None:
         for parameter in layer.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-    torch.export.export(layer, (torch.zeros(1, 2),)).module()
-    torch.export.export(layer, (torch.zeros(3, 2),), dynamic_shapes=({0: torch.export.Dim("n")},))
+    batch = ({0: torch.export.Dim("n")},)
+    torch.export.export(layer, (torch.zeros(1, 2),)).run_decompositions().module()
+    torch.export.export(layer, (torch.zeros(3, 2),), dynamic_shapes=batch, strict=True)
+    torch.save(layer.state_dict(), io.BytesIO())
 
 
 class _Shelf:
@@ -96,11 +128,11 @@ class _Shelf:
 
 
 def _figures() -> None:
-    """Load matplotlib with its own fonts held in memory: an inherited open file would join sibling workers."""
+    """Load matplotlib with its fonts held in memory: an inherited open file would join sibling workers."""
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import font_manager, pyplot
+    from matplotlib import _mathtext, font_manager, pyplot
 
     fonts = {}
     for entry in font_manager.fontManager.ttflist:
@@ -110,10 +142,14 @@ def _figures() -> None:
     def font(path: Any, *args: Any, **kwargs: Any) -> Any:
         return freetype.FT2Font(io.BytesIO(fonts[path]) if path in fonts else path, *args, **kwargs)
 
-    freetype = font_manager.ft2font
-    font_manager.ft2font = _Shelf(freetype, FT2Font=font)  # type: ignore[assignment]
-    path = _Shelf(os.path, isfile=lambda name: os.path.realpath(name) in fonts)
-    font_manager.os = _Shelf(os, path=path)  # type: ignore[assignment]
+    freetype = font_manager.ft2font  # type: ignore
+    font_manager.ft2font = _Shelf(freetype, FT2Font=font)  # type: ignore
+
+    def known(name: Any) -> bool:
+        return os.path.realpath(name) in fonts
+
+    here = _Shelf(os, path=_Shelf(os.path, isfile=known, exists=known))
+    font_manager.os = _mathtext.os = here  # type: ignore
     for form in ("png", "svg"):
         figure, axes = pyplot.subplots()
         axes.plot([1, 10], [1, 2], label="$x^2$")
@@ -124,7 +160,7 @@ def _figures() -> None:
 
 
 def assert_alone() -> None:
-    """Raise if this process has a thread that may hold a lock when it forks; waits for those that are ending."""
+    """Raise if a thread could hold a lock when this process forks; waits for those that are ending."""
     busy = set()
     for _ in range(100):
         busy = {name for name in _threads() if name not in _PARKED}
@@ -162,4 +198,4 @@ class _NothingMore:
 
 def seal_imports() -> None:
     """Say plainly that a module is not there, instead of asking the kernel for files it will refuse."""
-    sys.meta_path[:] = [machinery.BuiltinImporter, machinery.FrozenImporter, _NothingMore]  # type: ignore[list-item]
+    sys.meta_path[:] = [machinery.BuiltinImporter, machinery.FrozenImporter, _NothingMore]

@@ -1,7 +1,7 @@
 """The process workers are forked from: clean environment, one thread, libraries loaded, never any data.
 
-It speaks with its launcher over one Unix socket of whole packets (SOCK_SEQPACKET). From the launcher: first the
-configuration, then `spawn` with the two pipe ends of a worker, or `kill`. To the launcher: `ready`,
+It speaks with its launcher over one Unix socket of whole packets (SOCK_SEQPACKET). From the launcher: first
+the configuration, then `spawn` with the two pipe ends of a worker, or `kill`. To the launcher: `ready`,
 `worker` (written by the worker itself once it is locked, so that the kernel vouches for its pid), `gone`.
 """
 
@@ -141,7 +141,8 @@ class _Zygote:
         layers = dict(self.layers)
         layers["deadline"] = _layers.deadline(limits["wall_seconds"])
         layers["privileges"] = _layers.drop_privileges(parent)
-        layers["rlimits"] = _layers.limit(limits["memory"], limits["cpu_seconds"], limits["threads"])
+        layers["rlimits"] = _layers.limit(limits["memory"], limits["cpu_seconds"])
+        layers["threads"] = _layers.limit_threads(limits["threads"])
         layers["landlock"] = self.use_landlock and _layers.landlock()
         layers["seccomp"] = _layers.seccomp(self.code)
         os.write(5, json.dumps({"is": "worker", "id": number, "layers": layers}).encode())

@@ -21,7 +21,6 @@ import importlib.util
 import io
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -30,29 +29,31 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from rapha_lab.enclave import _layers
+from rapha_lab.enclave._cgroup import Cgroup
 from rapha_lab.protocol.errors import SiteError
 
 __all__ = ["TIERS", "Limits", "Report", "Worker", "Zygote", "probe"]
 
 TIERS = ("S0", "S1", "S2", "S3")
 _NEEDS = {
-    "S1": {"privileges", "rlimits", "deadline", "seccomp"},
-    "S2": {"privileges", "rlimits", "deadline", "seccomp", "landlock"},
-    "S3": {"privileges", "rlimits", "deadline", "seccomp", "landlock", "namespaces"},
+    "S1": (base := {"privileges", "rlimits", "deadline", "seccomp"}),
+    "S2": base | {"threads", "landlock"},
+    "S3": base | {"threads", "landlock", "namespaces"},
 }
-_BOOT = "import sys,json;sys.path[:]=json.loads(sys.argv[1]);from rapha_lab.enclave._zygote import main;main({fd})"
+_BOOT = (
+    "import sys,json;sys.path[:]=json.loads(sys.argv[1]);from rapha_lab.enclave._zygote import main;main({})"
+)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one worker may use: bytes, seconds, threads, and bytes it may send out. Defaults suit a session."""
+    """What one worker may use: bytes, seconds, threads, bytes it may send out. Defaults suit a session."""
 
     memory: int = 2 << 30
     cpu_seconds: float = 4 * 3600
@@ -100,9 +101,10 @@ class Worker:
         self._zygote, self._number = zygote, number
         self._locked, self._gone = threading.Event(), threading.Event()
         self._outcome = "killed"
+        self._group = Cgroup(f"rapha-{os.getpid()}-{id(zygote):x}-{number}", limits.memory, limits.threads)
         self.pid: int | None = None
         self.layers: dict[str, bool] = {}
-        self.reader = io.BufferedReader(_Counted(reads, limits.output, self._overflow))  # type: ignore[assignment]
+        self.reader = io.BufferedReader(_Counted(reads, limits.output, self._overflow))
         self.writer = open(writes, "wb")  # noqa: SIM115
 
     @property
@@ -148,7 +150,7 @@ class _Counted(io.FileIO):
         super().__init__(fd, "rb")
         self._left, self._overflow = limit, overflow
 
-    def readinto(self, buffer) -> int | None:  # type: ignore[no-untyped-def, override]
+    def readinto(self, buffer) -> int | None:  # type: ignore[no-untyped-def]
         count = super().readinto(buffer)
         self._left -= count or 0
         if self._left < 0:
@@ -175,47 +177,51 @@ class Zygote:
     ) -> None:
         self._lock, self._workers, self._count = threading.Lock(), dict[int, Worker](), 0
         self._reasons: list[str] = []
+        self._entry, self._preload = entry, list(preload)
         self._config = {
             "entry": entry,
-            "preload": list(preload),
+            "preload": self._preload,
             "bare": bare,
             "filter": _filter().hex(),
             "landlock": tier != "S1",
             "namespaces": {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in _layers.NAMESPACES},
         }
-        self._start(tier)
-        try:
-            self.report = self._prove()
-        except SiteError:
-            self.close()
-            raise
+        self.report = self._start(tier)
 
     @property
     def tier(self) -> str:
         """The tier that a worker of this zygote proved."""
         return self.report.tier
 
-    def _start(self, tier: str | None) -> None:
+    def _start(self, tier: str | None) -> Report:
+        """Launch behind namespaces; where that does not reach S3, note why and launch without."""
         if tier in (None, "S3"):
             try:
-                return self._launch(_bubblewrap([self._config["entry"], *self._config["preload"]]))
+                self._launch(_bubblewrap([self._entry, *self._preload]))
+                report = self._prove()
+                if report.tier == "S3":
+                    return report
+                self.close()
+                missing = _NEEDS["S3"] - {name for name, on in report.layers.items() if on}
+                raise SiteError("Namespaces did not help.", f"Not enforced: {', '.join(sorted(missing))}.")
             except SiteError as error:
                 if tier == "S3":
                     raise
                 self._reasons.append(str(error))
         self._launch([])
+        return self._prove()
 
     def _launch(self, prefix: list[str]) -> None:
         """Run the zygote behind `prefix`, and wait until it is ready."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._home = tempfile.TemporaryDirectory(prefix="rapha-zygote-")
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         home = "/tmp" if prefix else self._home.name  # noqa: S108
         paths = json.dumps([os.path.abspath(path) for path in sys.path if os.path.exists(path or ".")])
         with theirs:
-            self._process = subprocess.Popen(
-                [*prefix, sys.executable, "-I", "-B", "-c", _BOOT.format(fd=theirs.fileno()), paths],
+            self._process = subprocess.Popen(  # noqa: S603
+                [*prefix, sys.executable, "-I", "-B", "-c", _BOOT.format(theirs.fileno()), paths],
                 env=_environment(home),
                 cwd="/",
                 umask=0o077,
@@ -243,9 +249,14 @@ class Zygote:
 
     def _prove(self) -> Report:
         """Start one worker and see which layers it proves; refuse to go on below S1."""
-        with self._spawn(Limits(wall_seconds=60)) as worker:
-            report = Report(worker.tier, worker.layers, self._reasons)
+        try:
+            with self._spawn(Limits(wall_seconds=60)) as worker:
+                report = Report(worker.tier, worker.layers, self._reasons)
+        except SiteError:
+            self.close()
+            raise
         if report.tier == "S0":
+            self.close()
             missing = ", ".join(sorted(name for name in _NEEDS["S1"] if not report.layers[name]))
             raise SiteError(
                 "This machine cannot hold foreign code.",
@@ -281,8 +292,12 @@ class Zygote:
         if not worker._locked.wait(30) or not worker.layers:
             worker.close()
             raise SiteError(
-                "No worker could be started.", "It ended before its walls stood.", "Restart the site."
+                "No worker could be started.", "Its walls did not come to stand.", "Restart the site."
             )
+        counted = worker.pid is not None and worker._group.add(worker.pid)
+        worker.layers |= {"cgroup": counted, "threads": counted or worker.layers["threads"]}
+        if worker._gone.is_set():
+            worker._group.close()
         return worker
 
     def _say(self, message: dict[str, object], fds: Sequence[int] = ()) -> None:
@@ -316,6 +331,7 @@ class Zygote:
 
     def _forget(self, number: int) -> None:
         worker = self._workers.pop(number)
+        worker._group.close()
         worker._locked.set()
         worker._gone.set()
 
@@ -379,7 +395,7 @@ def _environment(home: str) -> dict[str, str]:
 
 
 def _bubblewrap(modules: Sequence[str]) -> list[str]:
-    """The bubblewrap command line: namespaces of its own, read-only libraries, nothing else of this machine."""
+    """The bubblewrap command line: own namespaces, read-only libraries, nothing else of this machine."""
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise SiteError(

@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 
 
 def main(reader: BinaryIO, writer: BinaryIO) -> None:
-    """For each line, a JSON string of Python: run it and answer one line with its `result` or what it raised."""
+    """For each line, a JSON string of Python, answer one line: its `result` or what it raised."""
     scope: dict[str, Any] = {}
     for line in reader:
         writer.write(json.dumps(answer(json.loads(line), scope)).encode() + b"\n")
