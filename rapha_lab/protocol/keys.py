@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ __all__ = ["PrivateKey", "PublicKey"]
 _ED, _X, _ML = ed25519.Ed25519PrivateKey, x25519.X25519PrivateKey, mlkem.MLKEM768PrivateKey
 _PARTS: dict[str, tuple[Any, ...]] = {"ed25519": (_ED,), "x25519": (_X,), "x-wing": (_ML, _X)}
 _SIZES = {"ed25519": 32, "x25519": 32, "x-wing": 1184 + 32}
-_MARK = "-----END ENCRYPTED PRIVATE KEY-----\n"
+_BLOCK = re.compile(r"-----BEGIN [^-]+-----[^-]+-----END [^-]+-----\n")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class PrivateKey:
         """
         if len(passphrase) < 10:
             raise TrustError(
-                "The passphrase is too short.", "A stolen file can be guessed at for ever.", "Use 10 letters."
+                "The passphrase is too short.", "A stolen file is guessed at for ever.", "Use 10 letters."
             )
         salt = os.urandom(16)
         lock = pem.BestAvailableEncryption(_stretch(passphrase, salt))
@@ -121,7 +121,7 @@ class PrivateKey:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             raise TrustError(
-                f"{path} exists.", "A key is never written over another.", "Choose another name."
+                f"{path} exists.", "A key is never written over another.", "Give another name."
             ) from None
         with os.fdopen(handle, "wb") as file:
             file.write(text)
@@ -131,33 +131,37 @@ class PrivateKey:
         """The key that `save` wrote.
 
         Raises:
-            TrustError: if others may read the file, it is damaged, or the passphrase is wrong.
+            TrustError: if it is not there, others may read it, it is damaged, or the passphrase is wrong.
         """
-        if os.stat(path).st_mode & 0o077:
-            raise TrustError(f"Others may read {path}.", "A key is its owner's alone.", f"chmod 600 {path}")
         try:
+            shared = os.stat(path).st_mode & 0o077
             public, salt, blocks = Path(path).read_text().split("\n", 2)
-            key = cls(
-                public.partition(":")[0],
-                tuple(_blocks(blocks, _stretch(passphrase, bytes.fromhex(salt.split(":")[1])))),
+            secret = _stretch(passphrase, bytes.fromhex(salt.removeprefix("scrypt-salt:")))
+            parts = tuple(
+                pem.load_pem_private_key(block.encode(), secret) for block in _BLOCK.findall(blocks)
             )
+            (algorithm,) = (name for name, kinds in _PARTS.items() if _are(parts, kinds))
+            key = cls(algorithm, parts)
             intact = str(key.public) == public
-        except (ValueError, TypeError, AttributeError, IndexError):
+        except OSError as error:
+            raise TrustError(
+                f"There is no key at {path}.", str(error.strerror), "rapha-lab keys new"
+            ) from None
+        except (ValueError, TypeError):
             intact = False
+        if shared:
+            raise TrustError(f"Others may read {path}.", "A key is its owner's alone.", f"chmod 600 {path}")
         if not intact:
             raise TrustError(
-                f"{path} could not be opened.",
-                "The passphrase is wrong or the file is damaged.",
-                "Try again.",
+                f"{path} did not open.", "The passphrase is wrong or the file is damaged.", "Try again."
             )
         return key
+
+
+def _are(parts: tuple[Any, ...], kinds: tuple[Any, ...]) -> bool:
+    return len(parts) == len(kinds) and all(map(isinstance, parts, kinds))
 
 
 def _stretch(passphrase: str, salt: bytes) -> bytes:
     """PKCS8's own 2,048 rounds are soon guessed through; scrypt costs 32 MB and 0.1 s a guess."""
     return hashlib.scrypt(passphrase.encode(), salt=salt, n=2**15, r=8, p=1, maxmem=2**26).hex().encode()
-
-
-def _blocks(text: str, password: bytes) -> Iterator[Any]:
-    for block in text.split(_MARK)[:-1]:
-        yield pem.load_pem_private_key((block + _MARK).encode(), password)
