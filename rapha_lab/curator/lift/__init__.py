@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from rapha_lab.curator.lift import gradients, layers, losses, reductions, shapes  # noqa: F401  (rules)
+from rapha_lab.curator.lift import gradients, layers, losses, recurrent, reductions, shapes  # noqa: F401
 from rapha_lab.curator.lift.graph import Graph, refused
 from rapha_lab.curator.lift.table import TABLE
 from rapha_lab.protocol.errors import ProgramError, RefusedError
@@ -205,7 +205,7 @@ def _dry_run(graph: Graph, paths: gradients.Paths, loss: bool, limits: Limits) -
     parameters = {s.name: _meta(s, trained=True) for s in program.parameters}
     constants = {s.name: _meta(s) for s in program.constants}
     inputs = {s.name: _meta(s, SMALLEST) for s in program.inputs}
-    with Meter() as meter:
+    with Meter() as meter, torch.device("meta"):
         if loss:
             _loss(lambda: gradients.parts(graph, paths, parameters, constants, inputs, checked), graph, shapes)
         else:

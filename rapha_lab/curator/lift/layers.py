@@ -141,6 +141,13 @@ def batch_norm_frozen(
     return (batch_norm(x, w, b, mean, var, False, momentum, eps, False),)
 
 
+@rule("_weight_norm.default")
+def weight_norm(direction: Tensor, length: Tensor, d: int) -> Tensor:
+    kept = dims(direction, d)[0] if d != -1 else 0
+    over = [k for k in range(1, direction.dim()) if k != kept]
+    return direction * (length / torch.linalg.vector_norm(direction, 2, over, True))
+
+
 # Embeddings
 
 

@@ -110,7 +110,7 @@ elementwise(
     *(f"{name}.Scalar" for name in ["add", "sub", "mul", "div", "rsub", "eq", "ne", "lt", "le", "gt", "ge"]),
     *(f"{name}.{kind}" for name in ("bitwise_and", "bitwise_or", "bitwise_xor") for kind in ("Tensor", "Scalar")),
     "bitwise_not.default", "lerp.Scalar", "lerp.Tensor", "where.self",
-    "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "masked_fill.Scalar", "masked_fill.Tensor",
+    "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "masked_fill.Scalar", "copysign.Tensor",
     "pow.Scalar", "xlogy.Scalar_Other", "xlogy.Scalar_Self", "special_log_ndtr.default", "special_ndtr.default",
     "max.other", "min.other",
 )  # fmt: skip
@@ -133,6 +133,12 @@ _floats_only(
     "div.Tensor_mode", "div.Scalar_mode", "fmod.Tensor", "fmod.Scalar", "remainder.Tensor", "remainder.Scalar",
     "floor_divide.default", "pow.Tensor_Tensor", "pow.Tensor_Scalar",
 )  # fmt: skip
+
+
+@rule("masked_fill.Tensor")
+def masked_fill(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    x, mask, value = aligned([x, mask, value.to(x.dtype)])
+    return torch.where(mask, value, x)
 
 
 @rule("clone.default", "contiguous.default")

@@ -1,0 +1,200 @@
+"""Models of many kinds train: every patient's gradient is the one autograd gives for that patient alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from conftest import alone, lifted
+from torch import Tensor, nn
+
+bce = nn.BCEWithLogitsLoss()
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], **kw: object) -> None:
+        super().__init__()
+        self.layer, self.head = kind(5, 6, batch_first=True, **kw), nn.LazyLinear(1)
+        self(torch.zeros(1, 4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix = nn.Embedding(9, 6, padding_idx=0), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.mix(self.mix(self.words(x)).mean(1)), self.words.weight)
+
+
+class Scaled(nn.Module):
+    """Parameters used bare, in products and through a weight norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(()))
+        self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))
+        self.free = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.free(torch.tanh(self.layer(x * self.gain + self.shift)))
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(11, 8), nn.Parameter(torch.rand(6, 8))
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+        self.body, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.words(x) + self.places).mean(1))
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.up, self.out = nn.ConvTranspose2d(4, 4, 2, 2), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm(self.down(x)), inplace=True)
+        return self.out(torch.cat([h, self.up(F.max_pool2d(h, 2))], 1)).mean((2, 3))
+
+
+class LowRank(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(8, 8).requires_grad_(False)
+        self.a, self.b, self.head = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.base(x) + self.b(self.a(x))))
+
+
+def conv1d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(5, 6, 3, padding="same", dilation=2), nn.GELU(), nn.Conv1d(6, 6, 2, stride=2, groups=3),
+        nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(12, 1),
+    )  # fmt: skip
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.SiLU(), nn.Linear(16, 16), nn.PReLU(), nn.Linear(16, 1))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, stride=2, padding=1), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False),
+        nn.AvgPool2d(2), nn.Flatten(), nn.LazyLinear(3),
+    )  # fmt: skip
+
+
+def bag() -> nn.Module:
+    return nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def attention() -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+
+def numbers(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(5, *shape)
+
+
+def words() -> Tensor:
+    return torch.randint(7, (5, 6))
+
+
+def yes() -> Tensor:
+    return torch.randint(2, (5,)).float()
+
+
+def kinds() -> Tensor:
+    return torch.randint(3, (5,))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], Callable[[], Tensor], Callable[[], Tensor]]] = {
+    "mlp": (mlp, bce, numbers(8), yes),
+    "logistic": (lambda: nn.Linear(8, 1), bce, numbers(8), yes),
+    "cnn with group norm": (cnn, nn.CrossEntropyLoss(), numbers(2, 9, 9), kinds),
+    "1-d cnn": (conv1d, nn.MSELoss(), numbers(5, 12), yes),
+    "3-d cnn": (
+        lambda: nn.Sequential(nn.Conv3d(1, 3, 2), nn.Tanh(), nn.MaxPool3d(2), nn.Flatten(), nn.LazyLinear(1)),
+        bce, numbers(1, 5, 5, 5), yes,
+    ),
+    "u-net": (UNet, bce, numbers(2, 8, 8), yes),
+    "embedding and mlp": (bag, nn.CrossEntropyLoss(label_smoothing=0.1), words, kinds),
+    "tied weights": (Tied, nn.CrossEntropyLoss(), lambda: torch.randint(9, (5, 4)), kinds),
+    "bare parameters": (Scaled, nn.HuberLoss(), numbers(8), yes),
+    "text transformer": (Tokens, nn.CrossEntropyLoss(), lambda: torch.randint(11, (5, 6)), kinds),
+    "attention": (
+        lambda: nn.Sequential(attention(), nn.Flatten(), nn.Linear(32, 1)), bce, numbers(4, 8), yes,
+    ),
+    "low rank on a frozen layer": (LowRank, bce, numbers(8), yes),
+    "gru": (lambda: Recurrent(nn.GRU, num_layers=2), bce, numbers(4, 5), yes),
+    "gru both ways": (lambda: Recurrent(nn.GRU, bidirectional=True), bce, numbers(4, 5), yes),
+    "lstm": (lambda: Recurrent(nn.LSTM, num_layers=2), bce, numbers(4, 5), yes),
+    "rnn": (lambda: Recurrent(nn.RNN, bias=False), bce, numbers(4, 5), yes),
+    "autoencoder": (
+        lambda: nn.Sequential(nn.Linear(8, 2), nn.ELU(), nn.Linear(2, 8)), nn.MSELoss(), numbers(8), numbers(8),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_patients_gradient_is_the_one_computed_alone(name: str) -> None:
+    """To 1e-5 of its size, for every parameter of every model."""
+    make, loss, xs, ys = MODELS[name]
+    torch.manual_seed(1)
+    model, x = make(), xs()
+    model(x)
+    y = ys()
+    it, parameters, constants = lifted(model, loss, x, y)
+    mine = it.gradients(parameters, constants, {"x": x, "target": y})
+    for parameter, expected in alone(model, loss, x, y).items():
+        scale = expected.abs().max().clamp_min(1e-6)
+        torch.testing.assert_close(mine[parameter] / scale, expected / scale, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn with group norm", "embedding and mlp", "text transformer"])
+def test_gradients_agree_with_opacus(name: str) -> None:
+    """An independent implementation gives the same per-patient gradients."""
+    from opacus import GradSampleModule
+
+    make, loss, xs, ys = MODELS[name]
+    torch.manual_seed(2)
+    model, x, y = make(), xs(), ys()
+    model(x)
+    if name == "text transformer":
+        pytest.skip("Opacus has no rule for MultiheadAttention and bare parameters")
+    it, parameters, constants = lifted(model, loss, x, y)
+    mine = it.gradients(parameters, constants, {"x": x, "target": y})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = GradSampleModule(model, loss_reduction="mean", strict=False)
+        prediction = theirs(x)
+        loss(prediction.reshape(y.shape) if prediction.numel() == len(y) else prediction, y).backward()
+    for parameter, p in model.named_parameters():
+        scale = p.grad_sample.abs().max()
+        torch.testing.assert_close(mine[parameter] / scale, p.grad_sample / scale, rtol=1e-5, atol=1e-5)
+
+
+def test_every_patient_is_scored_as_the_model_does() -> None:
+    """Scores come for any number of patients, in padded microbatches."""
+    from rapha_lab.curator.lift import lift
+    from rapha_lab.session.tracing import score_program
+
+    torch.manual_seed(3)
+    model, x = cnn(), torch.randn(300, 2, 9, 9)
+    model(x)
+    traced = score_program(model, {"x": x[0]})
+    it = lift(traced.program, loss=False)
+    out = it.scores(*it.tensors(traced.blob), {"x": x})
+    torch.testing.assert_close(out.squeeze(1), model(x).detach(), rtol=1e-4, atol=1e-5)
