@@ -190,16 +190,14 @@ class Policy:
     def admits(self, dataset: str, measurement: str, *, simulated: bool, tier: str) -> None:
         """Raise PolicyError unless this enclave, with a sandbox of this tier, may open `dataset`."""
         asked = self.dataset(dataset)
-        if measurement not in asked.measurements and not (
-            simulated and "any simulated" in asked.measurements
-        ):
+        fits = measurement in asked.measurements and ":" in measurement
+        if not fits and not (simulated and "any simulated" in asked.measurements):
             _refuse(
-                f"This enclave may not open {dataset!r}.",
-                f"It measures {measurement}, which nobody signed for.",
+                f"This enclave may not open {dataset!r}.", f"It measures {measurement}; nobody signed for it."
             )
-        if tier < asked.sandbox:
+        if tier not in ("S1", "S2", "S3") or tier < asked.sandbox:
             _refuse(
-                f"The sandbox is too weak for {dataset!r}.", f"It is {tier}; {asked.sandbox} is the least."
+                f"The sandbox is too weak for {dataset!r}.", f"It is {tier}, the least is {asked.sandbox}."
             )
 
 
@@ -247,12 +245,14 @@ class Signed:
     def load(cls, path: str | Path) -> Signed:
         """The page at `path` and the statements in `path` + ".signatures", one JSON object a line."""
         beside = Path(f"{path}.signatures")
-        lines = beside.read_bytes().splitlines() if beside.exists() else []
         try:
             text = Path(path).read_bytes().decode()
+            lines = beside.read_bytes().splitlines() if beside.exists() else []
             return cls(
                 text, tuple(msgspec.json.decode(line, type=Statement) for line in lines if line.strip())
             )
+        except OSError as error:
+            _refuse(f"There is no policy at {path}.", str(error.strerror))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             _wrong(f"cannot be read: {error}")
 

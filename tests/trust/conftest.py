@@ -1,74 +1,13 @@
-"""Keys, a binding, a policy of three custodians, and real evidence where it is at hand."""
+"""Keys, a binding, and a policy of three custodians."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
+from trust_material import CUSTODIANS, fixed, page
 
 from rapha_lab.protocol.evidence import Binding
 from rapha_lab.protocol.keys import PrivateKey
 from rapha_lab.protocol.policy import Policy, Signed, state
-
-VECTORS = Path(__file__).parents[3] / "shared" / "vectors"
-
-PAGE = """\
-# The policy of a made-up hospital.
-[policy]
-name = "Light chains and survival"
-version = 3
-purpose = ["DUO:0000042"]
-expires = 2030-06-30
-quorum = 2
-
-{custodians}
-[[datasets]]
-name = "flchain"
-measurements = ["any simulated", "sha384:{zeros}"]
-sandbox = "S2"
-delta = 1e-5
-
-[[projects]]
-name = "risk"
-researchers = ["{researcher}"]
-datasets = ["flchain"]
-epsilon = 4.0
-delta = 1e-6
-largest_model = 1_000_000
-smallest_cohort = 100
-metrics = ["auroc", "brier"]
-
-[projects.lanes]
-aggregate = {{ release = "auto" }}
-train = {{}}
-"""
-CUSTODIAN = '[[custodians]]\nname = "{name}"\nrole = "{role}"\nkey = "{key}"\n'
-PEOPLE = [
-    ("Ada Lim", "Caldicott Guardian"),
-    ("Bo Ek", "data protection officer"),
-    ("Cy Roe", "general counsel"),
-]
-
-
-def fixed(number: int) -> PrivateKey:
-    """A signing key that is the same in every run."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    return PrivateKey("ed25519", (Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32),))
-
-
-CUSTODIANS = [fixed(n) for n in (1, 2, 3)]
-RESEARCHER = fixed(4)
-
-
-def page() -> str:
-    """The policy's text."""
-    custodians = "\n".join(
-        CUSTODIAN.format(name=name, role=role, key=key.public)
-        for (name, role), key in zip(PEOPLE, CUSTODIANS, strict=True)
-    )
-    return PAGE.format(custodians=custodians, researcher=RESEARCHER.public, zeros="0" * 96)
 
 
 @pytest.fixture
@@ -105,17 +44,3 @@ def binding(site: tuple[PrivateKey, PrivateKey]) -> Binding:
         policy_hash=b"p" * 32,
         checkpoint_hash=b"c" * 32,
     )
-
-
-def vector(name: str) -> bytes:
-    """A file of real evidence; the test is skipped where the recordings are not at hand."""
-    path = VECTORS / name
-    if not path.exists():
-        pytest.skip(f"{name} is not there: recorded evidence of real hardware is not part of this repository")
-    data = path.read_bytes()
-    return bytes.fromhex(data.decode()) if name.endswith(".hex") else data
-
-
-def vector_json(name: str) -> dict[str, str]:
-    """A JSON file of real evidence."""
-    return dict(json.loads(vector(name)))

@@ -58,10 +58,7 @@ def chain(certificates: Sequence[x509.Certificate], roots: dict[str, str], now: 
     """
     root = roots.get(certificates[-1].fingerprint(hashes.SHA256()).hex()) if certificates else None
     if root is None:
-        refuse(
-            "The evidence does not lead to a known vendor.",
-            "Its root certificate is not one of the pinned ones.",
-        )
+        refuse("The evidence leads to no known vendor.", "Its root certificate is not a pinned one.")
     for certificate, issuer in zip(certificates, [*certificates[1:], certificates[-1]], strict=True):
         name = certificate.subject.rfc4514_string()[:60]
         try:

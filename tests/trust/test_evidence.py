@@ -1,0 +1,348 @@
+"""The binding, the attesters, and the appraisal of a simulated enclave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import rapha_lab
+from rapha_lab.client.appraisal import AppraisalPolicy, Verdict, Verifier, appraise
+from rapha_lab.enclave import attester as attesters
+from rapha_lab.enclave.attester import SimulatedAttester, TsmAttester, measure
+from rapha_lab.protocol.errors import EvidenceError
+from rapha_lab.protocol.evidence import BANNER, SIMULATED, SNP, TDX, Binding, Claims, Evidence, simulation_key
+from rapha_lab.protocol.keys import PrivateKey, PublicKey
+
+MEASUREMENT = "sha256:" + "ab" * 32
+SIMULATED_OK = AppraisalPolicy(allow_simulated=True)
+
+
+def replaced(value: Any, **fields: Any) -> Any:
+    """A copy of a struct with other fields."""
+    return msgspec.structs.replace(value, **fields)
+
+
+def real(binding: Binding, **fields: Any) -> Claims:
+    """Claims as a verifier of real hardware makes them when all is well."""
+    good: dict[str, Any] = {
+        "tee": "sev-snp",
+        "measurements": {"launch": MEASUREMENT},
+        "report_data": binding.report_data(),
+        "tcb": {"snp": 8},
+        "revocation": "checked",
+    }
+    return Claims(**{**good, **fields})
+
+
+class TestBinding:
+    def test_report_data_is_the_documented_hash(self, binding: Binding) -> None:
+        """SHA-512 over length-prefixed fields, in the order of the documentation."""
+        keys = [PublicKey.parse(text).raw for text in (binding.sealing_key, binding.signing_key)]
+        parts = [binding.nonce, b"x-wing", b"".join(keys), bytes(32), b"p" * 32, b"c" * 32]
+        framed = b"".join(struct.pack(">I", len(part)) + part for part in parts)
+        assert binding.report_data() == hashlib.sha512(b"rapha-lab/attestation-binding/v1" + framed).digest()
+
+    def test_every_field_counts(self, binding: Binding) -> None:
+        """No two bindings that differ in one field have the same report data."""
+        others = {
+            "nonce": b"n" * 32,
+            "policy_hash": b"q" * 32,
+            "checkpoint_hash": b"d" * 32,
+            "tls_key_hash": b"t" * 32,
+            "sealing_key": str(PrivateKey.create("x-wing").public),
+            "signing_key": str(PrivateKey.create().public),
+        }
+        assert set(others) == set(Binding.__struct_fields__)
+        data = {replaced(binding, **{name: value}).report_data() for name, value in others.items()}
+        assert len(data | {binding.report_data()}) == len(others) + 1
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [{"nonce": b"short"}, {"policy_hash": b""}, {"sealing_key": "x-wing:AAAA"}, {"signing_key": ""}],
+    )
+    def test_malformed_bindings_are_refused(self, binding: Binding, wrong: dict[str, Any]) -> None:
+        """Short nonces and keys that are none."""
+        with pytest.raises(EvidenceError):
+            replaced(binding, **wrong).report_data()
+
+    def test_keys_cannot_change_places(self, binding: Binding) -> None:
+        """A signing key does not seal, and a sealing key does not sign."""
+        with pytest.raises(EvidenceError):
+            replaced(binding, sealing_key=binding.signing_key).report_data()
+        with pytest.raises(EvidenceError):
+            replaced(binding, signing_key=binding.sealing_key).report_data()
+
+    def test_identity_outlives_nonce_and_log_but_not_keys_or_policy(self, binding: Binding) -> None:
+        """What requests name: the same enclave under the same policy."""
+        assert replaced(binding, nonce=b"n" * 32, checkpoint_hash=b"d" * 32).identity() == binding.identity()
+        assert replaced(binding, policy_hash=b"q" * 32).identity() != binding.identity()
+        other = str(PrivateKey.create().public)
+        assert replaced(binding, signing_key=other).identity() != binding.identity()
+
+    def test_evidence_survives_the_wire(self, binding: Binding) -> None:
+        """As JSON, and nothing else is taken for evidence."""
+        evidence = SimulatedAttester(MEASUREMENT).evidence(binding)
+        assert Evidence.decode(evidence.encode()) == evidence
+        for data in (b"", b"[]", b'{"media_type":1}', b"\xff", evidence.encode()[:-1], b"[" * 5000):
+            with pytest.raises(EvidenceError):
+                Evidence.decode(data)
+
+
+class TestSimulated:
+    def test_its_best_verdict_is_a_warning(self, binding: Binding) -> None:
+        """With the banner as its first reason; never affirming, whatever is known of it."""
+        known = AppraisalPolicy(frozenset({MEASUREMENT}), allow_simulated=True)
+        verdict = self.judge(binding, known)
+        assert verdict.status == "warning"
+        assert verdict.reasons == (BANNER,)
+        assert verdict.require() is verdict
+
+    def test_without_consent_it_is_contraindicated(self, binding: Binding) -> None:
+        """And the reason says how to consent."""
+        verdict = self.judge(binding, AppraisalPolicy())
+        assert verdict.status == "contraindicated"
+        with pytest.raises(EvidenceError, match="allow_simulated"):
+            verdict.require()
+
+    def test_its_claims_say_what_it_is(self, binding: Binding) -> None:
+        """Simulated, in debug mode, with the facts that were passed along."""
+        evidence = SimulatedAttester(MEASUREMENT).evidence(binding, {"sandbox": "S2"})
+        claims = Verifier().verify(evidence)
+        assert (claims.tee, claims.simulated, claims.debug) == ("simulated", True, True)
+        assert (claims.measurement, claims.extra) == (MEASUREMENT, {"sandbox": "S2"})
+
+    def test_it_never_verifies_as_real(self, binding: Binding) -> None:
+        """Under any other media type it is malformed."""
+        evidence = SimulatedAttester(MEASUREMENT).evidence(binding)
+        for media_type in (SNP, TDX, "application/json", ""):
+            with pytest.raises(EvidenceError):
+                Verifier().verify(replaced(evidence, media_type=media_type))
+
+    def test_the_banner_cannot_be_left_out(self, binding: Binding) -> None:
+        """Not even by someone who signs with the public simulation key."""
+        evidence = SimulatedAttester(MEASUREMENT).evidence(binding)
+        said = {**json.loads(evidence.payload[64:]), "banner": "genuine hardware"}
+        text = json.dumps(said).encode()
+        forged = simulation_key().sign(SIMULATED.encode() + b"\0" + text) + text
+        with pytest.raises(EvidenceError, match="hides"):
+            Verifier().verify(replaced(evidence, payload=forged))
+
+    def test_every_flipped_bit_is_refused(self, binding: Binding) -> None:
+        """All bits of the payload."""
+        evidence = SimulatedAttester(MEASUREMENT).evidence(binding)
+        for bit in range(len(evidence.payload) * 8):
+            flipped = bytearray(evidence.payload)
+            flipped[bit // 8] ^= 1 << bit % 8
+            with pytest.raises(EvidenceError):
+                Verifier().verify(replaced(evidence, payload=bytes(flipped)))
+
+    def test_a_measurement_that_is_not_expected_is_refused(self, binding: Binding) -> None:
+        """Where a client says which releases it knows, the simulation is held to it too."""
+        other = AppraisalPolicy(frozenset({"sha256:" + "cd" * 32}), allow_simulated=True)
+        assert self.judge(binding, other).status == "contraindicated"
+
+    @staticmethod
+    def judge(binding: Binding, policy: AppraisalPolicy) -> Verdict:
+        """The verdict on a simulated enclave's evidence."""
+        claims = Verifier().verify(SimulatedAttester(MEASUREMENT).evidence(binding))
+        return appraise(claims, binding, policy, nonce=binding.nonce)
+
+
+class TestAppraisal:
+    POLICY = AppraisalPolicy(frozenset({MEASUREMENT}), minimum_tcb={"snp": 8})
+
+    def test_good_hardware_is_affirmed(self, binding: Binding) -> None:
+        """Known measurement, current firmware, no debugging, revocation checked, bound to the offer."""
+        verdict = appraise(real(binding), binding, self.POLICY, nonce=binding.nonce, policy_hash=b"p" * 32)
+        assert (verdict.status, verdict.reasons) == ("affirming", ())
+
+    @pytest.mark.parametrize(
+        ("fields", "reason"),
+        [
+            ({"debug": True}, "debug mode"),
+            ({"measurements": {"launch": "sha384:00"}}, "No known release"),
+            ({"measurements": {}}, "No known release"),
+            ({"tcb": {"snp": 7}}, "TCB is too old: snp 7"),
+            ({"tcb": {}}, "TCB is too old"),
+            ({"tcb_status": "OutOfDate"}, "TCB is OutOfDate"),
+            ({"tcb_status": "Revoked"}, "TCB is Revoked"),
+            ({"revocation": "absent"}, "No revocation list"),
+            ({"report_data": bytes(64)}, "keys offered"),
+            ({"report_data": b""}, "keys offered"),
+            ({"simulated": True}, "SIMULATED"),
+        ],
+    )
+    def test_each_fault_is_contraindicated_with_its_reason(
+        self, binding: Binding, fields: dict[str, Any], reason: str
+    ) -> None:
+        """One fault at a time, and the reason names that one alone."""
+        verdict = appraise(real(binding, **fields), binding, self.POLICY, nonce=binding.nonce)
+        assert verdict.status == "contraindicated"
+        (said,) = verdict.reasons
+        assert reason in said
+
+    def test_a_swapped_key_is_refused(self, binding: Binding) -> None:
+        """A man in the middle offers his own sealing key beside honest evidence."""
+        swapped = replaced(binding, sealing_key=str(PrivateKey.create("x-wing").public))
+        verdict = appraise(real(binding), swapped, self.POLICY, nonce=binding.nonce)
+        assert verdict.reasons == ("The keys offered are not those that the evidence is bound to.",)
+
+    def test_a_stale_nonce_is_refused(self, binding: Binding) -> None:
+        """Yesterday's evidence, honestly bound to yesterday's nonce."""
+        verdict = appraise(real(binding), binding, self.POLICY, nonce=b"today" + bytes(27))
+        assert verdict.status == "contraindicated"
+        assert "stale" in verdict.reasons[0]
+
+    def test_another_policy_than_the_one_read_is_refused(self, binding: Binding) -> None:
+        """The researcher trusts what the custodians signed, not what the site says it is."""
+        verdict = appraise(real(binding), binding, self.POLICY, policy_hash=b"q" * 32)
+        assert "another policy" in verdict.reasons[0]
+
+    def test_a_patch_that_is_due_is_a_warning(self, binding: Binding) -> None:
+        """Where the vendor says that software can make up for it."""
+        claims = real(binding, tcb_status="SWHardeningNeeded", advisories=("INTEL-SA-00615",))
+        verdict = appraise(claims, binding, self.POLICY)
+        assert verdict.status == "warning"
+        assert "INTEL-SA-00615" in verdict.reasons[0]
+
+    def test_a_log_can_say_which_releases_are_known(self, binding: Binding) -> None:
+        """The client asks it for the measurement, and is bound by its answer."""
+        for answer, status in ((True, "affirming"), (False, "contraindicated")):
+            policy = AppraisalPolicy(known=lambda measurement, answer=answer: answer)  # type: ignore[misc]
+            assert appraise(real(binding), binding, policy).status == status
+
+    def test_by_default_no_release_is_known(self, binding: Binding) -> None:
+        """A client that says nothing trusts nothing."""
+        assert appraise(real(binding), binding).status == "contraindicated"
+
+    def test_a_gpu_is_bound_by_half_the_report_data(self, binding: Binding) -> None:
+        """Its nonce has 32 bytes, its measurements are not compared, and the verdict says so."""
+        claims = real(
+            binding, tee="nvidia", report_data=binding.report_data()[:32], caveats=("Not compared.",), tcb={}
+        )
+        verdict = appraise(claims, binding, AppraisalPolicy())
+        assert (verdict.status, verdict.reasons) == ("warning", ("Not compared.",))
+
+    def test_evidence_that_makes_a_verifier_stumble_is_refused(
+        self, binding: Binding, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whatever a parser raises, the verdict is no."""
+        from rapha_lab.client.verifiers import simulated
+
+        def stumble(*args: Any) -> Claims:
+            raise RecursionError
+
+        monkeypatch.setattr(simulated, "verify", stumble)
+        with pytest.raises(EvidenceError, match="malformed"):
+            Verifier().verify(SimulatedAttester(MEASUREMENT).evidence(binding))
+
+
+class TestAttesters:
+    def test_tsm_writes_the_report_data_and_reads_the_report(self, binding: Binding, tmp_path: Path) -> None:
+        """On a folder that behaves as configfs-tsm does."""
+        for provider, media_type in (("sev_guest", SNP), ("tdx_guest", TDX)):
+            evidence = TsmAttester(_Configfs(tmp_path, provider)).evidence(binding)  # type: ignore[arg-type]
+            assert (evidence.media_type, evidence.payload) == (
+                media_type,
+                b"report over " + binding.report_data(),
+            )
+
+    def test_tsm_refuses_an_unknown_tee(self, binding: Binding, tmp_path: Path) -> None:
+        """Rather than send what nobody can verify."""
+        with pytest.raises(EvidenceError, match="arm_cca"):
+            TsmAttester(_Configfs(tmp_path, "arm_cca")).evidence(binding)  # type: ignore[arg-type]
+
+    def test_without_hardware_the_attester_is_simulated(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """And with it, it is not."""
+        monkeypatch.setattr(attesters, "TSM", tmp_path / "none")
+        monkeypatch.setattr(attesters, "NSM", tmp_path / "none")
+        assert isinstance(attesters.attester(), SimulatedAttester)
+        monkeypatch.setattr(attesters, "NSM", tmp_path)
+        assert isinstance(attesters.attester(), attesters.NitroAttester)
+        monkeypatch.setattr(attesters, "TSM", tmp_path)
+        assert isinstance(attesters.attester(), TsmAttester)
+
+    def test_measuring_again_gives_the_same(self, tmp_path: Path) -> None:
+        """In another process, and for a copy in another folder written in another order."""
+        root = Path(rapha_lab.__file__).parent
+        for wing in reversed(attesters.WINGS):
+            shutil.copytree(root / wing, tmp_path / wing, ignore=shutil.ignore_patterns("__pycache__"))
+        code = "from rapha_lab.enclave.attester import measure; print(measure())"
+        elsewhere = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root.parent
+        )
+        assert measure() == measure(tmp_path) == elsewhere.stdout.strip()
+
+    def test_every_source_counts(self, tmp_path: Path) -> None:
+        """A changed byte, a new file, a renamed file: another measurement each."""
+        for wing in attesters.WINGS:
+            (tmp_path / wing).mkdir()
+        source = tmp_path / "curator" / "desk.py"
+        seen = {measure(tmp_path)}
+        for change in (
+            lambda: source.write_text("1"),
+            lambda: source.write_text("2"),
+            lambda: source.rename(source.with_name("dusk.py")),
+            lambda: (tmp_path / "session" / "new.py").write_text(""),
+        ):
+            change()
+            seen.add(measure(tmp_path))
+        assert len(seen) == 5
+
+
+class _Configfs:
+    """A folder whose entries answer as the kernel's do."""
+
+    def __init__(self, path: Path, provider: str) -> None:
+        self._path, self._provider = path, provider
+
+    def __truediv__(self, name: str) -> _Entry:
+        return _Entry(self._path / name, self._provider)
+
+
+class _Entry:
+    def __init__(self, path: Path, provider: str) -> None:
+        self._path, self._provider = path, provider
+        self._data = b""
+
+    def mkdir(self) -> None:
+        self._path.mkdir()
+
+    def rmdir(self) -> None:
+        self._path.rmdir()
+
+    def __truediv__(self, name: str) -> _File:
+        return _File(self, name)
+
+
+class _File:
+    def __init__(self, entry: _Entry, name: str) -> None:
+        self._entry, self._name = entry, name
+
+    def write_bytes(self, data: bytes) -> None:
+        assert (self._name, len(data)) == ("inblob", 64)
+        self._entry._data = data
+
+    def read_bytes(self) -> bytes:
+        return {"outblob": b"report over " + self._entry._data}[self._name]
+
+    def read_text(self) -> str:
+        return {"provider": self._entry._provider, "generation": "1"}[self._name] + "\n"
+
+
+def test_a_verifier_needs_no_clock_of_the_machine(binding: Binding) -> None:
+    """The time is an argument, so that old evidence can be judged as of its day."""
+    evidence = SimulatedAttester(MEASUREMENT).evidence(binding)
+    assert Verifier().verify(evidence, now=datetime(2020, 1, 1, tzinfo=UTC)).simulated
