@@ -212,13 +212,24 @@ class Statement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str = ""
     signature: bytes = b""
 
+    @classmethod
+    def decode(cls, line: bytes) -> Statement:
+        """The statement in a line of JSON, in its one spelling; RequestError if it is none: it may be a veto."""
+        try:
+            found = msgspec.json.decode(line, type=cls)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            _wrong(f"has a statement that cannot be read: {error}")
+        if msgspec.json.encode(found) != line:
+            _wrong("has a statement that cannot be read: it was rewritten")
+        return found
+
     def signed_bytes(self) -> bytes:
         """What the signature is over."""
         bare = msgspec.structs.replace(self, signature=b"")
         return b"rapha-lab/policy-statement/v1\0" + msgspec.json.encode(bare)
 
     def holds(self) -> bool:
-        """Whether its signature is its key's."""
+        """Whether its signature is its key's; RequestError if its key is none."""
         return PublicKey.parse(self.key).verifies(self.signature, self.signed_bytes())
 
 
@@ -248,13 +259,11 @@ class Signed:
         try:
             text = Path(path).read_bytes().decode()
             lines = beside.read_bytes().splitlines() if beside.exists() else []
-            return cls(
-                text, tuple(msgspec.json.decode(line, type=Statement) for line in lines if line.strip())
-            )
+            return cls(text, tuple(Statement.decode(line) for line in lines))
         except OSError as error:
             _refuse(f"There is no policy at {path}.", str(error.strerror))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            _wrong(f"cannot be read: {error}")
+        except UnicodeDecodeError:
+            _wrong("cannot be read: it is not in UTF-8")
 
     def check(self, now: datetime | None = None, after: Policy | None = None) -> Policy:
         """The policy, if in force at `now`; if it succeeds `after`, the custodians of that one must agree.
