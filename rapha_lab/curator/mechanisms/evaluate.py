@@ -95,7 +95,7 @@ def plan(ask: Evaluate, tensors: bytes, schema: Schema, delta: float) -> Plan:
 
 def share_for_placing(expected: float | None, epsilon: float) -> float:
     """What a quantile takes of ε: 100 / patients places it well enough, by simulation."""
-    return PLACING if expected is None else min(PLACING, max(0.02, 100 / (expected * epsilon)))
+    return PLACING if expected is None else min(PLACING, max(0.02, 100 / max(expected * epsilon, 1)))
 
 
 def bounded(scores: Tensor) -> np.ndarray:

@@ -1,0 +1,174 @@
+"""Evaluation spends what is asked, one patient is in one cell, and nothing of a record comes back."""
+
+import math
+
+import msgspec
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+from wards import SALT, cohort_of, rows, ward
+
+from rapha_lab.client.mock import mock
+from rapha_lab.curator.accounting import Pure
+from rapha_lab.curator.cohort import Cohort
+from rapha_lab.curator.mechanisms import evaluate
+from rapha_lab.protocol.errors import ProgramError, RequestError
+from rapha_lab.protocol.messages import Evaluate
+from rapha_lab.protocol.program import Node, Program, Ref, TensorSpec
+
+METRICS = ["auroc", "auprc", "accuracy", "sensitivity", "specificity", "brier", "logloss", "calibration"]
+TENSORS = save({"w": torch.tensor([2.0])})
+
+
+def ask(operation="aten.mul.Tensor", column="age", **changes):
+    """Evaluate a one-node model of one column: w times it, or another operation of both."""
+    program = Program(
+        inputs=[TensorSpec("x", "float32", [1])],
+        parameters=[TensorSpec("w", "float32", [1])],
+        constants=[],
+        nodes=[Node("y", operation, [Ref("x"), Ref("w")])],
+        output="y",
+    )
+    fields = {
+        "dataset": "ward",
+        "epsilon": 1.0,
+        "split": "test",
+        "program": program,
+        "inputs": {"x": [column]},
+    }
+    return Evaluate(**(fields | {"target": "died", "metrics": METRICS} | changes))
+
+
+class TestPrivacy:
+    @given(
+        st.lists(st.tuples(st.floats(), st.booleans()), min_size=1, max_size=30),
+        st.floats(-6, 6),
+        st.floats(-6, 6),
+    )
+    def test_one_patient_moves_utilities_and_cells_by_no_more_than_stated(self, patients, low, high):
+        """Any scores at all: utilities by REACH in the largest, cells by one in total."""
+        scores = evaluate.bounded(torch.tensor([score for score, _ in patients], dtype=torch.float64))
+        labels = np.array([int(label) for _, label in patients])
+        for a, b in zip(evaluate.utilities(scores), evaluate.utilities(scores[1:]), strict=True):
+            assert np.abs(a - b).max() <= evaluate.REACH
+        edges = evaluate.edges_between(low, high)
+        cells = evaluate.cells(scores, labels, edges)
+        assert cells.shape == (2, evaluate.BINS)
+        assert np.abs(cells - evaluate.cells(scores[1:], labels[1:], edges)).sum() == 1
+
+    @pytest.mark.parametrize("patients", [None, 100, 10**6])
+    @pytest.mark.parametrize("epsilon", [0.01, 0.3, 1.0, 20.0])
+    def test_the_three_parts_add_up_to_the_asked_epsilon(self, monkeypatch, patients, epsilon):
+        """Two noisy maxima and one histogram, by the scales that OpenDP is given."""
+        assert spent(monkeypatch, evaluate, ward(patients=patients), epsilon) <= epsilon
+        assert spent(monkeypatch, evaluate, ward(patients=patients), epsilon) > 0.99 * epsilon
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("UP / ((1 - 2 * placing) * ask.epsilon)", "UP / ask.epsilon"),
+            ("UP / ((1 - 2 * placing) * ask.epsilon)", "UP / ((1 - placing) * ask.epsilon)"),
+            ("scale=UP * 2 * REACH / epsilon", "scale=UP * REACH / epsilon"),
+            ("_finder(placing * ask.epsilon)", "_finder(2 * placing * ask.epsilon)"),
+        ],
+    )
+    def test_mutants_that_overspend_are_caught(self, monkeypatch, mutant, old, new):
+        """Each saves noise and is seen in the sum."""
+        assert spent(monkeypatch, mutant(evaluate, old, new), ward(), 1.0) > 1.0
+
+    def test_a_mutant_with_a_smaller_reach_is_caught(self):
+        """Utilities really move by REACH: it is not stated too large either."""
+        a, b = (evaluate.utilities(np.array(scores)) for scores in ([0.0, -6.0], [0.0]))
+        assert max(np.abs(x - y).max() for x, y in zip(a, b, strict=True)) == evaluate.REACH
+
+    def test_a_patients_score_does_not_depend_on_the_others(self):
+        """The same patient in another place and company has bitwise the same score."""
+        frame = mock(ward(), 400)
+        score = evaluate.logits(ask(), TENSORS, ward())
+        everybody = score(Cohort(ward(), frame, SALT).view("all"))
+        shifted = score(Cohort(ward(), frame[1:], SALT).view("all"))
+        assert torch.equal(everybody[1:], shifted)
+
+
+def spent(monkeypatch, module, schema, epsilon):
+    """The ε of all noise that a plan prepares, by OpenDP's own privacy maps."""
+    total = []
+    make_noisy_max, make_laplace = module.dp.m.make_noisy_max, module.dp.m.make_laplace
+
+    def noisy_max(*args, **kwargs):
+        measurement = make_noisy_max(*args, **kwargs)
+        total.extend(2 * [measurement.map(evaluate.REACH)])
+        return measurement
+
+    def laplace(*args, **kwargs):
+        measurement = make_laplace(*args, **kwargs)
+        total.append(measurement.map(1))
+        return measurement
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.dp.m, "make_noisy_max", noisy_max)
+        patch.setattr(module.dp.m, "make_laplace", laplace)
+        plan = module.plan(ask(epsilon=epsilon), TENSORS, schema, 1e-5)
+    assert plan.loss == Pure(epsilon)
+    assert len(total) == 3
+    return math.fsum(total)
+
+
+class TestAnswers:
+    @given(rows(), st.sampled_from(["aten.mul.Tensor", "aten.div.Tensor", "aten.pow.Tensor_Tensor"]))
+    @settings(max_examples=15)
+    def test_no_record_makes_it_raise(self, patients, operation):
+        """Empty, one class, NaN and infinite scores: the same keys, finite numbers, ordered ends."""
+        plan = evaluate.plan(ask(operation, split="all"), save({"w": torch.tensor([0.0])}), ward(), 1e-5)
+        answer = plan.run(cohort_of(patients).view("all"), lambda steps: None).values
+        assert set(answer["metrics"]) == set(METRICS) - {"calibration"}
+        assert b"null" not in msgspec.json.encode(answer)
+
+    def test_a_good_model_is_seen_to_be_good(self):
+        """An outcome that follows a column is ranked by it."""
+        frame = mock(ward(), 4000).with_columns(died=pl.col("crp") > 10)
+        view = Cohort(ward(), frame, SALT).view("all")
+        plan = evaluate.plan(ask(column="crp", split="all", epsilon=5.0), TENSORS, ward(patients=4000), 1e-5)
+        values = plan.run(view, lambda steps: None).values
+        assert values["metrics"]["auroc"]["value"] > 0.97
+        assert plan.touches == ("train", "validation", "test")
+
+    def test_patients_without_an_outcome_are_left_out(self):
+        """A missing target is neither a yes nor a no."""
+        frame = mock(ward(), 300).with_columns(smoker=pl.Series([True] * 50 + [False] * 50 + [None] * 200))
+        view = Cohort(ward(), frame, SALT).view("all")
+        plan = evaluate.plan(ask(target="smoker", epsilon=1000.0), TENSORS, ward(), 1e-5)
+        patients = plan.run(view, lambda steps: None).values["patients"]
+        assert [patients[name]["value"] for name in ("negative", "positive")] == [50, 50]
+
+    def test_no_value_of_a_record_is_in_the_answer(self):
+        """A canary in every text of every record is in no byte."""
+        frame = mock(ward(), 60).with_columns(
+            sex=pl.lit("CANARY"), id="CANARY" + pl.int_range(60).cast(pl.String)
+        )
+        plan = evaluate.plan(ask(), TENSORS, ward(), 1e-5)
+        answer = plan.run(Cohort(ward(), frame, SALT).view("test"), lambda steps: None)
+        assert b"CANARY" not in msgspec.json.encode(answer.values) + answer.tensors
+
+
+class TestErrors:
+    @pytest.mark.parametrize("target", ["age", "site"])
+    def test_the_target_has_to_be_boolean(self, target):
+        """The error names the field and the type."""
+        with pytest.raises(RequestError, match="no boolean") as error:
+            evaluate.plan(ask(target=target), TENSORS, ward(), 1e-5)
+        assert error.value.field == "target"
+
+    def test_a_model_with_two_outputs_is_refused(self):
+        """One patient, one logit."""
+        with pytest.raises(ProgramError):
+            evaluate.plan(ask(inputs={"x": ["age", "crp"]}), TENSORS, ward(), 1e-5)
+
+    def test_an_unknown_column_is_named(self):
+        """Before any record is touched."""
+        with pytest.raises(RequestError, match="Did you mean died"):
+            evaluate.plan(ask(target="die"), TENSORS, ward(), 1e-5)

@@ -1,0 +1,144 @@
+"""Metrics from counts agree with scikit-learn's from scores, and intervals cover."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit
+from sklearn import metrics as sk
+
+from rapha_lab.curator.mechanisms import evaluate, metrics
+from rapha_lab.curator.mechanisms.aggregate import laplace
+
+NAMES = ["auroc", "auprc", "accuracy", "sensitivity", "specificity", "brier", "logloss"]
+
+
+def scored(rng, n, prevalence, apart=1.5, spread=1.0):
+    """Outcomes and logits of a model that separates the classes."""
+    y = (rng.random(n) < prevalence).astype(int)
+    return y, rng.normal(0, spread, n) + apart * y + np.log(
+        prevalence / (1 - prevalence)
+    ) - apart * prevalence
+
+
+def truth(y, s):
+    """The metrics by scikit-learn."""
+    p, yes = expit(s), s >= 0
+    return {
+        "auroc": sk.roc_auc_score(y, s),
+        "auprc": sk.average_precision_score(y, s),
+        "accuracy": sk.accuracy_score(y, yes),
+        "sensitivity": sk.recall_score(y, yes),
+        "specificity": sk.recall_score(1 - y, ~yes),
+        "brier": sk.brier_score_loss(y, p),
+        "logloss": sk.log_loss(y, p),
+    }
+
+
+def judged(y, s, epsilon, names=NAMES):
+    """What the curator would answer about these scores."""
+    s = evaluate.bounded(torch.tensor(s))
+    share = evaluate.share_for_placing(float(len(y)), epsilon)
+    find, scale = evaluate._finder(share * epsilon), 1 / ((1 - 2 * share) * epsilon)
+    edges = evaluate.edges_between(
+        *(float(evaluate.CANDIDATES[find(part)]) for part in evaluate.utilities(s))
+    )
+    noisy = np.array(laplace(scale)(evaluate.cells(s, y, edges).ravel())).reshape(2, -1)
+    return metrics.judge(noisy, edges, scale, names)
+
+
+class TestValues:
+    @pytest.mark.parametrize("spread", [0.05, 0.4, 1.0, 2.0])
+    @pytest.mark.parametrize("prevalence", [0.1, 0.5])
+    def test_without_noise_they_are_those_of_the_scores(self, spread, prevalence):
+        """Eleven bins tell what 30,000 scores do, however narrow the model's scores."""
+        y, s = scored(np.random.default_rng(0), 30_000, prevalence, apart=1.4 * spread, spread=spread)
+        exact, answer = truth(y, s), judged(y, s, 1e4)["metrics"]
+        for name in NAMES:
+            assert answer[name]["value"] == pytest.approx(
+                exact[name], abs=0.015 if name == "auprc" else 0.006
+            ), name
+
+    def test_auroc_at_a_usual_price_is_close(self):
+        """1,600 patients at ε = 1: the mean error is under a hundredth."""
+        rng = np.random.default_rng(1)
+        errors = []
+        for _ in range(60):
+            y, s = scored(rng, 1600, 0.27)
+            errors.append(judged(y, s, 1.0, ["auroc"])["metrics"]["auroc"]["value"] - sk.roc_auc_score(y, s))
+        assert np.abs(errors).mean() < 0.01
+        assert abs(np.mean(errors)) < 0.005
+
+    def test_curves_are_curves(self):
+        """The ROC rises from 0,0 to 1,1; calibration follows the diagonal of a calibrated model."""
+        rng = np.random.default_rng(2)
+        s = rng.normal(0, 1.5, 20_000)
+        y = (rng.random(20_000) < expit(s)).astype(int)
+        answer = judged(y, s, 10.0, ["auroc", "calibration"])
+        fpr, tpr = answer["roc"]["fpr"], answer["roc"]["tpr"]
+        assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == pytest.approx((0, 0, 1, 1))
+        assert np.all(np.diff(fpr) >= 0)
+        assert np.all(np.diff(tpr) >= 0)
+        calibration = answer["calibration"]
+        inner = slice(1, -1)  # a tail's scores are taken to be as wide as a bin
+        assert calibration["observed"][inner] == pytest.approx(calibration["predicted"][inner], abs=0.05)
+        assert all(low <= high for low, high in calibration["interval"])
+
+
+class TestIntervals:
+    @pytest.mark.parametrize(
+        ("n", "prevalence", "epsilon"),
+        [(1600, 0.27, 0.5), (1600, 0.27, 2.0), (1000, 0.1, 1.0), (1000, 0.3, 0.25)],
+    )
+    def test_they_cover_what_all_patients_like_these_would_give(self, n, prevalence, epsilon):
+        """Sampling and noise together: 95 % intervals hold the population's value in 89 % or more."""
+        rng = np.random.default_rng(3)
+        population = truth(*scored(rng, 400_000, prevalence))
+        hits = dict.fromkeys(NAMES, 0)
+        for _ in range(150):
+            for name, answer in judged(*scored(rng, n, prevalence), epsilon)["metrics"].items():
+                low, high = answer["interval"]
+                hits[name] += low <= population[name] <= high
+        assert min(hits.values()) >= 0.89 * 150, hits
+
+    def test_with_hardly_a_positive_they_are_all_that_is_possible(self):
+        """Three positives under noise of three: nothing is known of the ranking, and the answer says so."""
+        rng = np.random.default_rng(4)
+        y, s = scored(rng, 500, 0.006)
+        for name in ("auroc", "auprc"):
+            low, high = judged(y, s, 0.3)["metrics"][name]["interval"]
+            assert high - low > 0.6
+
+    @pytest.mark.parametrize("epsilon", [0.05, 1.0, 100.0])
+    @pytest.mark.parametrize("kind", ["empty", "positive", "negative", "constant", "nan", "huge"])
+    def test_nothing_in_the_scores_makes_them_raise(self, epsilon, kind):
+        """Nobody, one class, equal scores, NaN, infinity: finite answers within public limits."""
+        n = 0 if kind == "empty" else 200
+        y = np.arange(n) % 2 if kind not in ("positive", "negative") else np.full(n, int(kind == "positive"))
+        s = {"nan": np.full(n, np.nan), "huge": np.where(y, np.inf, -1e308), "constant": np.zeros(n)}.get(
+            kind, np.linspace(-3, 3, n)
+        )
+        answer = judged(y, s, epsilon, [*NAMES, "calibration"])
+        for name, found in answer["metrics"].items():
+            low, high = found["interval"]
+            assert 0 <= low <= found["value"] <= high <= (16 if name == "logloss" else 1)
+            assert np.isfinite(found["error"])
+
+    def test_a_mutant_that_forgets_the_noise_does_not_cover(self, mutant):
+        """The test of coverage has teeth: intervals of sampling alone miss far too often."""
+        broken = mutant(
+            metrics,
+            "return (rng.poisson(counts, shape) + rng.geometric(p, shape) - rng.geometric(p, shape))",
+            "return (rng.poisson(counts, shape) + 0 * shape[0])",
+        )
+        broken._caution = lambda counts, sd: 1.0
+        rng = np.random.default_rng(5)
+        population = truth(*scored(rng, 400_000, 0.1))["auroc"]
+        hits = 0
+        for _ in range(100):
+            y, s = scored(rng, 1000, 0.1)
+            s = evaluate.bounded(torch.tensor(s))
+            edges = evaluate.edges_between(-3.0, -1.5)
+            noisy = np.array(laplace(2.0)(evaluate.cells(s, y, edges).ravel())).reshape(2, -1)
+            low, high = broken.judge(noisy, edges, 2.0, ["auroc"])["metrics"]["auroc"]["interval"]
+            hits += low <= population <= high
+        assert hits < 85
