@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rapha_lab.curator.lift import Lifted, gradients, lift
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.protocol.program import Program
+from rapha_lab.session.tracing import trace
 
 CLIP = 1.0
 CHOSEN = ["mlp", "cnn with group norm", "1-d cnn", "embedding and mlp", "tied weights", "text transformer", "gru"]
@@ -54,18 +55,17 @@ def test_the_sum_is_that_of_clipped_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", CHOSEN)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
 def test_a_patient_keeps_every_bit_whoever_the_neighbours_are(name: str, bad: float) -> None:
-    """In any slot, beside records that are not finite, a patient's clipped gradient is bitwise the same."""
+    """Beside absent ones, or records that are not finite, a patient's clipped gradient is bitwise the same."""
     it, parameters, constants, batch = batch_for(name, 16)
-    first = None
-    for slot, spoil in ((0, False), (0, True), (7, True), (15, False)):
-        rows = {n: torch.roll(t.clone(), slot, 0) for n, t in batch.items()}
-        if spoil:
+    for slot in (0, 7, 15):
+        only = torch.arange(16) == slot
+        mine = it.clipped_sum(parameters, constants, batch, only, CLIP)
+        for value in (bad, 0):
+            rows = {n: t.clone() for n, t in batch.items()}
             for t in rows.values():
-                others = torch.arange(16) != slot
-                t[others] = bad if t.is_floating_point() else 10**9
-        mine = it.clipped_sum(parameters, constants, rows, torch.arange(16) == slot, CLIP)
-        first = first or mine
-        assert all(torch.equal(t, first[n]) for n, t in mine.items())
+                t[~only] = value if t.is_floating_point() else 10**9
+            again = it.clipped_sum(parameters, constants, rows, only, CLIP)
+            assert all(torch.equal(t, again[n]) for n, t in mine.items())
 
 
 def test_a_gradient_that_is_not_finite_adds_nothing() -> None:
@@ -81,10 +81,10 @@ def test_a_gradient_that_is_not_finite_adds_nothing() -> None:
 class Cancelling(nn.Module):
     """Two positions whose huge gradients cancel: a Gram norm of them reads 0 in float32."""
 
-    def __init__(self, size: float) -> None:
+    def __init__(self, size: float, seed: int = 5) -> None:
         super().__init__()
         self.layer, self.size = nn.Linear(64, 1, bias=False), size
-        self.register_buffer("direction", torch.randn(64, generator=torch.Generator().manual_seed(5)))
+        self.register_buffer("direction", torch.randn(64, generator=torch.Generator().manual_seed(seed)))
 
     def forward(self, x: Tensor) -> Tensor:
         # rows s z + x and -s z, whose common gradient is x
@@ -101,10 +101,17 @@ def test_cancelling_rows_do_not_hide_a_gradient(size: float) -> None:
     """The norm is taken of the numbers that are added, so that cancellation cannot make them differ."""
     torch.manual_seed(6)
     x, y = torch.randn(8, 64), torch.zeros(8)
-    it, parameters, constants = lifted(Cancelling(size), identity, x, y)
+    model = Cancelling(size)
+
+    def attack(parameters: dict, constants: dict, inputs: dict) -> Tensor:
+        return identity(torch.func.functional_call(model, {**parameters, **constants}, inputs["x"]), inputs["target"])
+
+    # the author of a hostile graph does not use our tracing's checks
+    traced = trace(attack, dict(model.named_parameters()), dict(model.named_buffers()), {"x": x[0], "target": y[0]})
+    it = lift(traced.program)
     for i in range(8):
-        mine = it.clipped_sum(parameters, constants, {"x": x, "target": y}, torch.arange(8) == i, CLIP)
-        assert norm(mine) <= CLIP * (1 + train.slack(8, 8))
+        mine = it.clipped_sum(*it.tensors(traced.blob), {"x": x, "target": y}, torch.arange(8) == i, CLIP)
+        assert norm(mine) <= CLIP * (1 + train.slack(8))
 
 
 def test_ghost_norms_fail_where_ours_hold() -> None:
@@ -112,15 +119,18 @@ def test_ghost_norms_fail_where_ours_hold() -> None:
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
     torch.manual_seed(6)
-    model, x = Cancelling(1e4), torch.randn(1, 64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ghost = GradSampleModuleFastGradientClipping(
-            model, max_grad_norm=CLIP, use_ghost_clipping=True, loss_reduction="mean"
-        )
-        identity(ghost(x), torch.zeros(1)).backward(retain_graph=True)
-        scale = float(ghost.get_clipping_coef()[0])
-    assert scale * float(model.layer.weight.grad.norm()) > 20 * CLIP
+    worst = 0.0
+    for seed in range(20):
+        model, x = Cancelling(1e4, seed), torch.randn(1, 64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ghost = GradSampleModuleFastGradientClipping(
+                model, max_grad_norm=CLIP, use_ghost_clipping=True, loss_reduction="mean"
+            )
+            identity(ghost(x), torch.zeros(1)).backward(retain_graph=True)
+            scale = float(ghost.get_clipping_coef()[0])
+        worst = max(worst, scale * float(model.layer.weight.grad.norm()))
+    assert worst > 100 * CLIP
 
 
 OPERATIONS: list[Callable[[str, str], tuple[str, list]]] = [
@@ -175,7 +185,7 @@ def test_hostile_graphs_move_the_sum_by_at_most_the_norm(
     parameters = {s.name: torch.randn(s.shape, generator=generator) for s in it.program.parameters}
     x = {"x": torch.tensor(rows, dtype=torch.float32).reshape(8, 3)}
     everyone = torch.ones(8, dtype=torch.bool)
-    bound = CLIP * (1 + train.slack(8, 8))
+    bound = CLIP * (1 + train.slack(8))
     whole = it.clipped_sum(parameters, {}, x, everyone, CLIP)
     for i in (0, 5):
         only = it.clipped_sum(parameters, {}, x, torch.arange(8) == i, CLIP)
@@ -212,4 +222,4 @@ def test_broken_clipping_is_caught(mutant: Callable[..., dict[str, Tensor]], mon
     batch["x"] *= 100
     monkeypatch.setattr(gradients, "clipped_sum", mutant)
     only = it.clipped_sum(parameters, constants, batch, torch.arange(8) == 0, CLIP / 100)
-    assert norm(only) > CLIP / 100 * (1 + train.slack(8, 8))
+    assert norm(only) > CLIP / 100 * (1 + train.slack(8))

@@ -118,32 +118,35 @@ class Lifted:
         return {name: sums.get(name, torch.zeros_like(t)) for name, t in parameters.items()}
 
     def selftest(self, parameters: Tensors, constants: Tensors) -> None:
-        """Check on this machine that a made-up patient's gradient has the same bits in any slot and company.
+        """Check on this machine that a made-up patient's gradient has the same bits in any company.
 
-        A kernel that rounds a row by its place could be amplified until one patient moves another's gradient.
+        A kernel that rounds a row by its neighbours could be amplified until one patient moves another's gradient.
 
         Raises:
             RefusedError: if it does not; a function of program and machine alone.
         """
         generator = torch.Generator().manual_seed(0)
-        one = {spec.name: _made_up(spec, 1, generator) for spec in self.program.inputs}
-        random = any("dropout" in node.op for node in self.program.nodes)
-        slots = [0] if random else [0, 1, self.microbatch // 2, self.microbatch - 1]
-        seen = []
-        for slot in slots * 2 if random else slots:
-            batch = {spec.name: _made_up(spec, self.microbatch, generator) for spec in self.program.inputs}
-            for name, t in batch.items():
-                t[slot] = one[name][0]
-            mask = torch.arange(self.microbatch) == slot
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                seen.append(self.clipped_sum(parameters, constants, batch, mask, 1.0))
-        if not all(torch.equal(t, other[name]) for other in seen for name, t in seen[0].items()):
-            raise RefusedError(
-                "This machine does not compute this model reproducibly.",
-                "A patient's gradient depended on its place in the batch, which would spoil the privacy proof.",
-                "Tell the site's custodian.",
-            )
+        batch = {spec.name: _made_up(spec, self.microbatch, generator) for spec in self.program.inputs}
+        for slot in (0, self.microbatch // 2 + 1, self.microbatch - 1):
+            only, seen = torch.arange(self.microbatch) == slot, []
+            for company in (1.0, 0.0, 1e30, float("nan")):
+                rows = {name: _beside(t, only, company) for name, t in batch.items()}
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)
+                    seen.append(self.clipped_sum(parameters, constants, rows, only, 1.0))
+            if not all(torch.equal(t, other[name]) for other in seen for name, t in seen[0].items()):
+                raise RefusedError(
+                    "This machine does not compute this model reproducibly.",
+                    "A patient's gradient depended on the others in the batch, which would spoil the privacy proof.",
+                    "Tell the site's custodian.",
+                )
+
+
+def _beside(rows: Tensor, only: Tensor, company: float) -> Tensor:
+    """The rows with all but one multiplied by `company`."""
+    mine = only.reshape(-1, *[1] * (rows.dim() - 1))
+    other = rows * company if rows.is_floating_point() else rows * int(company == 1)
+    return torch.where(mine, rows, other)
 
 
 def _made_up(spec: TensorSpec, count: int, generator: torch.Generator) -> Tensor:

@@ -79,7 +79,7 @@ def train(
     weights = {name: t.clone() for name, t in parameters.items()}
     optimizer = optimizer_for(ask.optimizer, weights)
     slots = capacity(ask.batch, lifted.microbatch)
-    sensitivity = ask.clip * (1 + slack(slots, lifted.microbatch))
+    sensitivity = ask.clip * (1 + slack(lifted.microbatch))
     lifted.selftest(parameters, constants)
     # one row of zeros below the patients fills the slots that no patient was drawn for
     rows = {name: torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for name, t in inputs.items()}
@@ -99,9 +99,14 @@ def train(
 
 
 def draw(count: int, rate: float, slots: int, noise: Noise) -> Tensor:
-    """A Poisson sample of patients as `slots` row numbers, `count` (the row of zeros) where there is none."""
+    """A Poisson sample of patients as `slots` row numbers, `count` (the row of zeros) where there is none.
+
+    Patients take slots at random, so that one more leaves the others' slots as they were (in distribution): no
+    one's arithmetic moves with anybody's presence.
+    """
     drawn = noise.bernoulli(count, rate).nonzero().squeeze(1)[:slots]
-    return torch.cat([drawn, drawn.new_full((slots - len(drawn),), count)])
+    places = noise.uniform(slots).argsort()[: len(drawn)]
+    return torch.full((slots,), count).scatter(0, places, drawn)
 
 
 def capacity(batch: int, microbatch: int) -> int:
@@ -134,14 +139,15 @@ def private(total: Tensor, deviation: float, noise: Noise) -> Tensor:
     return on_grid(drawn.mul_(deviation).add_(total), deviation)
 
 
-def slack(slots: int, microbatch: int) -> float:
+def slack(microbatch: int) -> float:
     """By how much of C a patient may move the computed sum beyond C, because float32 rounds.
 
     Adding n numbers in float32 in any order errs by at most (n + 2) 2^-24 times the sum of their sizes (Higham
-    2002, section 4.2, products and the scale included), so each microbatch of n patients by (n + 2) 2^-24 nC in
-    norm; with and without the patient all others' rounding may differ, hence twice. Microbatches add in float64.
+    2002, section 4.2; products and scales included). With and without a patient the others keep their slots, so
+    that only the sum of one microbatch of n patients rounds differently: twice (n + 2) 2^-24 nC. Microbatches are
+    added in float64, which a 1e-5 covers along with the norm's own rounding.
     """
-    return 2 * slots * (microbatch + 2) * 2.0**-24 + 1e-5
+    return 2 * microbatch * (microbatch + 2) * 2.0**-24 + 1e-5
 
 
 def fits(program: Program, inputs: dict[str, Columns], schema: Schema) -> None:
