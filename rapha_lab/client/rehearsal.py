@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -36,8 +37,16 @@ class Rehearsal:
         self._cohorts: dict[bytes, Cohort] = {}
         self._lock = threading.Lock()
 
-    def run(self, source: str, schema: Schema, *, epsilon: float | None, inputs: dict[str, Any]) -> None:
-        """Run a cell; what it shows is not shown.
+    def run(
+        self,
+        source: str,
+        schema: Schema,
+        *,
+        epsilon: float | None,
+        inputs: dict[str, Any],
+        show: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Run a cell; what it shows goes to `show`, or nowhere.
 
         Raises:
             RaphaError: what would have failed at the site, before anything was sent.
@@ -45,7 +54,8 @@ class Rehearsal:
         with self._lock:
             self.namespace.update(inputs)
             self.namespace["patients"] = Patients(schema, lambda a, t=b"": self._answer(schema, a, t), epsilon=epsilon)
-            interpreter.run(source, self.namespace, interpreter.Screen(lambda output: None), "<enclave cell>")
+            screen = interpreter.Screen(show or (lambda output: None))
+            interpreter.run(source, self.namespace, screen, "<enclave cell>")
 
     def _answer(self, schema: Schema, ask: messages.Ask, tensors: bytes) -> tuple[dict[str, Any], bytes]:
         request = messages.decode(messages.encode(ask))

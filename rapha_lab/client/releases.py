@@ -29,7 +29,7 @@ def verify_output(data: dict[str, Any], metadata: dict[str, Any]) -> tuple[bool,
 
     Args:
         data: the output's MIME bundle.
-        metadata: its metadata, whose "rapha" entry holds site, key, cell, index, digest and signature.
+        metadata: its metadata, whose "rapha" entry holds site, key, job, cell, index, digest and signature.
     """
     signed = metadata.get("rapha")
     if not isinstance(signed, dict):
@@ -37,18 +37,27 @@ def verify_output(data: dict[str, Any], metadata: dict[str, Any]) -> tuple[bool,
     try:
         key = PublicKey.parse(str(signed["key"]))
         signature = base64.b64decode(str(signed["signature"]), validate=True)
-        statement = output_statement(str(signed["site"]), str(signed["cell"]), int(signed["index"]), data)
+        shown = hashlib.sha256(canonical(data := _joined(data))).hexdigest()
+        told = output_statement(data, signed)
     except (KeyError, ValueError, TypeError, RequestError):
         return False, "Its signature is malformed."
-    if hashlib.sha256(canonical(data)).hexdigest() != signed.get("digest"):
+    if shown != signed.get("digest"):
         return False, "It was changed after the site signed it."
-    if not key.verifies(signature, statement):
+    if not key.verifies(signature, told):
         return False, "The signature does not hold."
     if str(key) not in _keys(str(signed["site"])):
         return False, f"The key is not one with which {signed['site']} was attested to you."
     if MIME in data:
         return _verify_card(data[MIME], key)
     return True, f"Signed by {signed['site']}."
+
+
+def _joined(data: dict[str, Any]) -> dict[str, Any]:
+    """The bundle as it was signed: notebook files keep text as a list of lines."""
+    return {
+        kind: "".join(value) if isinstance(value, list) and not kind.endswith("json") else value
+        for kind, value in data.items()
+    }
 
 
 def _verify_card(card: dict[str, Any], key: PublicKey) -> tuple[bool, str]:

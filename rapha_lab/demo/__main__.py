@@ -82,9 +82,10 @@ def main() -> None:
     except RaphaError as error:
         sys.exit(str(error))
     try:
-        serve(site, lambda url: _tell(args.folder, url), _Leases(args.folder / "leases", site).all_gone)
-    finally:
+        serve(site, lambda url: _tell(args.folder, url), _Leases(args.folder, site).all_gone)
+    except BaseException:
         (args.folder / "site.json").unlink(missing_ok=True)
+        raise
 
 
 def _prepare(folder: Path, researcher: str) -> Config:
@@ -114,11 +115,20 @@ class _Leases:
         self._folder, self._site, self._since = folder, site, time.monotonic()
 
     def all_gone(self) -> bool:
-        """Whether nobody has held the site for a while, and nothing runs in it."""
-        held = [path for path in self._folder.glob("*") if _locked(path)]
-        if held or self._site.cells.busy():
+        """Whether nobody has held the site for a while and nothing runs in it; from then on it is not to be found."""
+        if self._held():
             self._since = time.monotonic()
-        return time.monotonic() - self._since > LINGER
+        if time.monotonic() - self._since <= LINGER:
+            return False
+        with (self._folder / "start.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # whoever connects now either holds a lease or starts a new site
+            if self._held():
+                return False
+            (self._folder / "site.json").unlink(missing_ok=True)
+            return True
+
+    def _held(self) -> bool:
+        return self._site.cells.busy() or any(_locked(path) for path in (self._folder / "leases").glob("*"))
 
 
 def _locked(path: Path) -> bool:

@@ -89,7 +89,7 @@ class Cells:
     Args:
         zygote: gives sandboxed workers.
         curator: answers their requests.
-        sign: signs one output: (cell id, index, data) -> metadata with the signature.
+        sign: signs one output: (job, notebook cell, index, data) -> what goes into its metadata.
         schemas: the public schemas by dataset, for the handles.
     """
 
@@ -97,7 +97,7 @@ class Cells:
         self,
         zygote: Zygote,
         curator: Curator,
-        sign: Callable[[str, int, dict[str, Any]], dict[str, Any]],
+        sign: Callable[[str, str, int, dict[str, Any]], dict[str, Any]],
         schemas: dict[str, dict[str, Any]],
         project_of: Callable[[str, str, str], str],
     ) -> None:
@@ -217,9 +217,10 @@ class Cells:
             cell.size += len(msgspec.json.encode(output))
             if cell.size > MAX_OUTPUT:
                 return
-            if output["type"] == "display":
-                signed = self._sign(cell.id, len(cell.outputs), output["data"])
-                output = output | {"metadata": {**output.get("metadata", {}), "rapha": signed}}
+            # a print is an output like any other, so that it too can be signed
+            data = output["data"] if output["type"] == "display" else {"text/plain": output["text"].rstrip("\n")}
+            signed = self._sign(cell.id, cell.order.origin.get("cell", ""), len(cell.outputs), data)
+            output = output | {"data": data, "metadata": {**output.get("metadata", {}), "rapha": signed}}
             cell.outputs.append(output)
             self._changed.notify_all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import tomllib
@@ -122,12 +123,12 @@ class Site:
             "datasets": [msgspec.to_builtins(dataset) for dataset in self.config.datasets],
         }
 
-    def _sign(self, cell: str, index: int, data: dict[str, Any]) -> dict[str, Any]:
-        """Signs one output, so that a notebook can tell it from a forged or edited one."""
-        signature = self.signing_key.sign(output_statement(self.config.name, cell, index, data))
+    def _sign(self, job: str, cell: str, index: int, data: dict[str, Any]) -> dict[str, Any]:
+        """Signs one output, so that a notebook can tell it from a forged, edited or moved one."""
+        told = {"site": self.config.name, "job": job, "cell": cell, "index": index}
+        signature = base64.b64encode(self.signing_key.sign(output_statement(data, told))).decode()
         digest = hashlib.sha256(canonical(data)).hexdigest()
-        told = {"site": self.config.name, "key": str(self.signing_key.public), "cell": cell, "index": index}
-        return told | {"digest": digest, "signature": msgspec.to_builtins(signature)}
+        return told | {"key": str(self.signing_key.public), "digest": digest, "signature": signature}
 
     def _known(self, researcher: str) -> None:
         if not self._policy().projects_of(researcher):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 import uuid
 from typing import Any, NoReturn
 
@@ -26,7 +25,7 @@ from rapha_lab.protocol.errors import (
 
 __all__ = ["EnclaveMagics"]
 
-USAGE = "%%enclave DATASET [--epsilon E] [-o NAMES] [-i NAMES] [--no-rehearsal]"
+USAGE = "%%enclave DATASET [--epsilon E] [-o NAMES] [-i NAMES] [--no-rehearsal | --here]"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("-o", "--output", type=_names, default=[])
     line.add_argument("-i", "--input", type=_names, default=[])
     line.add_argument("--no-rehearsal", action="store_true")
-    line.add_argument("--rehearse-only", action="store_true")
+    line.add_argument("--here", action="store_true")
     return line
 
 
@@ -87,11 +86,12 @@ class EnclaveMagics(Magics):
         args = self._parse(line)
         dataset = latest().dataset(args.dataset)
         sent = self._rehearsal.send(self.shell.user_ns, args.input)
-        if not args.no_rehearsal:
+        if args.here or not args.no_rehearsal:
             inputs = {name: self.shell.user_ns[name] for name in args.input}
-            self._rehearsal.run(cell, dataset.schema, epsilon=args.epsilon, inputs=inputs)
-        if args.rehearse_only:
-            print("Rehearsed on made-up patients: it would run. Nothing was sent, no ε was spent.")
+            show = _show if args.here else None
+            self._rehearsal.run(cell, dataset.schema, epsilon=args.epsilon, inputs=inputs, show=show)
+        if args.here:
+            print("Made-up patients: it would run at the site. Nothing was sent, no ε was spent.")
             return
         job = self._run(dataset, cell, args, sent)
         taken = self._rehearsal.take(job.values, job.blob, self.shell.user_ns)

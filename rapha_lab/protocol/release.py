@@ -28,10 +28,15 @@ def statement(values: dict[str, Any], tensors: bytes | str) -> bytes:
     return canonical({"values": values, "tensors": blob})
 
 
-def output_statement(site: str, cell: str, index: int, data: dict[str, Any]) -> bytes:
-    """What a site signs of one output of a cell, so that it can be told from a forged or edited one."""
-    shown = hashlib.sha256(canonical(data)).hexdigest()
-    return b"rapha-lab/output/v1" + canonical({"site": site, "cell": cell, "index": index, "digest": shown})
+def output_statement(data: dict[str, Any], signed: dict[str, Any]) -> bytes:
+    """What a site signs of one output, so that it can be told from a forged, edited or moved one.
+
+    Args:
+        data: the output's MIME bundle.
+        signed: site, job, notebook cell and index, as they stand in the output's metadata.
+    """
+    named = {name: signed[name] for name in ("site", "job", "cell", "index")}
+    return b"rapha-lab/output/v1" + canonical(named | {"digest": hashlib.sha256(canonical(data)).hexdigest()})
 
 
 class Row(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ import difflib
 import math
 import tomllib
 from collections.abc import Iterable
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -97,7 +97,7 @@ class Shares(_Public, frozen=True):
     test: Annotated[float, Meta(ge=0, le=1)] = 0.2
 
 
-class Schema(_Public, frozen=True, dict=True):
+class Schema(_Public, frozen=True):
     """A dataset's public description.
 
     Attributes:
@@ -188,9 +188,9 @@ class Schema(_Public, frozen=True, dict=True):
         for column in self.columns:
             _check_column(column)
 
-    @cached_property
+    @property
     def _by_name(self) -> dict[str, Column]:
-        return {column.name: column for column in self.columns}
+        return _index(self.columns)
 
     def column(self, name: str) -> Column:
         """The column of that name.
@@ -245,6 +245,11 @@ class Schema(_Public, frozen=True, dict=True):
         """How many patients a split has in expectation, from the declared figure; None without one."""
         share = 1.0 if split == "all" else float(getattr(self.splits, split))
         return None if self.patients is None else self.patients * share
+
+
+@lru_cache(maxsize=64)
+def _index(columns: tuple[Column, ...]) -> dict[str, Column]:
+    return {column.name: column for column in columns}
 
 
 def _check_column(column: Column) -> None:

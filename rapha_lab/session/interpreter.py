@@ -11,6 +11,7 @@ import base64
 import io
 import linecache
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,13 +44,21 @@ class Screen:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.released: list[Any] = []
+        self.streams: tuple[_Stream, ...] = ()
 
     def stream(self, name: str, text: str) -> None:
-        if text:
+        """Send what was printed."""
+        if text.strip("\n"):
             self._send({"type": "stream", "name": name, "text": text})
+
+    def settle(self) -> None:
+        """Send what was printed and still waits, so that what comes next stands below it."""
+        for stream in self.streams:
+            stream.send()
 
     def show(self, *values: Any, **_: Any) -> None:
         """Show each value in the richest forms it has."""
+        self.settle()
         for value in values:
             data, metadata = _formatter.format(value)
             if data or metadata:
@@ -57,6 +66,7 @@ class Screen:
 
     def figures(self) -> None:
         """Show and close the matplotlib figures that are open, as the inline backend does."""
+        self.settle()
         for number in pyplot.get_fignums():
             figure = pyplot.figure(number)
             self._send({"type": "display", "data": picture(figure), "metadata": {}})
@@ -82,19 +92,20 @@ def _text(data: dict[str, Any]) -> dict[str, Any]:
 
 class _Stream(io.TextIOBase):
     def __init__(self, screen: Screen, name: str) -> None:
-        self._screen, self._name, self._waiting = screen, name, ""
+        self._screen, self._name, self._waiting, self._sent = screen, name, "", time.monotonic()
 
     def writable(self) -> bool:
         return True
 
     def write(self, text: str) -> int:
         self._waiting += str(text)
-        if "\n" in text or len(self._waiting) > 4096:
-            self.flush()
+        # lines in quick succession are one output
+        if ("\n" in text and time.monotonic() > self._sent + 0.3) or len(self._waiting) > 1 << 16:
+            self.send()
         return len(text)
 
-    def flush(self) -> None:
-        text, self._waiting = self._waiting, ""
+    def send(self) -> None:
+        text, self._waiting, self._sent = self._waiting, "", time.monotonic()
         self._screen.stream(self._name, text)
 
 
@@ -106,14 +117,15 @@ def _captured(screen: Screen) -> Iterator[None]:
 
     before = sys.stdout, sys.stderr, functions.display, public.display, pyplot.show
     streams = _Stream(screen, "stdout"), _Stream(screen, "stderr")
-    sys.stdout, sys.stderr = streams
+    sys.stdout, sys.stderr = screen.streams = streams
     functions.display = public.display = screen.show
     pyplot.show = lambda *_, **__: screen.figures()
     try:
         yield
     finally:
+        screen.streams = ()
         for stream in streams:
-            stream.flush()
+            stream.send()
         sys.stdout, sys.stderr, functions.display, public.display, pyplot.show = before
 
 

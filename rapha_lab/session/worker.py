@@ -66,6 +66,7 @@ class Worker:
             RaphaError: the curator's refusal.
         """
         with self._ask_lock:
+            self.screen.settle()
             self._say({"say": "ask", "ask": msgspec.Raw(messages.encode(request))}, tensors)
             header, blob = self._answers.get()
         if header.get("error") is not None:
