@@ -12,6 +12,7 @@ import struct
 from typing import Any
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from rapha_lab.protocol.errors import EvidenceError, RequestError
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
@@ -161,7 +162,5 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
 
 def simulation_key() -> PrivateKey:
     """The one key that signs simulated evidence: derived from this sentence, so that everybody holds it."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
     seed = hashlib.sha256(b"rapha-lab simulated enclave: this key is public and proves nothing").digest()
     return PrivateKey("ed25519", (Ed25519PrivateKey.from_private_bytes(seed),))

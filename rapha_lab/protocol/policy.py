@@ -27,10 +27,10 @@ from rapha_lab.protocol.program import Program
 
 __all__ = ["Custodian", "Dataset", "Head", "Lane", "Policy", "Project", "Signed", "Statement", "state"]
 
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$")]
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*\Z")]
 Words = Annotated[str, Meta(min_length=1, max_length=200)]
-Digest = Annotated[str, Meta(pattern=r"^(any simulated|sha(256:[0-9a-f]{64}|384:[0-9a-f]{96}))$")]
-Duo = Annotated[str, Meta(pattern=r"^DUO:\d{7}$")]
+Digest = Annotated[str, Meta(pattern=r"^(any simulated|sha(256:[0-9a-f]{64}|384:[0-9a-f]{96}))\Z")]
+Duo = Annotated[str, Meta(pattern=r"^DUO:\d{7}\Z")]
 Release = Literal["auto", "one custodian", "two custodians"]
 LaneName = Literal["aggregate", "train", "evaluate", "shards", "review"]
 Epsilon = Annotated[float, Meta(gt=0.0, le=1000.0)]
@@ -121,9 +121,9 @@ class Policy:
         Raises:
             RequestError: naming the field that is missing, unknown, out of range or contradicts another.
         """
-        strange = [c for c in text if c not in "\n\t" and unicodedata.category(c) in _UNSEEN]
+        strange = [c for c in text if c == "\\" or (c not in "\n\t" and unicodedata.category(c) in _UNSEEN)]
         if strange:
-            _wrong(f"has an invisible character, U+{ord(strange[0]):04X}")
+            _wrong(f"has an invisible or escaped character, U+{ord(strange[0]):04X}")
         try:
             page = msgspec.convert(tomllib.loads(text), type=_Page)
         except (tomllib.TOMLDecodeError, msgspec.ValidationError, RecursionError) as error:
@@ -214,7 +214,7 @@ class Statement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def decode(cls, line: bytes) -> Statement:
-        """The statement in a line of JSON, in its one spelling; RequestError if it is none: it may be a veto."""
+        """The statement in a line of JSON, or RequestError: a line that does not read may be a veto."""
         try:
             found = msgspec.json.decode(line, type=cls)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -201,7 +201,9 @@ def open_request(
         _refuse("The request is stale.", late, "Set your clock and send it again.")
     signer, reply_to = PublicKey.parse(head.signer), _key(head.reply_to)
     if not known(signer):
-        _refuse("The site does not know this researcher's key.", head.signer, "Ask the custodians to add it.")
+        _refuse(
+            "The site does not know this researcher's key.", "", "Ask the custodians to add it to the policy."
+        )
     replay.admit(head.signer, head.nonce, now)
     return Request(head.kind, body, signer, reply_to, head.nonce, head.time, _name(envelope, key.algorithm))
 

@@ -297,7 +297,7 @@ class TestPage:
             edited(old, new)
 
     @pytest.mark.parametrize(
-        "unseen", ["\u202e", "\u200b", "\ufeff", "\r", "\0", "\x1b", "\u2028", "\U000e0041"]
+        "unseen", ["\u202e", "\u200b", "\ufeff", "\r", "\0", "\x1b", "\u2028", "\U000e0041", "\\u202e"]
     )
     def test_nothing_unseen_is_signed(self, unseen: str) -> None:
         """No character that shows as nothing, or turns others around."""
