@@ -22,7 +22,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-__all__ = ["SystemNoise", "Noise", "SeededNoise", "on_grid"]
+__all__ = ["Noise", "SeededNoise", "SystemNoise", "on_grid"]
 
 _WORDS = 1 << 17  # a megabyte of keystream at a time stays in cache
 _BITS = 53
@@ -91,7 +91,11 @@ class SystemNoise(_Words):
             self._stream.update_into(bytes(8 * n), buffer)
         if not n:
             return torch.empty(0, dtype=torch.int64)
-        return torch.frombuffer(buffer, dtype=torch.int64).bitwise_right_shift_(64 - _BITS).bitwise_and_((1 << _BITS) - 1)
+        return (
+            torch.frombuffer(buffer, dtype=torch.int64)
+            .bitwise_right_shift_(64 - _BITS)
+            .bitwise_and_((1 << _BITS) - 1)
+        )
 
 
 class SeededNoise(_Words):

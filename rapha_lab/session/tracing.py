@@ -1,7 +1,7 @@
 """Turn a PyTorch model and its loss into the program of one patient, or say which line cannot be one.
 
-A function is exported by `torch.export` (`strict=False`, no decompositions: linear, convolution, attention and
-recurrent layers stay whole) on a batch of one patient, so nothing in the program can name a second one.
+A function is exported by `torch.export` on a batch of one patient, so nothing in the program can name a second
+one; without decompositions, so that linear, convolution, attention and recurrent layers stay whole.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ Function = Callable[[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]], T
 
 # arguments that say where and how a tensor is stored, which is the curator's business
 _STORAGE = {"device", "layout", "pin_memory", "memory_format"}
-_OURS = re.compile(r"[\\/](torch|rapha_lab|opacus)[\\/]|contextlib\.py|<frozen|<string>")
+# frames that are not the author's
+_OURS = re.compile(r"[\\/](torch|rapha_lab)[\\/]|site-packages|[\\/]lib[\\/]python3|<frozen|<string>")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -65,10 +66,10 @@ def trace(
     """
     wrapper = _Wrapper(function, modules)
     batch = {name: example.detach().unsqueeze(0) for name, example in inputs.items()}
-    dicts = tuple({k: t.detach() for k, t in part.items()} for part in (parameters, constants)) + (batch,)
+    plain = [{k: t.detach() for k, t in part.items()} for part in (parameters, constants)]
     with _quiet():
         try:
-            exported = torch.export.export(wrapper, dicts, strict=False).run_decompositions({})
+            exported = torch.export.export(wrapper, (*plain, batch), strict=False).run_decompositions({})
         except Exception as error:
             raise _untraceable(error) from None
     names = [*parameters, *constants, *inputs]
@@ -109,7 +110,7 @@ def loss_program(model: nn.Module, loss: Callable[..., Tensor], inputs: Tensors,
 
 
 def score_program(model: nn.Module, inputs: Tensors) -> Traced:
-    """The program of one patient's scores, with the model in evaluation mode; arguments as `loss_program`'s."""
+    """The program of one patient's scores, the model in evaluation mode; arguments as for `loss_program`."""
     refuse_modules(model, training=False)
     return _program(_Both(model, None), lambda both, batch: _call(both.model, batch), inputs, training=False)
 
@@ -189,7 +190,7 @@ def refuse_modules(model: nn.Module, training: bool = True) -> None:
             groups = next(g for g in (32, 16, 8, 4, 3, 2, 1) if channels % g == 0 and g < max(channels, 2))
             raise ProgramError(
                 f"{name or 'The model'} is a {type(module).__name__}, which mixes patients.",
-                "It normalises each patient by the others in the batch, so no patient's gradient is their own.",
+                "It normalises each patient by the others of the batch, so no gradient is one patient's own.",
                 f"Replace it by nn.GroupNorm({groups}, {channels}) or nn.LayerNorm.", field=name or "model",
             )  # fmt: skip
 
@@ -234,7 +235,8 @@ def refuse_mixing(function: Callable[[dict[str, Tensor]], Tensor], inputs: Tenso
         raise ProgramError(
             "The model or loss mixes patients.",
             "On three made-up patients its value is neither the mean nor the sum of what each gives alone.",
-            "Write it so that every patient is computed alone: no statistics, distances or softmax over the batch.",
+            "Compute every patient alone: no statistics, distances or softmax over the batch. A loss with class "
+            'weights is a mean over patients only with reduction="sum".',
             field="model",
         )
 
@@ -261,7 +263,7 @@ def _encode(exported: Any, names: list[str], tensors: Tensors, inputs: Tensors, 
         )
         raise ProgramError(
             f"The model changes {changed} while it computes.", "A patient's program changes nothing.",
-            "Use a layer without running statistics, such as nn.GroupNorm or nn.LayerNorm.", field=str(changed),
+            "Use a layer without running statistics: nn.GroupNorm or nn.LayerNorm.", field=str(changed),
         )  # fmt: skip
     ids, flat = {}, iter(_flat_order(names, tensors, inputs, trained))
     for spec in signature.input_specs:

@@ -45,7 +45,9 @@ def alone(model: nn.Module, loss: Callable[..., Tensor], x: Tensor, y: Tensor) -
     for i in range(len(x)):
         model.zero_grad()
         prediction = model(x[i : i + 1])
-        loss(prediction.reshape(y[i : i + 1].shape) if prediction.numel() == 1 else prediction, y[i : i + 1]).backward()
+        loss(
+            prediction.reshape(y[i : i + 1].shape) if prediction.numel() == 1 else prediction, y[i : i + 1]
+        ).backward()
         for name, p in model.named_parameters():
             if p.requires_grad:
                 rows[name].append(torch.zeros_like(p) if p.grad is None else p.grad.clone())

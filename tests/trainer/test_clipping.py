@@ -19,7 +19,15 @@ from rapha_lab.protocol.program import Program
 from rapha_lab.session.tracing import trace
 
 CLIP = 1.0
-CHOSEN = ["mlp", "cnn with group norm", "1-d cnn", "embedding and mlp", "tied weights", "text transformer", "gru"]
+CHOSEN = [
+    "mlp",
+    "cnn with group norm",
+    "1-d cnn",
+    "embedding and mlp",
+    "tied weights",
+    "text transformer",
+    "gru",
+]
 
 
 def norm(sums: dict[str, Tensor]) -> float:
@@ -104,10 +112,14 @@ def test_cancelling_rows_do_not_hide_a_gradient(size: float) -> None:
     model = Cancelling(size)
 
     def attack(parameters: dict, constants: dict, inputs: dict) -> Tensor:
-        return identity(torch.func.functional_call(model, {**parameters, **constants}, inputs["x"]), inputs["target"])
+        return identity(
+            torch.func.functional_call(model, {**parameters, **constants}, inputs["x"]), inputs["target"]
+        )
 
     # the author of a hostile graph does not use our tracing's checks
-    traced = trace(attack, dict(model.named_parameters()), dict(model.named_buffers()), {"x": x[0], "target": y[0]})
+    traced = trace(
+        attack, dict(model.named_parameters()), dict(model.named_buffers()), {"x": x[0], "target": y[0]}
+    )
     it = lift(traced.program)
     for i in range(8):
         mine = it.clipped_sum(*it.tensors(traced.blob), {"x": x, "target": y}, torch.arange(8) == i, CLIP)
@@ -216,7 +228,9 @@ gradients_clipped = gradients.clipped_sum
 
 
 @pytest.mark.parametrize("mutant", [unclipped, first_use_only, twice])
-def test_broken_clipping_is_caught(mutant: Callable[..., dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_clipping_is_caught(
+    mutant: Callable[..., dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Skipping the clip, measuring one parameter only, or adding a patient twice breaks the bound."""
     it, parameters, constants, batch = batch_for("mlp", 8)
     batch["x"] *= 100

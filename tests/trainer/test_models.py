@@ -86,7 +86,9 @@ def conv1d() -> nn.Module:
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.SiLU(), nn.Linear(16, 16), nn.PReLU(), nn.Linear(16, 1))
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.LayerNorm(16), nn.SiLU(), nn.Linear(16, 16), nn.PReLU(), nn.Linear(16, 1)
+    )
 
 
 def cnn() -> nn.Module:

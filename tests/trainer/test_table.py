@@ -60,7 +60,10 @@ case(
     "special_log_ndtr.default squeeze.default max.default min.default any.default all.default",
     unary(-0.9, 0.9), lambda g: [g.each(low=-0.9, high=0.9)],
 )  # fmt: skip
-case("log.default log2.default log10.default log1p.default sqrt.default rsqrt.default reciprocal.default", unary(0.1, 2))
+case(
+    "log.default log2.default log10.default log1p.default sqrt.default rsqrt.default reciprocal.default",
+    unary(0.1, 2),
+)
 case("acosh.default", unary(1.1, 2))
 case("hardtanh.default", unary(-2, 2, -0.5, 0.7))
 case("gelu.default", unary(-2, 2, "none"), unary(-2, 2, "tanh"))
@@ -91,7 +94,8 @@ PAIRS: list[Case] = [
 
 def pairs(*more: Any, low: float = -2.0) -> list[Case]:
     return [
-        lambda g, build=build: [t.abs() + 0.2 if low > 0 else t for t in build(g)] + list(more) for build in PAIRS
+        lambda g, build=build: [t.abs() + 0.2 if low > 0 else t for t in build(g)] + list(more)
+        for build in PAIRS
     ]
 
 
@@ -108,7 +112,10 @@ case("div.Tensor_mode", *pairs("floor"), *pairs(None))
 case("lerp.Scalar", *pairs(0.3))
 case("clamp.Tensor", lambda g: [g.each(g.a, g.b), g.each(g.b, high=0), None])
 case("lerp.Tensor", lambda g: [g.each(g.a, g.b), g.each(g.a, g.b), g.each(g.b)])
-case("addcmul.default addcdiv.default", lambda g: [g.each(g.a, g.b), g.each(g.b), g.each(g.a, g.b, low=0.5), 0.7])
+case(
+    "addcmul.default addcdiv.default",
+    lambda g: [g.each(g.a, g.b), g.each(g.b), g.each(g.a, g.b, low=0.5), 0.7],
+)
 case("where.self", lambda g: [g.bools(g.a, g.b), g.each(g.b), g.each(g.a, 1)])
 case("where.ScalarOther", lambda g: [g.bools(g.a), g.each(g.b, g.a), 0.5])
 case("where.ScalarSelf", lambda g: [g.bools(g.a), 0.5, g.each(g.b, g.a)])
@@ -124,14 +131,21 @@ case("_to_copy.default", unary(-2, 2, torch.float32, False), unary(-2, 2, None, 
 case("to.dtype", unary(-2, 2, torch.float32, False, False))
 case("type_as.default", lambda g: [g.each(g.a), g.ints(3, g.b)])
 case("to.other", lambda g: [g.each(g.a), g.ints(3, g.b), False, False])
-case("prelu.default", lambda g: [g.each(g.a, g.b, 2), g.same(1, g.b)], lambda g: [g.each(g.a, g.b), g.each(1)])
+case(
+    "prelu.default", lambda g: [g.each(g.a, g.b, 2), g.same(1, g.b)], lambda g: [g.each(g.a, g.b), g.each(1)]
+)
 case("_prelu_kernel.default", lambda g: [g.each(g.a, g.b), g.same(1, 1, g.b)])
 
 case("view.default reshape.default _unsafe_view.default", lambda g: [g.each(g.a, g.b, g.c), [g.a, -1]])
 case("view_as.default reshape_as.default", lambda g: [g.each(g.a, g.b), g.each(g.b * g.a)])
 case("flatten.using_ints", lambda g: [g.each(g.a, g.b, g.c), 1, -1], lambda g: [g.each(), 0, -1])
 case("unflatten.int", lambda g: [g.each(g.a, g.b * g.c), -1, [g.b, g.c]])
-case("squeeze.dim", lambda g: [g.each(g.a, 1), -1], lambda g: [g.each(g.a, g.b), 0], lambda g: [g.each(1, 1), 0])
+case(
+    "squeeze.dim",
+    lambda g: [g.each(g.a, 1), -1],
+    lambda g: [g.each(g.a, g.b), 0],
+    lambda g: [g.each(1, 1), 0],
+)
 case("squeeze.dims", lambda g: [g.each(1, g.b, 1), [0, 2]])
 case("unsqueeze.default", *(lambda g, d=d: [g.each(g.a, g.b), d] for d in (0, 1, 2, -1, -2, -3)))
 case("permute.default", lambda g: [g.each(g.a, g.b, g.c), [2, 0, -2]])
@@ -140,7 +154,11 @@ case("t.default numpy_T.default", lambda g: [g.each(g.a, g.b)])
 case("mT.default", lambda g: [g.each(g.a, g.b, g.c)])
 case("movedim.intlist", lambda g: [g.each(g.a, g.b, g.c), [0, 1], [2, 0]])
 case("movedim.int", lambda g: [g.each(g.a, g.b, g.c), 0, -1])
-case("expand.default", lambda g: [g.each(1, g.b), [g.a, -1, g.b], False], lambda g: [g.each(), [g.a, g.b], False])
+case(
+    "expand.default",
+    lambda g: [g.each(1, g.b), [g.a, -1, g.b], False],
+    lambda g: [g.each(), [g.a, g.b], False],
+)
 case("expand_as.default", lambda g: [g.each(1, g.b), g.each(g.c, g.a, g.b)])
 case("broadcast_tensors.default", lambda g: [[g.each(g.a, 1), g.each(g.c, 1, g.b)]])
 case("repeat.default", lambda g: [g.each(g.a, g.b), [2, 1, 3]])
@@ -152,7 +170,11 @@ case("split_with_sizes.default", lambda g: [g.each(g.a + g.b), [g.a, g.b], 0])
 case("chunk.default", lambda g: [g.each(g.a, g.b), 2, 1])
 case("unbind.int", lambda g: [g.each(g.a, g.b), 0])
 case("select.int", lambda g: [g.each(g.a, g.b), 0, -1], lambda g: [g.each(g.a, g.b), -1, 0])
-case("slice.Tensor", lambda g: [g.each(g.a, g.b + 2), 1, 1, 2**63 - 1, 2], lambda g: [g.each(g.a), 0, None, -1, 1])
+case(
+    "slice.Tensor",
+    lambda g: [g.each(g.a, g.b + 2), 1, 1, 2**63 - 1, 2],
+    lambda g: [g.each(g.a), 0, None, -1, 1],
+)
 case("narrow.default", lambda g: [g.each(g.a, g.b + 1), 1, 1, g.b])
 case("flip.default", lambda g: [g.each(g.a, g.b), [0, -1]])
 case("roll.default", lambda g: [g.each(g.a, g.b), [1], [0]], lambda g: [g.each(g.a, g.b), [1], []])
@@ -189,15 +211,35 @@ case("sum.default mean.default", unary(-2, 2, None), lambda g: [g.each(), None])
 case("sum.dim_IntList mean.dim", *(lambda g, f=f: [*f(g), None] for f in OVER_DIMS))
 case("logsumexp.default", *OVER_DIMS[:2])
 case("amax.default amin.default", *OVER_DIMS[:2], lambda g: [g.each(g.a, g.b), [], False])
-case("var.correction std.correction", lambda g: [g.each(g.a + 1, g.b), [0], 1, True], lambda g: [g.each(g.a + 1), None, 0, False])
+case(
+    "var.correction std.correction",
+    lambda g: [g.each(g.a + 1, g.b), [0], 1, True],
+    lambda g: [g.each(g.a + 1), None, 0, False],
+)
 case("var.default std.default", lambda g: [g.each(g.a + 1, g.b), True])
 case("var.dim std.dim", lambda g: [g.each(g.a + 1, g.b), [0], False, True])
-case("max.dim min.dim any.dim all.dim", lambda g: [g.each(g.a, g.b), 0, True], lambda g: [g.each(g.a, g.b), -1, False])
-case("argmax.default argmin.default", lambda g: [g.each(g.a, g.b), 0, True], lambda g: [g.each(g.a, g.b), None, False])
+case(
+    "max.dim min.dim any.dim all.dim",
+    lambda g: [g.each(g.a, g.b), 0, True],
+    lambda g: [g.each(g.a, g.b), -1, False],
+)
+case(
+    "argmax.default argmin.default",
+    lambda g: [g.each(g.a, g.b), 0, True],
+    lambda g: [g.each(g.a, g.b), None, False],
+)
 case("cumsum.default", lambda g: [g.each(g.a, g.b), -1, None])
-case("softmax.int log_softmax.int", lambda g: [g.each(g.a, g.b), 0, None], lambda g: [g.each(g.a, g.b), -1, None])
+case(
+    "softmax.int log_softmax.int",
+    lambda g: [g.each(g.a, g.b), 0, None],
+    lambda g: [g.each(g.a, g.b), -1, None],
+)
 case("_softmax.default _log_softmax.default", lambda g: [g.each(g.a, g.b), 0, False])
-case("linalg_vector_norm.default", lambda g: [g.each(g.a, g.b), 2, [1], True, None], lambda g: [g.each(g.a, g.b), 1, None, False, None])
+case(
+    "linalg_vector_norm.default",
+    lambda g: [g.each(g.a, g.b), 2, [1], True, None],
+    lambda g: [g.each(g.a, g.b), 1, None, False, None],
+)
 case("norm.ScalarOpt_dim", lambda g: [g.each(g.a, g.b), 2.0, [1], True])
 case("norm.Scalar", lambda g: [g.each(g.a, g.b), 2.0])
 case(
@@ -216,7 +258,11 @@ case("addmm.default", lambda g: [g.each(g.c), g.each(g.a, g.b), g.each(g.b, g.c)
 case("addmv.default", lambda g: [g.each(g.a), g.each(g.a, g.b), g.each(g.b), 0.5, 2.0])
 case("baddbmm.default", lambda g: [g.each(2, g.a, g.c), g.each(2, g.a, g.b), g.each(2, g.b, g.c), 0.5, 2.0])
 case("outer.default", lambda g: [g.each(g.a), g.each(g.b)])
-case("einsum.default", lambda g: ["zij, jk -> zk", [g.each(g.a, g.b, g.c), g.same(1, g.c, 2)], None], lambda g: ["...i,...i", [g.each(g.a, g.b), g.each(g.a, g.b)], None])
+case(
+    "einsum.default",
+    lambda g: ["zij, jk -> zk", [g.each(g.a, g.b, g.c), g.same(1, g.c, 2)], None],
+    lambda g: ["...i,...i", [g.each(g.a, g.b), g.each(g.a, g.b)], None],
+)
 case("zeros.default ones.default", lambda g: [[g.a], torch.float64])
 case("zeros_like.default ones_like.default", lambda g: [g.each(g.a), None])
 case("new_zeros.default new_ones.default", lambda g: [g.each(g.a), [g.b], None])
@@ -232,17 +278,27 @@ case("eye.default", lambda g: [g.a, None])
 case("eye.m", lambda g: [g.a, g.b, None])
 
 REDUCTIONS = (0, 1, 2)
-case("mse_loss.default l1_loss.default soft_margin_loss.default", *(p for r in REDUCTIONS for p in pairs(r)[:2]))
+case(
+    "mse_loss.default l1_loss.default soft_margin_loss.default",
+    *(p for r in REDUCTIONS for p in pairs(r)[:2]),
+)
 case("smooth_l1_loss.default huber_loss.default", *(p for r in REDUCTIONS for p in pairs(r, 0.7)[:2]))
 case("kl_div.default", *(p for r in REDUCTIONS for p in pairs(r, True)[:2]))
-case("poisson_nll_loss.default", *(p for r in REDUCTIONS for p in pairs(True, False, 1e-8, r)[:1]), *pairs(False, False, 1e-8, 1, low=0.1)[:1])
+case(
+    "poisson_nll_loss.default",
+    *(p for r in REDUCTIONS for p in pairs(True, False, 1e-8, r)[:1]),
+    *pairs(False, False, 1e-8, 1, low=0.1)[:1],
+)
 case("cosine_similarity.default", *pairs(-1, 1e-8)[:2], *pairs(0, 1e-8)[:1])
 case(
     "binary_cross_entropy_with_logits.default",
     lambda g: [g.each(1, g.a), g.each(1, g.a, low=0, high=1), None, g.same(1, g.a, low=0.5), 1],
     lambda g: [g.each(1, g.a), g.each(1, g.a, low=0, high=1), g.each(1, 1), None, 0],
 )
-case("binary_cross_entropy.default", lambda g: [g.each(g.a, low=0.1, high=0.9), g.each(g.a, low=0, high=1), None, 1])
+case(
+    "binary_cross_entropy.default",
+    lambda g: [g.each(g.a, low=0.1, high=0.9), g.each(g.a, low=0, high=1), None, 1],
+)
 case(
     "cross_entropy_loss.default",
     lambda g: [g.each(1, g.a), g.ints(g.a, 1), None, 1, -100, 0.0],
@@ -265,42 +321,146 @@ for n in (1, 2, 3):
     one = [1] * n
     case(
         f"conv{n}d.default",
-        lambda g, n=n, size=size, one=one: [g.each(1, 4, *size(g)), g.same(1, 2, 2, *[3] * n), g.same(1, 2), [2] * n, one, one, 2],
-        lambda g, n=n, size=size, one=one: [g.each(1, 2, *size(g)), g.each(3, 2, *[2] * n), None, one, [0] * n, [2] * n, 1],
+        lambda g, n=n, size=size, one=one: [
+            g.each(1, 4, *size(g)),
+            g.same(1, 2, 2, *[3] * n),
+            g.same(1, 2),
+            [2] * n,
+            one,
+            one,
+            2,
+        ],
+        lambda g, n=n, size=size, one=one: [
+            g.each(1, 2, *size(g)),
+            g.each(3, 2, *[2] * n),
+            None,
+            one,
+            [0] * n,
+            [2] * n,
+            1,
+        ],
     )
     case(
         f"conv{n}d.padding",
-        lambda g, n=n, size=size, one=one: [g.each(1, 2, *size(g)), g.same(1, 3, 2, *[2] * n), None, one, "same", one, 1],
+        lambda g, n=n, size=size, one=one: [
+            g.each(1, 2, *size(g)),
+            g.same(1, 3, 2, *[2] * n),
+            None,
+            one,
+            "same",
+            one,
+            1,
+        ],
     )
     case(
         f"conv_transpose{n}d.{'default' if n == 1 else 'input'}",
-        lambda g, n=n, size=size, one=one: [g.each(1, 2, *size(g)), g.same(1, 2, 3, *[2] * n), g.same(1, 3), [2] * n, [0] * n, one, 1, one],
+        lambda g, n=n, size=size, one=one: [
+            g.each(1, 2, *size(g)),
+            g.same(1, 2, 3, *[2] * n),
+            g.same(1, 3),
+            [2] * n,
+            [0] * n,
+            one,
+            1,
+            one,
+        ],
     )
-    case(f"avg_pool{n}d.default", lambda g, n=n, size=size: [g.each(1, 2, *size(g)), [2] * n, [1] * n, [0] * n, False, True] + [None] * (n > 1))
-    case(f"max_pool{n}d.default", lambda g, n=n, size=size: [g.each(1, 2, *size(g)), [2] * n, [1] * n, [0] * n, [1] * n, False])
+    case(
+        f"avg_pool{n}d.default",
+        lambda g, n=n, size=size: (
+            [g.each(1, 2, *size(g)), [2] * n, [1] * n, [0] * n, False, True] + [None] * (n > 1)
+        ),
+    )
+    case(
+        f"max_pool{n}d.default",
+        lambda g, n=n, size=size: [g.each(1, 2, *size(g)), [2] * n, [1] * n, [0] * n, [1] * n, False],
+    )
     case(f"adaptive_avg_pool{n}d.default", lambda g, n=n, size=size: [g.each(1, 2, *size(g)), [2] * n])
     case(f"upsample_nearest{n}d.vec", lambda g, n=n, size=size: [g.each(1, 2, *size(g)), None, [2.0] * n])
-case("convolution.default", lambda g: [g.each(1, 2, g.a + 2), g.same(1, 3, 2, 2), None, [1], [0], [1], False, [0], 1])
+case(
+    "convolution.default",
+    lambda g: [g.each(1, 2, g.a + 2), g.same(1, 3, 2, 2), None, [1], [0], [1], False, [0], 1],
+)
 case("adaptive_max_pool1d.default", lambda g: [g.each(1, 2, g.a + 3), [2]])
 case("adaptive_max_pool2d.default", lambda g: [g.each(1, 2, g.a + 3, g.b + 2), [2, 2]])
-case("max_pool2d_with_indices.default", lambda g: [g.each(1, 2, g.a + 3, g.b + 2), [2, 2], [1, 1], [0, 0], [1, 1], False])
+case(
+    "max_pool2d_with_indices.default",
+    lambda g: [g.each(1, 2, g.a + 3, g.b + 2), [2, 2], [1, 1], [0, 0], [1, 1], False],
+)
 case("upsample_linear1d.vec", lambda g: [g.each(1, 2, g.a + 1), [7], False, None])
-case("upsample_bilinear2d.vec upsample_bicubic2d.vec", lambda g: [g.each(1, 2, g.a + 1, g.b + 1), [7, 5], True, None])
+case(
+    "upsample_bilinear2d.vec upsample_bicubic2d.vec",
+    lambda g: [g.each(1, 2, g.a + 1, g.b + 1), [7, 5], True, None],
+)
 case("upsample_trilinear3d.vec", lambda g: [g.each(1, 2, g.a + 1, g.b + 1, 2), [7, 5, 3], True, None])
 case("pixel_shuffle.default", lambda g: [g.each(1, 4, g.a, g.b), 2])
 case("glu.default", lambda g: [g.each(g.a, 2 * g.b), -1])
-case("layer_norm.default", lambda g: [g.each(g.a, g.b + 1), [g.b + 1], g.same(1, g.b + 1), g.same(1, g.b + 1), 1e-5, True], lambda g: [g.each(g.a, g.b + 1), [g.b + 1], g.each(g.b + 1), None, 1e-5, True])
+case(
+    "layer_norm.default",
+    lambda g: [g.each(g.a, g.b + 1), [g.b + 1], g.same(1, g.b + 1), g.same(1, g.b + 1), 1e-5, True],
+    lambda g: [g.each(g.a, g.b + 1), [g.b + 1], g.each(g.b + 1), None, 1e-5, True],
+)
 case("rms_norm.default", lambda g: [g.each(g.a, g.b + 1), [g.b + 1], g.each(g.b + 1), 1e-5])
 case("group_norm.default", lambda g: [g.each(1, 4, g.a + 1), 2, g.same(1, 4), g.each(4), 1e-5, True])
-case("instance_norm.default", lambda g: [g.each(1, 4, g.a + 1), g.same(1, 4), None, None, None, True, 0.1, 1e-5, True])
-case("batch_norm.default", lambda g: [g.each(1, 4, g.a), g.same(1, 4), None, g.same(1, 4), g.same(1, 4, low=0.5), False, 0.1, 1e-5, True])
-case("_native_batch_norm_legit_no_training.default", lambda g: [g.each(1, 4, g.a), None, None, g.same(1, 4), g.same(1, 4, low=0.5), 0.1, 1e-5])
-case("embedding.default", lambda g: [g.same(1, 5, g.b), g.ints(5, g.a), -1, False, False], lambda g: [g.each(5, g.b), g.ints(5, g.a, 2), -1, False, False])
+case(
+    "instance_norm.default",
+    lambda g: [g.each(1, 4, g.a + 1), g.same(1, 4), None, None, None, True, 0.1, 1e-5, True],
+)
+case(
+    "batch_norm.default",
+    lambda g: [
+        g.each(1, 4, g.a),
+        g.same(1, 4),
+        None,
+        g.same(1, 4),
+        g.same(1, 4, low=0.5),
+        False,
+        0.1,
+        1e-5,
+        True,
+    ],
+)
+case(
+    "_native_batch_norm_legit_no_training.default",
+    lambda g: [g.each(1, 4, g.a), None, None, g.same(1, 4), g.same(1, 4, low=0.5), 0.1, 1e-5],
+)
+case(
+    "embedding.default",
+    lambda g: [g.same(1, 5, g.b), g.ints(5, g.a), -1, False, False],
+    lambda g: [g.each(5, g.b), g.ints(5, g.a, 2), -1, False, False],
+)
 case(
     "scaled_dot_product_attention.default",
-    lambda g: [g.each(1, 2, g.a, g.b), g.each(1, 2, g.c, g.b), g.each(1, 2, g.c, 3), None, 0.0, False, None, False],
-    lambda g: [g.each(1, 2, g.a, g.b), g.each(1, 2, g.a, g.b), g.each(1, 2, g.a, 3), None, 0.0, True, 0.3, False],
-    lambda g: [g.each(1, 2, g.a, g.b), g.each(1, 2, g.c, g.b), g.each(1, 2, g.c, 3), g.each(g.a, g.c), 0.0, False, None, False],
+    lambda g: [
+        g.each(1, 2, g.a, g.b),
+        g.each(1, 2, g.c, g.b),
+        g.each(1, 2, g.c, 3),
+        None,
+        0.0,
+        False,
+        None,
+        False,
+    ],
+    lambda g: [
+        g.each(1, 2, g.a, g.b),
+        g.each(1, 2, g.a, g.b),
+        g.each(1, 2, g.a, 3),
+        None,
+        0.0,
+        True,
+        0.3,
+        False,
+    ],
+    lambda g: [
+        g.each(1, 2, g.a, g.b),
+        g.each(1, 2, g.c, g.b),
+        g.each(1, 2, g.c, 3),
+        g.each(g.a, g.c),
+        0.0,
+        False,
+        None,
+        False,
+    ],
 )
 case("native_dropout.default", unary(-2, 2, 0.0, True), unary(-2, 2, 0.5, False))
 case("dropout.default feature_dropout.default", unary(-2, 2, 0.5, False))
@@ -310,8 +470,18 @@ RNN = [False, 1, 0.0, True, False, True]
 for name, gates in (("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1)):
     case(
         f"{name}.input",
-        lambda g, n=gates: [g.each(1, 3, g.a), g.each(1, 1, g.b), [g.same(1, n * g.b, g.a), g.same(1, n * g.b, g.b)], *RNN],
-        lambda g, n=gates: [g.each(1, 3, g.a), g.each(1, 1, g.b), [g.each(n * g.b, g.a), g.each(n * g.b, g.b)], *RNN],
+        lambda g, n=gates: [
+            g.each(1, 3, g.a),
+            g.each(1, 1, g.b),
+            [g.same(1, n * g.b, g.a), g.same(1, n * g.b, g.b)],
+            *RNN,
+        ],
+        lambda g, n=gates: [
+            g.each(1, 3, g.a),
+            g.each(1, 1, g.b),
+            [g.each(n * g.b, g.a), g.each(n * g.b, g.b)],
+            *RNN,
+        ],
     )
 case(
     "lstm.input",
@@ -348,7 +518,9 @@ def tensors(out: Any) -> list[Tensor]:
 @pytest.mark.parametrize("name", sorted(CASES))
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), a=st.integers(1, 4), b=st.integers(1, 4), c=st.integers(1, 3))
-def test_each_patient_gets_what_the_operation_gives_alone(name: str, seed: int, a: int, b: int, c: int) -> None:
+def test_each_patient_gets_what_the_operation_gives_alone(
+    name: str, seed: int, a: int, b: int, c: int
+) -> None:
     """A rule on a batch equals its operation on every patient, in values and in dtype."""
     for build in CASES[name]:
         args = build(Given(seed, a, b, c))

@@ -54,7 +54,9 @@ class Lifted:
         paths: how each parameter is differentiated.
     """
 
-    def __init__(self, graph: Graph, paths: gradients.Paths, microbatch: int, output: tuple[int, ...]) -> None:
+    def __init__(
+        self, graph: Graph, paths: gradients.Paths, microbatch: int, output: tuple[int, ...]
+    ) -> None:
         self.graph, self.paths, self.microbatch, self.output = graph, paths, microbatch, output
         self.program = graph.program
 
@@ -92,7 +94,10 @@ class Lifted:
         count, values = len(next(iter(inputs.values()))), {**parameters, **constants}
         parts = [torch.empty(0, *self.output)]
         for start in range(0, count, self.microbatch):
-            rows = {name: padded(t[start : start + self.microbatch], self.microbatch) for name, t in inputs.items()}
+            rows = {
+                name: padded(t[start : start + self.microbatch], self.microbatch)
+                for name, t in inputs.items()
+            }
             out = gradients.forward(self.graph, values, rows)
             parts.append(out.expand(self.microbatch, *self.output)[: count - start])
         return torch.cat(parts)
@@ -184,7 +189,9 @@ def lift(program: Program, *, loss: bool = True, limits: Limits = Limits()) -> L
     room = limits.memory // max(cost, 1)
     if room < SMALLEST:
         why = f"One patient takes {cost >> 20} MiB; {SMALLEST} at once may take {limits.memory >> 20} MiB."
-        raise ProgramError("The model is too large.", why, "Make its layers or inputs smaller.", field="program")
+        raise ProgramError(
+            "The model is too large.", why, "Make its layers or inputs smaller.", field="program"
+        )
     return Lifted(graph, paths, min(LARGEST, 1 << (room.bit_length() - 1)), output)
 
 
@@ -201,7 +208,9 @@ def _dry_run(graph: Graph, paths: gradients.Paths, loss: bool, limits: Limits) -
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise refused(node, f"{text.rstrip('.')}.") from None
         if meter.flops.get_total_flops() > limits.work * SMALLEST or meter.bytes > limits.memory * SMALLEST:
-            raise ProgramError("The model is too large.", f"It was counted up to {at(node)}.", field="program")
+            raise ProgramError(
+                "The model is too large.", f"It was counted up to {at(node)}.", field="program"
+            )
         shapes[node.id] = out
         return out
 
@@ -210,7 +219,9 @@ def _dry_run(graph: Graph, paths: gradients.Paths, loss: bool, limits: Limits) -
     inputs = {s.name: _meta(s, SMALLEST) for s in program.inputs}
     with Meter() as meter, torch.device("meta"):
         if loss:
-            _loss(lambda: gradients.parts(graph, paths, parameters, constants, inputs, checked), graph, shapes)
+            _loss(
+                lambda: gradients.parts(graph, paths, parameters, constants, inputs, checked), graph, shapes
+            )
         else:
             gradients.forward(graph, {**parameters, **constants}, inputs, checked)
     out = shapes[program.output]
@@ -255,7 +266,9 @@ def _measured(value: Any, limits: Limits) -> None:
 def _meta(spec: TensorSpec, *size: int, trained: bool = False) -> Tensor:
     dtype = getattr(torch, spec.dtype)
     if trained and not dtype.is_floating_point:
-        raise ProgramError(f"The parameter {spec.name} is {spec.dtype}.", "Only floats are trained.", field=spec.name)
+        raise ProgramError(
+            f"The parameter {spec.name} is {spec.dtype}.", "Only floats are trained.", field=spec.name
+        )
     return torch.empty(*size, *spec.shape, dtype=dtype, device="meta")
 
 
@@ -272,7 +285,9 @@ def _loss(differentiate: Callable[[], Any], graph: Graph, shapes: dict[str, Any]
     out = shapes.get(graph.program.output)
     if isinstance(out, Tensor) and (out[0].numel() != 1 or not out.is_floating_point()):
         why = f"It has shape {tuple(out.shape[1:])} and dtype {str(out.dtype)[6:]}."
-        raise ProgramError("A loss is one number for each patient.", why, "Reduce it with .mean().", field="output")
+        raise ProgramError(
+            "A loss is one number for each patient.", why, "Reduce it with .mean().", field="output"
+        )
     if not found:
         raise ProgramError(
             "The loss cannot be differentiated by any parameter.", "", "Check requires_grad and detach().",

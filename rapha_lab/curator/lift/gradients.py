@@ -69,7 +69,12 @@ def _read(args: list[Any]) -> list[str]:
 
 
 def parts(
-    graph: Graph, paths: Paths, parameters: Tensors, constants: Tensors, inputs: Tensors, checked: Checked | None = None
+    graph: Graph,
+    paths: Paths,
+    parameters: Tensors,
+    constants: Tensors,
+    inputs: Tensors,
+    checked: Checked | None = None,
 ) -> dict[str, Part]:
     """Every patient's gradient of the loss by each parameter that it depends on, in stored form.
 
@@ -91,8 +96,16 @@ def parts(
         return out
 
     with torch.enable_grad():
-        own = {name: parameters[name].detach().expand(size, *parameters[name].shape).requires_grad_() for name in paths.copied}
-        values = {**shared({n: t.detach() for n, t in parameters.items()}), **own, **shared(constants), **batched(inputs)}
+        own = {
+            name: parameters[name].detach().expand(size, *parameters[name].shape).requires_grad_()
+            for name in paths.copied
+        }
+        values = {
+            **shared({n: t.detach() for n, t in parameters.items()}),
+            **own,
+            **shared(constants),
+            **batched(inputs),
+        }
         losses = graph.run(values, hook, checked)
         watched = [y for use in uses for y in use.outputs]
         grads = iter(torch.autograd.grad(losses.sum(), [*watched, *own.values()], allow_unused=True))
@@ -109,7 +122,9 @@ def parts(
 def _parts(use: Use, grads: list[Tensor | None]) -> list[Part]:
     if all(g is None for g in grads):
         return []
-    return use.parts([torch.zeros_like(y) if g is None else g for y, g in zip(use.outputs, grads, strict=True)])
+    return use.parts(
+        [torch.zeros_like(y) if g is None else g for y, g in zip(use.outputs, grads, strict=True)]
+    )
 
 
 def _one(several: list[Part]) -> Part:

@@ -47,7 +47,9 @@ class Graph:
         op, function = TABLE[node.op]
         return function, _bind(node, op._schema.arguments)
 
-    def run(self, values: Mapping[str, Tensor], hook: Hook | None = None, checked: Checked | None = None) -> Any:
+    def run(
+        self, values: Mapping[str, Tensor], hook: Hook | None = None, checked: Checked | None = None
+    ) -> Any:
         """The output, from inputs, parameters and constants by name with the patient as dimension 0.
 
         Args:

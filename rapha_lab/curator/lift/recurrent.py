@@ -88,7 +88,9 @@ def unrolled(
     return (x, *ends)
 
 
-def _way(cell: Any, affine: Affine, x: Tensor, state: list[Tensor], back: bool) -> tuple[Tensor, list[Tensor]]:
+def _way(
+    cell: Any, affine: Affine, x: Tensor, state: list[Tensor], back: bool
+) -> tuple[Tensor, list[Tensor]]:
     given, outs = affine(0, x), []
     steps = range(x.shape[2])
     for t in reversed(steps) if back else steps:
@@ -129,7 +131,8 @@ class Affines:
     def uses(self) -> list[Use]:
         """Of the weight and bias of the input, then of the state."""
         return [
-            Product(str(self.names[i]), self.names[2 + i], torch.cat(self.seen[i], 1), self.made[i]) for i in (0, 1)
+            Product(str(self.names[i]), self.names[2 + i], torch.cat(self.seen[i], 1), self.made[i])
+            for i in (0, 1)
         ]
 
 

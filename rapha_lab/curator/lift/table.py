@@ -1,4 +1,3 @@
-
 """The table: what each allowed operation does to a batch of patients, elementwise, shape and reduction rules.
 
 Every tensor has the patient as dimension 0, of size 1 where the value is the same for all; a rule acts on the
@@ -55,7 +54,7 @@ def dim(tensor: Tensor, which: int) -> int:
 
 
 def raised(tensor: Tensor, rank: int) -> Tensor:
-    """The value with ones put in front of a patient's dimensions until there are `rank` of them."""
+    """The value with ones put before a patient's dimensions until there are `rank` of them."""
     missing = rank - (tensor.dim() - 1)
     return tensor.reshape(tensor.shape[0], *[1] * missing, *tensor.shape[1:]) if missing > 0 else tensor
 

@@ -200,7 +200,11 @@ class Convolution:
         stride, padding, dilation, groups = self.setting
         kernel, x, (g,) = self.shape[2:], self.inputs, grads
         rank, size = len(kernel), len(x)
-        x = F.pad(x.flatten(0, 1), [p for pair in padding[::-1] for p in (pair,) * 2]) if any(padding) else x.flatten(0, 1)
+        x = (
+            F.pad(x.flatten(0, 1), [p for pair in padding[::-1] for p in (pair,) * 2])
+            if any(padding)
+            else x.flatten(0, 1)
+        )
         for d in range(rank):
             x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
         # (images, channels, *positions, *kernel) → (patients, groups, images * positions, channels * kernel)
@@ -222,15 +226,21 @@ def convolution(
     rank, shape = weight.dim() - 3, weight.shape[1:]
     if x.dim() not in (rank + 2, rank + 3):
         raise ValueError(f"an input of {rank + 2} dimensions is expected")
-    images = x.expand(size, *x.shape[1:]) if x.dim() == rank + 3 else x.expand(size, *x.shape[1:]).unsqueeze(1)
+    images = (
+        x.expand(size, *x.shape[1:]) if x.dim() == rank + 3 else x.expand(size, *x.shape[1:]).unsqueeze(1)
+    )
     stride, dilation = (list(v) * (rank if len(v) == 1 else 1) for v in (stride, dilation))
-    images, padding = _padded(images, shape[2:], padding if isinstance(padding, str) else list(padding), dilation)
+    images, padding = _padded(
+        images, shape[2:], padding if isinstance(padding, str) else list(padding), dilation
+    )
     padding = padding * (rank if len(padding) == 1 else 1)
     function = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
     b = None if bias is None else bias[0]
     y = function(images.flatten(0, 1), weight[0], b, stride, padding, dilation, groups)
     y = watched(y.unflatten(0, (size, -1)))
-    use = Convolution(str(names[0]), names[1], images.detach(), [y], shape, (stride, padding, dilation, groups))
+    use = Convolution(
+        str(names[0]), names[1], images.detach(), [y], shape, (stride, padding, dilation, groups)
+    )
     return (y if x.dim() == rank + 3 else y.squeeze(1)), [use]
 
 

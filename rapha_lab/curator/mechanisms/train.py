@@ -48,7 +48,10 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
         raise RequestError("The dataset declares no number of patients.", why, field="patients")
     if ask.batch > expected:
         raise RequestError(
-            f"batch is {ask.batch}.", f"About {expected:.0f} patients are expected.", "Make it smaller.", field="batch"
+            f"batch is {ask.batch}.",
+            f"About {expected:.0f} patients are expected.",
+            "Make it smaller.",
+            field="batch",
         )
     rate = ask.batch / expected
     sigma = noise_for(lambda sigma: SampledGaussian(rate, sigma, ask.steps), ask.epsilon, delta)
@@ -164,7 +167,9 @@ def fits(program: Program, inputs: dict[str, Columns], schema: Schema) -> None:
         shape, dtype = schema.layout(columns)
         if stated[name] != (tuple(shape), dtype):
             why = f"Its columns give {dtype} {tuple(shape)}, the program expects {stated[name][1]} {stated[name][0]}."
-            raise ProgramError(f"The input {name} does not fit the program.", why, "Trace it again.", field=name)
+            raise ProgramError(
+                f"The input {name} does not fit the program.", why, "Trace it again.", field=name
+            )
 
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -187,14 +192,17 @@ def optimizer_for(settings: Optimizer, weights: Tensors) -> torch.optim.Optimize
         numbers = value if isinstance(value, list) else [value]
         if key not in _SETTINGS or len(numbers) > 2 or not all(abs(x) <= 1e6 for x in numbers):
             raise RequestError(
-                f"The optimiser's setting {key} is unknown or out of range.", field=f"optimizer.settings.{key}"
+                f"The optimiser's setting {key} is unknown or out of range.",
+                field=f"optimizer.settings.{key}",
             )
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.settings.items()}
     try:
         # one group of plain tensors, no fused kernels: the update's cost depends on sizes alone
         return _OPTIMIZERS[settings.name](list(weights.values()), **given)  # type: ignore[call-arg,arg-type]
     except (TypeError, ValueError) as error:
-        raise RequestError(f"The optimiser does not take these settings: {error}", field="optimizer") from None
+        raise RequestError(
+            f"The optimiser does not take these settings: {error}", field="optimizer"
+        ) from None
 
 
 def _finite(weights: Tensors, step: int) -> None:

@@ -1,0 +1,470 @@
+"""Sealed tensors: patients' columns as an ordinary training loop sees them, without a value of any patient.
+
+A sealed tensor has a shape, a dtype, arithmetic and autograd; its first dimension counts patients and has no number.
+Underneath it holds a few made-up patients drawn from the public schema, so that shapes and dtypes are real ones,
+and remembers the operations that made it. `backward()` replays those on one patient, which gives a program; the
+curator answers with a private gradient. No record is in this process: what is refused here is refused because a
+made-up value would mislead, not because a real one could get out.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from rapha_lab.protocol.errors import ProgramError, SealedError
+from rapha_lab.session import tracing
+from rapha_lab.session.tracing import Traced
+
+__all__ = ["PATIENTS", "Batch", "Gradients", "SealedTensor"]
+
+PATIENTS = 13
+"""Made-up patients in a sealed tensor: a number that layers rarely have as one of their sizes."""
+
+Columns = str | list[str]
+Gradients = Callable[[Traced, dict[str, Columns], str], dict[str, Tensor]]
+"""`(traced, columns by input, "mean" or "sum")` → a private gradient by parameter of the program."""
+
+_MISSING = "A sealed tensor stands for patients at the site; no value of theirs is here."
+_LOSS = 'Ask for a priced figure: patients.validation.evaluate(model, ["logloss"], epsilon=0.1).'
+_AGGREGATE = "Ask for an aggregate: patients.mean(column, epsilon=0.1) or .histogram(...)."
+_TENSORS = "Keep to tensors: torch.where instead of if, and losses left as they are."
+
+REFUSALS: dict[str, tuple[str, str, str]] = {
+    **dict.fromkeys(
+        ("item", "tolist", "__float__", "__int__", "__complex__", "__index__", "__format__"),
+        ("{name} would show a value computed from patients.", _MISSING, _LOSS),
+    ),
+    **dict.fromkeys(
+        ("numpy", "__array__", "__dlpack__", "data", "data_ptr", "storage", "untyped_storage", "__array_wrap__"),
+        ("{name} would copy patients' values out.", _MISSING, _AGGREGATE),
+    ),
+    **dict.fromkeys(
+        ("__bool__", "is_nonzero", "equal", "allclose", "__contains__"),
+        ("A decision on patients' values was asked for.", "It would tell one of them.", _TENSORS),
+    ),
+    **dict.fromkeys(
+        ("nonzero", "unique", "masked_select", "argwhere", "bincount"),
+        ("{name} gives a shape that depends on patients' values.", "Shapes are public.", _TENSORS),
+    ),
+    **dict.fromkeys(
+        ("__reduce_ex__", "__deepcopy__", "share_memory_"),
+        ("A sealed tensor cannot be copied or saved.", _MISSING, "Save model.state_dict(): weights are private."),
+    ),
+    "__iter__": ("Going through patients one by one was asked for.", _MISSING, "Compute on the whole batch at once."),
+    "__len__": ("The number of patients in a batch was asked for.", "It is not public.", "Use batch.expected."),
+    "__getitem__": ("Single patients were asked for.", _MISSING, "Index the other dimensions: x[:, 0]."),
+    "grad": ("{name} of a loss on patients was asked for.", _MISSING, "Call loss.backward() and read p.grad."),
+}  # fmt: skip
+
+
+class Count(int):
+    """The number of patients, or `factor` times it: a made-up number that replays know how to replace."""
+
+    factor: int
+
+    def __new__(cls, factor: int = 1) -> Count:
+        """`factor` times the number of made-up patients."""
+        made = super().__new__(cls, PATIENTS * factor)
+        made.factor = factor
+        return made
+
+    def __mul__(self, other: Any) -> Any:
+        return Count(self.factor * other) if type(other) is int else int(self) * other
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Any) -> Any:
+        return (
+            Count(self.factor // other)
+            if type(other) is int and self.factor % other == 0
+            else int(self) // other
+        )
+
+    def __repr__(self) -> str:
+        return "patients" if self.factor == 1 else f"{self.factor} * patients"
+
+
+@dataclass(eq=False)
+class Made:
+    """How a sealed tensor was made: a column, or item `index` of `function(*args, **kwargs)`."""
+
+    function: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    columns: Columns | None = None
+    batch: Any = None
+    line: int | None = None
+
+
+class SealedTensor(Tensor):
+    """A tensor of patients: `(patients, ...)`; see the module's docstring."""
+
+    _made: Made
+    _index: int | None
+
+    @staticmethod
+    def wrap(values: Tensor, made: Made, index: int | None = None) -> SealedTensor:
+        """Made-up values with how they were made."""
+        it = torch.Tensor._make_subclass(SealedTensor, values.detach())
+        it._made, it._index = made, index
+        return it
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` on the made-up values and remember it, or refuse it."""
+        name, kwargs = _name(func), kwargs or {}
+        if name in REFUSALS and not (
+            name in ("__getitem__", "__iter__", "__len__") and not _by_patient(name, args)
+        ):
+            _refuse(name)
+        if name == "backward":
+            return _backward(*args, **kwargs)
+        if name == "requires_grad":
+            return bool(_Tape(args[0]).parameters)
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            before = _mapped(args, lambda t: t.as_subclass(Tensor))
+            out = func(*before, **_mapped(kwargs, lambda t: t.as_subclass(Tensor)))
+        if name in ("size", "shape", "numel", "nelement"):
+            return _counted(out)
+        return _remembered(func, name, args, kwargs, out)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        shape = ", ".join(repr(n) for n in self.shape)
+        return f"<sealed tensor: ({shape}{',' if self.dim() == 1 else ''}), {str(self.dtype)[6:]}>"
+
+    def __format__(self, spec: str) -> str:
+        return _refuse("__format__") if spec else repr(self)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        _refuse("__reduce_ex__")
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.unbind(0)) if not _by_patient("__iter__", (self,)) else _refuse("__iter__")
+
+
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    # properties arrive as the __get__ of their descriptor
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+
+
+def _remembered(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
+    made = Made(func, args, kwargs, line=_line())
+    inplace = (
+        (name.endswith("_")
+        and not name.endswith("__"))
+        or name in ("__setitem__", "__iadd__", "__imul__", "__isub__")
+    )
+    if inplace and isinstance(args[0], SealedTensor):
+        return _rebound(args[0], made, name)
+    if isinstance(out, Tensor):
+        return SealedTensor.wrap(out, made)
+    if isinstance(out, tuple | list) and any(isinstance(t, Tensor) for t in out):
+        wrapped = [SealedTensor.wrap(t, made, i) if isinstance(t, Tensor) else t for i, t in enumerate(out)]
+        # LSTM states come as a tuple within a list of outputs, named tuples as tuples
+        return tuple(wrapped) if isinstance(out, tuple) else wrapped
+    return out
+
+
+def _rebound(it: SealedTensor, made: Made, name: str) -> SealedTensor:
+    """An operation in place, as one that gives the tensor new contents."""
+    if it._made.function is not None and _name(it._made.function) in (
+        "__getitem__",
+        "select",
+        "view",
+        "transpose",
+        "T",
+    ):
+        raise ProgramError(
+            f"{name} changes a part of another sealed tensor in place.", "Programs only make new tensors.",
+            f"Use the function without the underscore: {name.strip('_')}.", line=_line(),
+        )  # fmt: skip
+    old = SealedTensor.wrap(it.as_subclass(Tensor), it._made, it._index)
+    made.args = (old, *made.args[1:])
+    made.kwargs = {**made.kwargs, "_in_place": True}
+    it._made, it._index = made, None
+    return it
+
+
+def _by_patient(name: str, args: Any) -> bool:
+    """Whether an index, or going through, takes patients apart."""
+    it = args[0]
+    with torch._C.DisableTorchFunctionSubclass():
+        shape = list(it.shape) if isinstance(it, SealedTensor) else []
+    if name != "__getitem__":
+        return bool(shape) and shape[0] % PATIENTS == 0
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    given = sum(i is not None and i is not Ellipsis for i in index)
+    d = 0
+    for i in index:
+        if i is Ellipsis:
+            d = len(shape) - given + d
+            continue
+        if i is None:
+            continue
+        whole = isinstance(i, slice) and i == slice(None)
+        if not whole and d < len(shape) and shape[d] % PATIENTS == 0:
+            return True
+        d += 1
+    return False
+
+
+def _counted(out: Any) -> Any:
+    """Sizes with the number of patients as a `Count`."""
+    if isinstance(out, int):
+        return Count(out // PATIENTS) if out and out % PATIENTS == 0 else out
+    return tuple(_counted(n) for n in out)
+
+
+def _mapped(value: Any, change: Callable[[SealedTensor], Any]) -> Any:
+    if isinstance(value, SealedTensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return (
+            type(value)(_mapped(v, change) for v in value)
+            if type(value) in (tuple, list)
+            else tuple(_mapped(v, change) for v in value)
+        )
+    if isinstance(value, dict):
+        return {k: _mapped(v, change) for k, v in value.items()}
+    return value
+
+
+def _line() -> int | None:
+    """The line of the cell that is running."""
+    for frame in reversed(traceback.extract_stack()):
+        if not tracing._OURS.search(frame.filename):
+            return frame.lineno
+    return None
+
+
+def _refuse(name: str) -> NoReturn:
+    what, why, instead = REFUSALS[name]
+    raise SealedError(what.format(name=name.strip("_")), why, instead, line=_line())
+
+
+@dataclass
+class Batch:
+    """One batch of patients: `batch[columns]` is a sealed tensor.
+
+    Args:
+        example: gives made-up values of columns, `(PATIENTS, *shape)`.
+        gradients: asks the curator for a private gradient.
+        expected: how many patients a batch holds in expectation, a public number.
+    """
+
+    example: Callable[[Columns], Tensor]
+    gradients: Gradients
+    expected: float
+    _seen: dict[str, SealedTensor] = field(default_factory=dict)
+
+    def __getitem__(self, columns: Columns | Sequence[str]) -> SealedTensor:
+        """The columns of this batch's patients."""
+        columns = columns if isinstance(columns, str) else list(columns)
+        key = repr(columns)
+        if key not in self._seen:
+            made = Made(columns=columns, batch=self)
+            self._seen[key] = SealedTensor.wrap(self.example(columns), made)
+        return self._seen[key]
+
+    def __len__(self) -> NoReturn:
+        _refuse("__len__")
+
+    def __iter__(self) -> NoReturn:
+        _refuse("__iter__")
+
+
+class _Tape:
+    """Everything that made a sealed tensor, in an order in which it can be replayed."""
+
+    def __init__(self, of: SealedTensor) -> None:
+        self.of = of
+        self.order: list[Made] = []
+        self.leaves: list[Made] = []
+        self.values: dict[int, Tensor] = {}
+        self.parameters: list[Tensor] = []
+        self.constants: list[Tensor] = []
+        seen: set[int] = set()
+        stack: list[tuple[Made, bool]] = [(of._made, False)]
+        while stack:
+            made, done = stack.pop()
+            if done:
+                (self.leaves if made.columns is not None else self.order).append(made)
+                continue
+            if id(made) in seen:
+                continue
+            seen.add(id(made))
+            stack.append((made, True))
+            for t in _tensors((made.args, made.kwargs)):
+                if isinstance(t, SealedTensor):
+                    stack.append((t._made, False))
+                    if t._made.columns is not None:
+                        self.values[id(t._made)] = t
+                else:
+                    self._outside(t)
+        if of._made.columns is not None:
+            self.values[id(of._made)] = of
+
+    def _outside(self, t: Tensor) -> None:
+        kept = self.parameters if t.requires_grad else self.constants
+        if t.requires_grad and not t.is_leaf:
+            raise ProgramError(
+                "The loss reads a tensor that was computed from parameters outside the batch's loop.",
+                "Its gradient could not be followed to them.", "Compute it from the parameters within the step.",
+                line=_line(),
+            )  # fmt: skip
+        if not any(t is other for other in kept):
+            kept.append(t)
+
+    def signature(self) -> tuple[Any, ...]:
+        """Equal for tapes that make the same program."""
+        place = {id(m): k for k, m in enumerate([*self.leaves, *self.order])}
+        outside = {id(t): ("p", k, t.shape) for k, t in enumerate(self.parameters)}
+        outside |= {id(t): ("c", k, id(t), t._version) for k, t in enumerate(self.constants)}
+
+        def seal(value: Any) -> Any:
+            if isinstance(value, SealedTensor):
+                return ("s", place[id(value._made)], value._index)
+            if isinstance(value, Tensor):
+                return outside[id(value)]
+            if isinstance(value, tuple | list):
+                return (type(value).__name__, *map(seal, value))
+            if isinstance(value, dict):
+                return tuple((k, seal(v)) for k, v in sorted(value.items()))
+            return (type(value).__name__, repr(value))
+
+        steps = tuple((m.function, seal(m.args), seal(m.kwargs)) for m in self.order)
+        return (tuple(repr(m.columns) for m in self.leaves), steps, self.of._index)
+
+    def replay(
+        self, patients: int, leaves: Sequence[Tensor], outside: dict[int, Tensor], *, random: bool = True
+    ) -> Tensor:
+        """The tensor computed anew for `patients` patients."""
+        found: dict[int, Any] = {id(m): t for m, t in zip(self.leaves, leaves, strict=True)}
+
+        def put(value: Any) -> Any:
+            if isinstance(value, SealedTensor):
+                out = found[id(value._made)]
+                return out if value._index is None else out[value._index]
+            if isinstance(value, Tensor):
+                return _narrowed(outside.get(id(value), value), patients)
+            if isinstance(value, Count):
+                return value.factor * patients
+            if isinstance(value, tuple | list):
+                return (
+                    type(value)(map(put, value)) if type(value) in (tuple, list) else tuple(map(put, value))
+                )
+            return {k: put(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+        for made in self.order:
+            args, kwargs = put(made.args), put(made.kwargs)
+            if kwargs.pop("_in_place", False):
+                args = (args[0].clone(), *args[1:])
+                out = made.function(*args, **kwargs)
+                found[id(made)] = args[0] if out is None else out
+                continue
+            if not random and "training" in kwargs:
+                kwargs["training"] = False
+            found[id(made)] = made.function(*args, **kwargs)
+        out = found[id(self.of._made)]
+        return out if self.of._index is None else out[self.of._index]
+
+
+def _narrowed(constant: Tensor, patients: int) -> Tensor:
+    """A constant made with the number of patients as a size, such as a recurrent layer's zeros, for another number."""
+    if constant.requires_grad or PATIENTS not in constant.shape:
+        return constant
+    d = list(constant.shape).index(PATIENTS)
+    first = constant.narrow(d, 0, 1)
+    return first.expand([patients if k == d else n for k, n in enumerate(constant.shape)])
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+_programs: dict[tuple[Any, ...], tuple[Traced, str]] = {}
+_KEPT = 64
+
+
+def _backward(loss: SealedTensor, gradient: Any = None, *args: Any, **kwargs: Any) -> None:
+    """Private gradients of a loss, added to the `.grad` of the parameters it was computed from."""
+    tape = _Tape(loss)
+    if not tape.parameters:
+        raise ProgramError(
+            "backward() found no parameter.", "The loss was computed from none that requires a gradient.",
+            "Compute it with a model whose parameters require gradients.", line=_line(),
+        )  # fmt: skip
+    batches = {id(m.batch): m.batch for m in tape.leaves}
+    if len(batches) != 1:
+        raise ProgramError(
+            "The loss was computed from several batches.", "Each batch is another random sample of patients.",
+            "Compute a loss from one batch and call backward() for each.", line=_line(),
+        )  # fmt: skip
+    (batch,) = batches.values()
+    key = tape.signature()
+    if key not in _programs:
+        while len(_programs) >= _KEPT:
+            del _programs[next(iter(_programs))]
+        _programs[key] = _program(tape)
+    traced, reduction = _programs[key]
+    names = [f"p{k}" for k in range(len(tape.parameters))]
+    now = dict(zip(names, (p.detach() for p in tape.parameters), strict=True))
+    traced = Traced(traced.program, {**traced.tensors, **now})
+    columns = {f"x{k}": made.columns for k, made in enumerate(tape.leaves)}
+    found = batch.gradients(traced, columns, reduction)
+    for name, p in zip(names, tape.parameters, strict=True):
+        grad = found[name].to(p.dtype)
+        p.grad = grad if p.grad is None else p.grad + grad
+
+
+def _program(tape: _Tape) -> tuple[Traced, str]:
+    """The one-patient program of a loss, and whether it is the mean or the sum over patients."""
+    made_up = [tape.values[id(m)].as_subclass(Tensor) for m in tape.leaves]
+    reduction = _reduction(tape, made_up)
+
+    def function(parameters: Any, constants: Any, inputs: Any) -> Tensor:
+        outside = {id(t): parameters[f"p{k}"] for k, t in enumerate(tape.parameters)}
+        outside |= {id(t): constants[f"c{k}"] for k, t in enumerate(tape.constants)}
+        return tape.replay(1, list(inputs.values()), outside)
+
+    parameters = {f"p{k}": t for k, t in enumerate(tape.parameters)}
+    constants = {f"c{k}": t for k, t in enumerate(tape.constants)}
+    return tracing.trace(
+        function, parameters, constants, {f"x{k}": t[0] for k, t in enumerate(made_up)}
+    ), reduction
+
+
+def _reduction(tape: _Tape, made_up: list[Tensor]) -> str:
+    """ "mean" or "sum", by comparing made-up patients together with each alone."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), tracing._quiet():
+        together = tape.replay(PATIENTS, made_up, {}, random=False)
+        if together.numel() != 1:
+            raise ProgramError(
+                "backward() was called on a value for each patient.", "A loss is one number.",
+                "Reduce it with .mean() first.", line=_line(),
+            )  # fmt: skip
+        alone = [tape.replay(1, [t[i : i + 1] for t in made_up], {}, random=False) for i in range(PATIENTS)]
+    rows = torch.stack([t.double().reshape(()) for t in alone])
+    if tracing._close(together, rows.mean()):
+        return "mean"
+    if tracing._close(together, rows.sum()):
+        return "sum"
+    raise ProgramError(
+        "The model or loss mixes patients.",
+        "On made-up patients its value is neither the mean nor the sum of what each gives alone.",
+        "Compute every patient alone: LayerNorm or GroupNorm for BatchNorm, no statistics over the batch.",
+        line=_line(),
+    )
