@@ -70,7 +70,7 @@ class Cohort:
         self.schema = schema
         self.findings: dict[str, Findings] = {}
         patients = _identifiers(schema, frame)
-        kept = ~patients.is_in(list(opt_outs))
+        kept = ~patients.is_in([str(patient) for patient in opt_outs])
         patients, frame = patients.filter(kept), frame.filter(kept)
         self._values: dict[str, Tensor] = {}
         self._known: dict[str, Tensor] = {}
