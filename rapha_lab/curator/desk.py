@@ -18,6 +18,7 @@ from rapha_lab.curator.mechanisms import Answer, Plan
 from rapha_lab.curator.noise import Noise
 from rapha_lab.curator.plans import plan_of
 from rapha_lab.protocol import messages
+from rapha_lab.protocol.checkpoint import Receipt
 from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError
 from rapha_lab.protocol.messages import Ask
 from rapha_lab.protocol.policy import Policy
@@ -88,19 +89,26 @@ class Desk:
         policy, cohort = self._policy(), self._cohort(ask.dataset)
         self._permit(policy, caller, ask)
         account = policy.project(caller.project)
+        question = hashlib.sha256(request + hashlib.sha256(tensors).digest()).digest()
+        if (before := self._ledger.settled(caller.job, question)) is not None:
+            body, blob, receipt = before  # its reply was lost on the way; it is paid for
+            return self._release(caller.job, ask, account.delta, Answer(msgspec.json.decode(body)["values"], blob), receipt)
         plan = plan_of(ask, tensors, cohort.schema, account.delta, self._noise)
         for split in plan.touches:
             self._ledger.open_account(caller.project, ask.dataset, split, account.epsilon, account.delta)
-        question = hashlib.sha256(request + hashlib.sha256(tensors).digest()).digest()
         self._ledger.reserve(caller.job, caller.project, ask.dataset, plan.touches, plan.loss, question)
-        answer = self._run(caller.job, plan, cohort, ask.split, on_step)
-        receipt = self._ledger.settle(caller.job, statement(answer.values, answer.tensors))
+        answer, receipt = self._run(caller.job, plan, cohort, ask.split, on_step)
+        return self._release(caller.job, ask, account.delta, answer, receipt)
+
+    def _release(
+        self, job: str, ask: Ask, delta: float, answer: Answer, receipt: Receipt
+    ) -> tuple[Release, bytes]:
         fields = {name: getattr(ask, name) for name in ("dataset", "split", "epsilon")}
         release = Release(
-            job=caller.job,
+            job=job,
             op=_op(ask),
             site=self._site,
-            delta=account.delta,
+            delta=delta,
             values=answer.values,
             tensors=hashlib.sha256(answer.tensors).hexdigest(),
             receipt=msgspec.to_builtins(receipt),
@@ -130,7 +138,9 @@ class Desk:
         if isinstance(ask, messages.Fit):
             policy.project(caller.project).within_size(ask.program)
 
-    def _run(self, job: str, plan: Plan, cohort: Cohort, split: str, on_step: Callable[[int, int], None]) -> Answer:
+    def _run(
+        self, job: str, plan: Plan, cohort: Cohort, split: str, on_step: Callable[[int, int], None]
+    ) -> tuple[Answer, Receipt]:
         done = 0
 
         def progress(steps: int) -> None:
@@ -140,7 +150,9 @@ class Desk:
             done += steps
 
         try:
-            return plan.run(cohort.view(split), progress)
+            answer = plan.run(cohort.view(split), progress)
+            receipt = self._ledger.settle(job, statement(answer.values, answer.tensors), answer.tensors)
+            return answer, receipt
         except Cancelled as error:
             self._ledger.abandon(job, "cancelled")
             raise error from None

@@ -40,7 +40,7 @@ CREATE TABLE IF NOT EXISTS account (
 ) STRICT;
 CREATE TABLE IF NOT EXISTS job (
     name TEXT PRIMARY KEY, state TEXT NOT NULL, request BLOB NOT NULL, loss TEXT NOT NULL,
-    touched INTEGER NOT NULL, release BLOB, entry INTEGER
+    touched INTEGER NOT NULL, release BLOB, tensors BLOB, entry INTEGER
 ) STRICT;
 CREATE TABLE IF NOT EXISTS charge (
     account INTEGER NOT NULL REFERENCES account, job TEXT NOT NULL REFERENCES job,
@@ -196,7 +196,7 @@ class Ledger:
                 if account.spent + price > account.budget:
                     raise _overdrawn(account, loss, self._spent(account)[0])
             db.execute(
-                "INSERT INTO job VALUES (?, 'reserved', ?, ?, 0, NULL, NULL)",
+                "INSERT INTO job VALUES (?, 'reserved', ?, ?, 0, NULL, NULL, NULL)",
                 (job, request, encode_loss(loss)),
             )
             for account, price in zip(accounts, prices, strict=True):
@@ -226,8 +226,13 @@ class Ledger:
                 )
             db.execute("UPDATE job SET touched = touched + ? WHERE name = ?", (steps, job))
 
-    def settle(self, job: str, release: bytes) -> Receipt:
+    def settle(self, job: str, release: bytes, tensors: bytes = b"") -> Receipt:
         """Charge what was touched, refund the rest, keep the release and log it, all at once.
+
+        Args:
+            job: the job.
+            release: what was answered, whose hash goes into the log; it names the hash of `tensors`.
+            tensors: what was answered beside it.
 
         Raises:
             RequestError: if the job is not open, or touched nothing and so cannot have an answer.
@@ -244,8 +249,8 @@ class Ledger:
             digest = hashlib.sha256(release).hexdigest()
             entry = self._record("charge", job, release=digest, steps=touched)
             db.execute(
-                "UPDATE job SET state = 'settled', release = ?, entry = ? WHERE name = ?",
-                (release, entry, job),
+                "UPDATE job SET state = 'settled', release = ?, tensors = ?, entry = ? WHERE name = ?",
+                (release, tensors, entry, job),
             )
         receipt = self.receipt_of(job)
         assert receipt is not None
@@ -269,6 +274,16 @@ class Ledger:
         with self._lock:
             row = self._db.execute("SELECT release FROM job WHERE name = ?", (job,)).fetchone()
         return None if row is None or row[0] is None else bytes(row[0])
+
+    def settled(self, job: str, request: bytes) -> tuple[bytes, bytes, Receipt] | None:
+        """Release, tensors and receipt of a job that was settled for this very request, so that a lost reply is not lost."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT release, tensors FROM job WHERE name = ? AND request = ? AND state = 'settled'",
+                (job, request),
+            ).fetchone()
+            receipt = self.receipt_of(job) if row else None
+        return None if row is None or receipt is None else (bytes(row[0]), bytes(row[1]), receipt)
 
     def receipt_of(self, job: str) -> Receipt | None:
         """Proof that the job's charge is in the log as it is now, or None if it released nothing."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from rapha_lab.enclave.curator import Curator
+from rapha_lab.enclave.curator import Curator, CuratorLost
 from rapha_lab.enclave.sandbox import Limits, Worker, Zygote
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RaphaError, RequestError, SiteError
@@ -261,6 +261,14 @@ class Cells:
         data = release._repr_mimebundle_()
         self._add(cell, {"type": "display", "data": data, "metadata": {}, "of": MIME})
         return wire, blob
+
+
+    def _again(self, asked: tuple[Any, ...], lost: CuratorLost) -> tuple[dict[str, Any], bytes]:
+        """The answer if it was settled before the curator died: it is paid for, and asking for it again is free."""
+        try:
+            return self._curator.ask(*asked)
+        except RaphaError:
+            raise lost from None
 
 
 def _epsilon(request: bytes) -> float:

@@ -16,7 +16,7 @@ import msgspec
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import SiteError, from_wire
 
-__all__ = ["Curator"]
+__all__ = ["Curator", "CuratorLost"]
 
 Progress = Callable[[int, int], None]
 
@@ -108,7 +108,7 @@ class Curator:
         """Carry one request; gives the release as JSON and its tensors.
 
         Raises:
-            RaphaError: the curator's refusal; SiteError if its process died.
+            RaphaError: the curator's refusal; CuratorLost if its process died.
         """
         header = {"do": "ask", "id": job, "researcher": researcher, "project": project}
         return self._call(job, header | {"ask": msgspec.Raw(request)}, tensors, on_step)
@@ -156,8 +156,12 @@ class Curator:
             self._process.wait()
 
 
-def _lost() -> SiteError:
-    return SiteError(
+class CuratorLost(SiteError):
+    """The curator's process died before it answered."""
+
+
+def _lost() -> CuratorLost:
+    return CuratorLost(
         "The curator's process ended while it worked.",
         "It has been started again; the steps that had run stay charged.",
         "Run the cell again.",

@@ -62,7 +62,8 @@ class RaphaError(Exception):
     def to_wire(self) -> dict[str, Any]:
         """The error as plain fields, for a reply."""
         fields = {key: getattr(self, key) for key in ("what", "why", "instead", "field", "line")}
-        return {"kind": type(self).__name__, **fields}
+        kind = next(kind.__name__ for kind in type(self).__mro__ if kind.__name__ in _KINDS)
+        return {"kind": kind, **fields}
 
 
 class SealedError(RaphaError):
