@@ -72,37 +72,27 @@ class Binding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         Raises:
             EvidenceError: if a field has the wrong size or is no key.
         """
-        hashes = self.policy_hash, self.checkpoint_hash, self.tls_key_hash
+        hashes = self.policy_hash, self.checkpoint_hash
         try:
             keys = PublicKey.parse(self.sealing_key).raw + PublicKey.parse(self.signing_key).raw
             if self.suite == "ed25519" or not self.signing_key.startswith("ed25519:"):
                 raise RequestError("A key of the wrong kind.")
         except RequestError as error:
             raise EvidenceError("The evidence binds no usable keys.", str(error), "Connect again.") from None
-        if any(len(part) != 32 for part in (self.nonce, *hashes)):
-            raise EvidenceError(
-                "The evidence's binding is malformed.", "A nonce or hash is not 32 bytes.", "Connect again."
-            )
-        parts = (
-            self.nonce,
-            self.suite.encode(),
-            keys,
-            self.tls_key_hash,
-            self.policy_hash,
-            self.checkpoint_hash,
-        )
-        framed = b"".join(struct.pack(">I", len(part)) + part for part in parts)
-        return hashlib.sha512(b"rapha-lab/attestation-binding/v1" + framed).digest()
+        if any(len(part) != 32 for part in (self.nonce, self.tls_key_hash, *hashes)):
+            raise EvidenceError("The evidence's binding is malformed.", "A nonce or hash is not 32 bytes.")
+        return hashlib.sha512(
+            b"rapha-lab/attestation-binding/v1"
+            + _framed(self.nonce, self.suite.encode(), keys, self.tls_key_hash, *hashes)
+        ).digest()
 
     def identity(self) -> bytes:
         """SHA-256 of what stays the same between two nonces of one enclave: its keys and its policy.
 
         Requests name it: one sealed before a restart or under another policy is refused.
         """
-        parts = (self.sealing_key.encode(), self.signing_key.encode(), self.policy_hash)
-        return hashlib.sha256(
-            b"rapha-lab/enclave-identity/v1" + b"".join(struct.pack(">I", len(p)) + p for p in parts)
-        ).digest()
+        parts = _framed(self.sealing_key.encode(), self.signing_key.encode(), self.policy_hash)
+        return hashlib.sha256(b"rapha-lab/enclave-identity/v1" + parts).digest()
 
 
 class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -164,3 +154,7 @@ def simulation_key() -> PrivateKey:
     """The one key that signs simulated evidence: derived from this sentence, so that everybody holds it."""
     seed = hashlib.sha256(b"rapha-lab simulated enclave: this key is public and proves nothing").digest()
     return PrivateKey("ed25519", (Ed25519PrivateKey.from_private_bytes(seed),))
+
+
+def _framed(*parts: bytes) -> bytes:
+    return b"".join(struct.pack(">I", len(part)) + part for part in parts)

@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hpke
@@ -49,9 +49,7 @@ class PublicKey:
         except ValueError:
             key = cls(algorithm, b"")
         if len(key.raw) != _SIZES.get(algorithm) or str(key) != text:
-            raise RequestError(
-                f"{text[:60]!r} is no public key.", "Expected ed25519: and the base64 of 32 bytes."
-            )
+            raise RequestError(f"{text[:60]!r} is no public key.", "Expected ed25519: and its base64.")
         return key
 
     def __str__(self) -> str:
@@ -88,9 +86,8 @@ class PrivateKey:
     @property
     def public(self) -> PublicKey:
         """Its public half."""
-        return PublicKey(
-            self.algorithm, b"".join(part.public_key().public_bytes_raw() for part in self.parts)
-        )
+        raw = b"".join(part.public_key().public_bytes_raw() for part in self.parts)
+        return PublicKey(self.algorithm, raw)
 
     def __repr__(self) -> str:
         return f"PrivateKey of {str(self.public)[:40]}"
@@ -110,7 +107,7 @@ class PrivateKey:
             TrustError: if the file exists or the passphrase is shorter than 10 characters.
         """
         if len(passphrase) < 10:
-            raise TrustError(
+            _refuse(
                 "The passphrase is too short.", "A stolen file is guessed at for ever.", "Use 10 letters."
             )
         salt = os.urandom(16)
@@ -120,9 +117,7 @@ class PrivateKey:
         try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
-            raise TrustError(
-                f"{path} exists.", "A key is never written over another.", "Give another name."
-            ) from None
+            _refuse(f"{path} exists.", "A key is never written over another.", "Give another name.")
         with os.fdopen(handle, "wb") as file:
             file.write(text)
 
@@ -137,24 +132,19 @@ class PrivateKey:
             shared = os.stat(path).st_mode & 0o077
             public, salt, blocks = Path(path).read_text().split("\n", 2)
             secret = _stretch(passphrase, bytes.fromhex(salt.removeprefix("scrypt-salt:")))
-            parts = tuple(
-                pem.load_pem_private_key(block.encode(), secret) for block in _BLOCK.findall(blocks)
-            )
+            found = _BLOCK.findall(blocks)
+            parts = tuple(pem.load_pem_private_key(block.encode(), secret) for block in found)
             (algorithm,) = (name for name, kinds in _PARTS.items() if _are(parts, kinds))
             key = cls(algorithm, parts)
             intact = str(key.public) == public
         except OSError as error:
-            raise TrustError(
-                f"There is no key at {path}.", str(error.strerror), "rapha-lab keys new"
-            ) from None
+            _refuse(f"There is no key at {path}.", str(error.strerror), "rapha-lab keys new")
         except (ValueError, TypeError):
             intact = False
         if shared:
-            raise TrustError(f"Others may read {path}.", "A key is its owner's alone.", f"chmod 600 {path}")
+            _refuse(f"Others may read {path}.", "A key is its owner's alone.", f"chmod 600 {path}")
         if not intact:
-            raise TrustError(
-                f"{path} did not open.", "The passphrase is wrong or the file is damaged.", "Try again."
-            )
+            _refuse(f"{path} did not open.", "The passphrase is wrong or the file is damaged.", "Try again.")
         return key
 
 
@@ -165,3 +155,7 @@ def _are(parts: tuple[Any, ...], kinds: tuple[Any, ...]) -> bool:
 def _stretch(passphrase: str, salt: bytes) -> bytes:
     """PKCS8's own 2,048 rounds are soon guessed through; scrypt costs 32 MB and 0.1 s a guess."""
     return hashlib.scrypt(passphrase.encode(), salt=salt, n=2**15, r=8, p=1, maxmem=2**26).hex().encode()
+
+
+def _refuse(what: str, why: str, instead: str) -> NoReturn:
+    raise TrustError(what, why, instead) from None

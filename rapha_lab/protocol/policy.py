@@ -173,18 +173,13 @@ class Policy:
             _refuse(f"Your key is not in project {project!r}, or was revoked.", f"It is {researcher}.")
         self.dataset(dataset)
         if dataset not in here.datasets:
-            _refuse(
-                f"Project {project!r} may not use {dataset!r}.", f"It may use {', '.join(here.datasets)}."
-            )
+            _refuse(f"Project {project!r} may not use {dataset!r}.", f"Its own: {', '.join(here.datasets)}.")
         lanes = {str(name): value for name, value in here.lanes.items()}
         if lane not in lanes:
             _refuse(f"Project {project!r} may not {lane}.", f"Its lanes are: {', '.join(lanes) or 'none'}.")
         barred = [metric for metric in metrics if metric not in here.metrics]
         if barred:
-            _refuse(
-                f"The metric {barred[0]!r} may not leave.",
-                f"Allowed are: {', '.join(here.metrics) or 'none'}.",
-            )
+            _refuse(f"The metric {barred[0]!r} may not leave.", f"These may: {', '.join(here.metrics)}.")
         return lanes[lane].release
 
     def admits(self, dataset: str, measurement: str, *, simulated: bool, tier: str) -> None:
@@ -192,13 +187,9 @@ class Policy:
         asked = self.dataset(dataset)
         fits = measurement in asked.measurements and ":" in measurement
         if not fits and not (simulated and "any simulated" in asked.measurements):
-            _refuse(
-                f"This enclave may not open {dataset!r}.", f"It measures {measurement}; nobody signed for it."
-            )
+            _refuse(f"This enclave may not open {dataset!r}.", f"Nobody signed for {measurement}.")
         if tier not in ("S1", "S2", "S3") or tier < asked.sandbox:
-            _refuse(
-                f"The sandbox is too weak for {dataset!r}.", f"It is {tier}, the least is {asked.sandbox}."
-            )
+            _refuse(f"The sandbox is too weak for {dataset!r}.", f"It is {tier}; needed is {asked.sandbox}.")
 
 
 class Statement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -276,17 +267,11 @@ class Signed:
         now, head = now or datetime.now(UTC), policy.head
         if now.date() > head.expires:
             _refuse(
-                f"The policy {head.name!r} expired.",
-                f"It was valid until {head.expires}.",
-                "Sign a new version.",
+                f"The policy {head.name!r} expired.", f"It ended on {head.expires}.", "Sign a new version."
             )
         if after is not None and after.hash != policy.hash:
             if head.version <= after.head.version:
-                _refuse(
-                    "The policy is an older version.",
-                    f"Version {after.head.version} was in force.",
-                    "Raise it.",
-                )
+                _refuse("The policy is an older version.", f"Version {after.head.version} was in force.")
             self._quorum(policy, after, f"Version {after.head.version}")
         return self._quorum(policy, policy, "This version")
 
@@ -296,9 +281,7 @@ class Signed:
         held = [s for s in self.statements if s.key in names and s.holds()]
         ours = [s for s in held if s.policy == policy.hash.hex()]
         for veto in (s for s in ours if s.act == "veto"):
-            _refuse(
-                f"{names[veto.key]} vetoed the policy.", veto.reason, "Sign a new version that they accept."
-            )
+            _refuse(f"{names[veto.key]} vetoed the policy.", veto.reason, "Sign a version that they accept.")
         signed = {s.key for s in ours if s.act == "sign"}
         if len(signed) < judges.head.quorum:
             missing = ", ".join(names[key] for key in names if key not in signed)

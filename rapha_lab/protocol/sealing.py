@@ -185,8 +185,7 @@ def open_request(
     """The request in `envelope`, once: signed by a researcher who is `known`, fresh, and for this very site.
 
     Raises:
-        SealError: if altered, stale, a replay, for another key, for other evidence or of an unknown
-        researcher.
+        SealError: if altered, stale, a replay, for another key or evidence, or of an unknown researcher.
     """
     head, body = _checked(b"request", open_sealed(envelope, key, b"request"), key.public)
     now = time.time() if now is None else now
@@ -201,9 +200,7 @@ def open_request(
         _refuse("The request is stale.", late, "Set your clock and send it again.")
     signer, reply_to = PublicKey.parse(head.signer), _key(head.reply_to)
     if not known(signer):
-        _refuse(
-            "The site does not know this researcher's key.", "", "Ask the custodians to add it to the policy."
-        )
+        _refuse("The site does not know this researcher's key.", "", "Ask the custodians to add it.")
     replay.admit(head.signer, head.nonce, now)
     return Request(head.kind, body, signer, reply_to, head.nonce, head.time, _name(envelope, key.algorithm))
 
@@ -278,16 +275,10 @@ def _checked(domain: bytes, inner: bytes, recipient: PublicKey) -> tuple[_Head, 
         text, signature, body = inner[4 : 4 + size], inner[4 + size : 68 + size], inner[68 + size :]
         head = msgspec.json.decode(text, type=_Head)
     except (struct.error, msgspec.DecodeError, UnicodeDecodeError):
-        _refuse(
-            "The message inside the envelope is malformed.", "Its head cannot be read.", "Update rapha-lab."
-        )
+        _refuse("The message inside the envelope is malformed.", "Its head does not read.")
     held = _key(head.signer).verifies(signature, _domain(domain) + text)
-    if (
-        not held
-        or head.to != str(recipient)
-        or hashlib.sha256(body).digest() != head.body
-        or len(head.nonce) != 32
-    ):
+    same = hashlib.sha256(body).digest() == head.body
+    if not held or not same or head.to != str(recipient) or len(head.nonce) != 32:
         _refuse("The signature inside the envelope does not hold.", "It is of another message or recipient.")
     return head, body
 
