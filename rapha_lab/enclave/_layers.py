@@ -166,7 +166,7 @@ def seccomp(code: bytes) -> bool:
         socket.socket,
         lambda: socket.socket(socket.AF_UNIX),
         os.pipe,
-        lambda: os.kill(os.getppid(), 0),
+        lambda: os.kill(os.getpid(), 0),
         _fork,
     ]
     return all(refused(attempt, errno.EPERM) for attempt in attempts)

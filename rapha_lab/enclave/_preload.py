@@ -49,35 +49,42 @@ LIBRARIES = """
 """.split()  # noqa: SIM905
 """Modules beside the standard library; one that is not installed is passed over."""
 
-WALKED = "torch.nn torch.fx torch._export torch.export torch._higher_order_ops torch.utils polars".split()  # noqa: SIM905
+WALKED = """
+    torch.nn torch.fx torch._export torch.export torch._higher_order_ops torch.utils polars pygments.styles
+""".split()  # noqa: SIM905
 """Packages that import their own parts at first use: all of these are loaded."""
 
 _PASSED_OVER = ("test", "tensorboard", "hipify", "benchmark", "onnx", "bundled", "__main__")
 
 
-def load(preload: Sequence[str]) -> None:
-    """Import the standard library, the scientific libraries and `preload`, and warm what loads lazily.
+def load(preload: Sequence[str], *, libraries: bool = True) -> None:
+    """Import `preload`, and unless told otherwise the standard and the scientific libraries, warmed.
 
     Raises:
         ImportError: if a module of `preload` cannot be imported.
         RuntimeError: if something loaded here started a thread.
     """
     tempfile.tempdir = "/tmp"  # noqa: S108
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in sorted(sys.stdlib_module_names - _NEVER):
-            if not name.startswith("_"):
-                _try(name)
-        for name in LIBRARIES:
-            _try(name)
-        for package in WALKED:
-            _walk(package)
-        _terminal()
-        _torch()
-        _figures()
+    if libraries:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _libraries()
     for name in preload:
         importlib.import_module(name)
     assert_alone()
+
+
+def _libraries() -> None:
+    for name in sorted(sys.stdlib_module_names - _NEVER):
+        if not name.startswith("_"):
+            _try(name)
+    for name in LIBRARIES:
+        _try(name)
+    for package in WALKED:
+        _walk(package)
+    _terminal()
+    _torch()
+    _figures()
 
 
 def _try(name: str) -> None:

@@ -51,8 +51,7 @@ class _Zygote:
         self.layers = {"namespaces": self._apart(config["namespaces"])}
         self.use_landlock = bool(config["landlock"])
         self.workers: dict[int, tuple[int, float, dict[str, Any], list[str]]] = {}
-        if not config["bare"]:
-            _preload.load(config["preload"])
+        _preload.load(config["preload"], libraries=not config["bare"])
         if self.use_landlock:
             import landlockpy
 

@@ -29,10 +29,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from rapha_lab.enclave import _layers
 from rapha_lab.enclave._cgroup import Cgroup
@@ -143,20 +143,30 @@ class Worker:
         self.close()
 
 
-class _Counted(io.FileIO):
-    """A pipe that ends its writer once more than `limit` bytes came through it."""
+class _Counted(io.RawIOBase):
+    """The reading end of a pipe that ends its writer once more than `limit` bytes came through it."""
 
-    def __init__(self, fd: int, limit: int, overflow) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(fd, "rb")
+    def __init__(self, fd: int, limit: int, overflow: Callable[[], None]) -> None:
+        self._file = io.FileIO(fd, "rb")
         self._left, self._overflow = limit, overflow
 
-    def readinto(self, buffer) -> int | None:  # type: ignore[no-untyped-def]
-        count = super().readinto(buffer)
+    def readable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def readinto(self, buffer: Any) -> int | None:
+        count = self._file.readinto(buffer)
         self._left -= count or 0
         if self._left < 0:
             self._overflow()
             return 0
         return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class Zygote:
@@ -285,7 +295,10 @@ class Zygote:
             worker = Worker(self, self._count, limits, result_out, job_in)
             self._workers[self._count] = worker
         try:
-            self._say({"do": "spawn", "id": worker._number, "limits": asdict(limits)}, [job_out, result_in])
+            if not self._say(
+                {"do": "spawn", "id": worker._number, "limits": asdict(limits)}, [job_out, result_in]
+            ):
+                self._forget(worker._number)
         finally:
             os.close(job_out)
             os.close(result_in)
@@ -300,10 +313,14 @@ class Zygote:
             worker._group.close()
         return worker
 
-    def _say(self, message: dict[str, object], fds: Sequence[int] = ()) -> None:
-        with contextlib.suppress(OSError):
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    def _say(self, message: dict[str, object], fds: Sequence[int] = ()) -> bool:
+        """Send the zygote one packet; false if it is gone."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
             self._control.sendmsg([json.dumps(message).encode()], rights)
+        except OSError:
+            return False
+        return True
 
     def _listen(self) -> None:
         """Take what the zygote and its locked workers report, until it is gone."""
@@ -330,7 +347,9 @@ class Zygote:
             self._forget(number)
 
     def _forget(self, number: int) -> None:
-        worker = self._workers.pop(number)
+        worker = self._workers.pop(number, None)
+        if worker is None:
+            return
         worker._group.close()
         worker._locked.set()
         worker._gone.set()
@@ -418,7 +437,8 @@ def _bubblewrap(modules: Sequence[str]) -> list[str]:
 
 def _homes(modules: Sequence[str]) -> set[str]:
     """The folders outside /usr that hold Python and the top-level packages of `modules`."""
-    homes = {sys.prefix, sys.base_prefix}
+    libraries = {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
+    homes = {sys.prefix, sys.base_prefix, *libraries}
     for name in {"rapha_lab", *(module.partition(":")[0].partition(".")[0] for module in modules)}:
         spec = importlib.util.find_spec(name)
         if spec is None:

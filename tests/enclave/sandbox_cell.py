@@ -33,3 +33,10 @@ def _plain(value: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def greedy(reader: BinaryIO, writer: BinaryIO) -> None:
+    """Take memory without end, if there is somebody to take it for."""
+    held = []
+    while True:
+        held.append(bytearray(1 << 24))
