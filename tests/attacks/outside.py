@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -141,6 +142,7 @@ def main() -> None:
     results = in_order(facts)
     print(json.dumps({"facts": facts, "outside": results}), flush=True)
     sys.stdin.read()
+    shutil.rmtree(facts["folder"], ignore_errors=True)
 
 
 def in_order(facts: dict[str, Any]) -> dict[str, Any]:
