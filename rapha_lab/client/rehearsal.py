@@ -16,6 +16,7 @@ import torch
 
 from rapha_lab.client.mock import mock
 from rapha_lab.curator.cohort import Cohort
+from rapha_lab.curator.mechanisms import loop
 from rapha_lab.curator.noise import SystemNoise
 from rapha_lab.curator.plans import plan_of
 from rapha_lab.protocol import messages
@@ -36,6 +37,7 @@ class Rehearsal:
         self.namespace: dict[str, Any] = {}
         self._cohorts: dict[bytes, Cohort] = {}
         self._lock = threading.Lock()
+        self._loop: loop.Loop
 
     def run(
         self,
@@ -53,12 +55,16 @@ class Rehearsal:
         """
         with self._lock:
             self.namespace.update(inputs)
-            self.namespace["patients"] = Patients(schema, lambda a, t=b"": self._answer(schema, a, t), epsilon=epsilon)
+            self.namespace["patients"] = Patients(
+                schema, lambda a, t=b"": self._answer(schema, a, t), epsilon=epsilon, most_steps=STEPS
+            )
             screen = interpreter.Screen(show or (lambda output: None))
             interpreter.run(source, self.namespace, screen, "<enclave cell>")
 
-    def _answer(self, schema: Schema, ask: messages.Ask, tensors: bytes) -> tuple[dict[str, Any], bytes]:
+    def _answer(self, schema: Schema, ask: messages.ASKS, tensors: bytes) -> tuple[dict[str, Any], bytes]:
         request = messages.decode(messages.encode(ask))
+        if isinstance(request, messages.Open | messages.Gradient | messages.Close):
+            return self._step(schema, request, tensors)
         # priced as asked, so that an ε that no noise reaches fails here; then run short
         plan_of(request, tensors, schema, DELTA, SystemNoise())
         if isinstance(request, messages.Fit):
@@ -78,6 +84,21 @@ class Rehearsal:
             values=answer.values,
         )
         return msgspec.to_builtins(release), answer.tensors
+
+    def _step(
+        self, schema: Schema, request: messages.Open | messages.Gradient | messages.Close, tensors: bytes
+    ) -> tuple[dict[str, Any], bytes]:
+        """One step of a training loop, with small batches."""
+        if isinstance(request, messages.Close):
+            return {}, b""
+        small = msgspec.structs.replace(schema, patients=PATIENTS)
+        if isinstance(request, messages.Open):
+            loop.plan(request, schema, DELTA)
+            batch = min(request.batch, BATCH)
+            self._loop = loop.plan(msgspec.structs.replace(request, steps=STEPS, batch=batch), small, DELTA)
+            return {"loop": "rehearsal"}, b""
+        view = self._cohort(small).view(self._loop.ask.split)
+        return {}, self._loop.gradient(request, tensors, view, SystemNoise(), lambda steps: None).tensors
 
     def _cohort(self, schema: Schema) -> Cohort:
         known = schema.to_json()

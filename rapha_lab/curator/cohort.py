@@ -20,7 +20,10 @@ from torch import Tensor
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.schema import SPLITS, Column, Schema
 
-__all__ = ["Cohort", "Findings", "View", "split_of"]
+__all__ = ["BESIDES", "EXCESS", "Cohort", "Findings", "View", "split_of"]
+
+EXCESS, BESIDES = 1.1, 40
+"""A split may hold this many times its expected patients, and this many more, before the schema is refused."""
 
 _TRUTHS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
@@ -105,7 +108,7 @@ class Cohort:
             what = f"The file {schema.source} cannot be read as {path.suffix[1:]}."
             raise RequestError(what, instead="Write it again.", field="source") from None
         cohort = cls(schema, frame, salt, opt_outs)
-        _check_size(schema, len(cohort.view("all")))
+        _check_size(cohort)
         return cohort
 
     def view(self, split: str) -> View:
@@ -207,9 +210,13 @@ def _identifiers(schema: Schema, frame: pl.DataFrame) -> pl.Series:
     return text
 
 
-def _check_size(schema: Schema, true: int) -> None:
-    """Sampling rates and expected batches rest on the declared figure; a wrong one spoils every model."""
-    if schema.patients is not None and not schema.patients / 2 <= true <= schema.patients * 1.25:
+def _check_size(cohort: Cohort) -> None:
+    """Sampling rates and the room for a step rest on the declared figure; a wrong one spoils model and proof."""
+    schema = cohort.schema
+    if schema.patients is None:
+        return
+    most = {split: (schema.expected(split) or 0) * EXCESS + BESIDES for split in SPLITS}
+    if 2 * len(cohort.view("all")) < schema.patients or any(len(cohort.view(s)) > most[s] for s in SPLITS):
         what = f"The schema declares {schema.patients} patients, which is far from what the records hold."
         raise RequestError(what, instead="Correct `patients`, or leave it out.", field="patients")
 

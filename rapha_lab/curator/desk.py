@@ -9,24 +9,27 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.ledger import Ledger
-from rapha_lab.curator.mechanisms import Answer, Plan
+from rapha_lab.curator.mechanisms import Answer, Plan, loop
+from rapha_lab.curator.mechanisms.loop import Loop
 from rapha_lab.curator.noise import Noise
 from rapha_lab.curator.plans import plan_of
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.checkpoint import Receipt
 from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError
 from rapha_lab.protocol.messages import Ask
-from rapha_lab.protocol.policy import Policy
+from rapha_lab.protocol.policy import Policy, Project
+from rapha_lab.protocol.program import Program
 from rapha_lab.protocol.release import Release, statement
 
 __all__ = ["Caller", "Cancelled", "Desk"]
 
-LANES = {"fit": "train", "gradient": "train", "evaluate": "evaluate"}
+LANES = {"fit": "train", "open": "train", "evaluate": "evaluate"}
 
 
 class Cancelled(RefusedError):
@@ -71,10 +74,11 @@ class Desk:
     ) -> None:
         self._policy, self._ledger, self._cohorts, self._noise = policy, ledger, cohorts, noise
         self._site, self._simulated = site, simulated
+        self._loops: dict[str, tuple[Caller, Loop, float]] = {}
 
     def answer(
         self, caller: Caller, request: bytes, tensors: bytes, on_step: Callable[[int, int], None]
-    ) -> tuple[Release, bytes]:
+    ) -> tuple[Release | dict[str, Any], bytes]:
         """Answer one untrusted request.
 
         Args:
@@ -86,6 +90,10 @@ class Desk:
             Cancelled, RefusedError: it stopped on the way; the steps that ran stay charged.
         """
         ask = messages.decode(request)
+        if isinstance(ask, messages.Gradient):
+            return self._gradient(caller, ask, tensors, on_step)
+        if isinstance(ask, messages.Close):
+            return self._close(caller, ask)
         policy, cohort = self._policy(), self._cohort(ask.dataset)
         self._permit(policy, caller, ask)
         account = policy.project(caller.project)
@@ -93,12 +101,71 @@ class Desk:
         if (before := self._ledger.settled(caller.job, question)) is not None:
             body, blob, receipt = before  # its reply was lost on the way; it is paid for
             return self._release(caller.job, ask, account.delta, Answer(msgspec.json.decode(body)["values"], blob), receipt)
+        if isinstance(ask, messages.Open):
+            return self._open(caller, ask, cohort, account, question)
         plan = plan_of(ask, tensors, cohort.schema, account.delta, self._noise)
         for split in plan.touches:
             self._ledger.open_account(caller.project, ask.dataset, split, account.epsilon, account.delta)
         self._ledger.reserve(caller.job, caller.project, ask.dataset, plan.touches, plan.loss, question)
         answer, receipt = self._run(caller.job, plan, cohort, ask.split, on_step)
         return self._release(caller.job, ask, account.delta, answer, receipt)
+
+    # -- a training loop: reserved when it opens, charged step by step, logged when it closes ---------------
+
+    def _open(
+        self, caller: Caller, ask: messages.Open, cohort: Cohort, account: Project, question: bytes
+    ) -> tuple[dict[str, Any], bytes]:
+        found = loop.plan(ask, cohort.schema, account.delta)
+        for split in found.touches:
+            self._ledger.open_account(caller.project, ask.dataset, split, account.epsilon, account.delta)
+        self._ledger.reserve(caller.job, caller.project, ask.dataset, found.touches, found.loss, question)
+        self._loops[caller.job] = caller, found, account.delta
+        return {"loop": caller.job, "noise": found.sigma, "rate": found.rate}, b""
+
+    def _gradient(
+        self, caller: Caller, ask: messages.Gradient, tensors: bytes, on_step: Callable[[int, int], None]
+    ) -> tuple[dict[str, Any], bytes]:
+        found = self._loop(caller, ask.loop)
+        self._permit(self._policy(), caller, found.ask, program=ask.program)
+
+        def progress(steps: int) -> None:
+            on_step(found.done, found.ask.steps)
+            self._ledger.touch(ask.loop, steps)
+
+        view = self._cohort(found.ask.dataset).view(found.ask.split)
+        try:
+            return {}, found.gradient(ask, tensors, view, self._noise, progress).tensors
+        except RaphaError:
+            raise
+        except BaseException as error:
+            print(f"job {caller.job}: {type(error).__name__}", file=sys.stderr)
+            raise _failed(caller.job) from None
+
+    def _close(self, caller: Caller, ask: messages.Close) -> tuple[Release | dict[str, Any], bytes]:
+        found = self._loop(caller, ask.loop)
+        _, _, delta = self._loops.pop(ask.loop)
+        if not found.done:
+            self._ledger.abandon(ask.loop, "no step was taken")
+            return {}, b""
+        opened = found.ask
+        values = {"kind": "fit", "steps": found.done, "noise": found.sigma, "clip": opened.clip}
+        answer = Answer(values | {"rate": found.rate, "batch": opened.batch})
+        receipt = self._ledger.settle(ask.loop, statement(answer.values, answer.tensors))
+        return self._release(ask.loop, opened, delta, answer, receipt)
+
+    def _loop(self, caller: Caller, job: str) -> Loop:
+        owner, found, _ = self._loops.get(job, (None, None, None))
+        if owner is None or found is None or (owner.researcher, owner.project) != (caller.researcher, caller.project):
+            raise RequestError("There is no such loop.", "It was closed, or is another's.", "Open one.", field="loop")
+        return found
+
+    def sweep(self, cell: str) -> None:
+        """Close the loops that a cell left open; the steps that ran stay charged."""
+        for job in [job for job in self._loops if job.startswith(f"{cell}-")]:
+            del self._loops[job]
+            self._ledger.abandon(job, "left open")
+
+    # -- what both ways share ------------------------------------------------------------------------------
 
     def _release(
         self, job: str, ask: Ask, delta: float, answer: Answer, receipt: Receipt
@@ -125,7 +192,7 @@ class Desk:
             )
         return self._cohorts[dataset]
 
-    def _permit(self, policy: Policy, caller: Caller, ask: Ask) -> None:
+    def _permit(self, policy: Policy, caller: Caller, ask: Ask, program: Program | None = None) -> None:
         lane = LANES.get(_op(ask), "aggregate")
         metrics = getattr(ask, "metrics", ())
         release = policy.allows(caller.researcher, caller.project, ask.dataset, lane, metrics=metrics)
@@ -135,8 +202,9 @@ class Desk:
                 "This version of the site cannot collect a custodian's release yet, so it does not ask the records.",
                 'Ask the custodians to sign release = "auto" for this lane, if they agree to that.',
             )
-        if isinstance(ask, messages.Fit):
-            policy.project(caller.project).within_size(ask.program)
+        program = ask.program if isinstance(ask, messages.Fit) else program
+        if program is not None:
+            policy.project(caller.project).within_size(program)
 
     def _run(
         self, job: str, plan: Plan, cohort: Cohort, split: str, on_step: Callable[[int, int], None]
@@ -163,11 +231,15 @@ class Desk:
             # an unforeseen error may carry a record: only its type is kept, for the custodian alone
             print(f"job {job}: {type(error).__name__}", file=sys.stderr)
             self._ledger.abandon(job, "failed")
-            raise RefusedError(
-                "The answer could not be computed.",
-                "An internal error ended it; the steps that had run stay charged.",
-                "Tell the site's custodian the job's number " + job + ".",
-            ) from None
+            raise _failed(job) from None
+
+
+def _failed(job: str) -> RefusedError:
+    return RefusedError(
+        "The answer could not be computed.",
+        "An internal error ended it; the steps that had run stay charged.",
+        f"Tell the site's custodian the job's number {job}.",
+    )
 
 
 def _op(ask: Ask) -> str:

@@ -1,6 +1,6 @@
 """The curator's process: frames in on one pipe, frames out on another. It opens no socket.
 
-    in   {"do": "ask", "id", "researcher", "project", "ask": raw}   {"do": "cancel", "id"}
+    in   {"do": "ask", "id", "researcher", "project", "ask": raw}   {"do": "cancel", "id"}   {"do": "sweep", "id": cell}
          {"do": "catalog", "id", "project"}   {"do": "log", "id", "start"}
     out  {"id", "step", "steps"}   {"id", "release" | "result" | "error"}
 """
@@ -58,6 +58,8 @@ class Server:
             call = msgspec.json.decode(frame[0], type=Call)
             if call.do == "cancel":
                 self._cancelled.add(call.id)
+            elif call.do == "sweep":
+                self._pool.submit(self._desk.sweep, call.id)
             elif call.do == "ask":
                 self._pool.submit(self._answer, call, frame[1])
             else:

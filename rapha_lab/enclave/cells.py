@@ -225,6 +225,7 @@ class Cells:
             self._changed.notify_all()
 
     def _end(self, cell: Cell, state: State, **fields: Any) -> None:
+        self._curator.sweep(cell.id)
         with self._changed:
             cell.state, cell.ended, cell.asking = state, time.time(), None
             for name, value in fields.items():
@@ -243,8 +244,9 @@ class Cells:
         with self._changed:
             if cell.cancelled:
                 raise SiteError("The cell was cancelled.")
-            cell.asking, cell.asked_at = f"{cell.id}-{uuid.uuid4().hex[:8]}", time.time()
-            cell.step = cell.steps = 0
+            cell.asking = f"{cell.id}-{uuid.uuid4().hex[:8]}"
+            if epsilon:
+                cell.asked_at, cell.step, cell.steps = time.time(), 0, 0
             cell.epsilon += epsilon
         try:
             order = cell.order
@@ -254,8 +256,10 @@ class Cells:
         finally:
             with self._changed:
                 cell.asking = None
+        if "op" not in wire:
+            return wire, blob  # a step of a loop, which is one release when it closes
         with self._changed:
-            cell.spent += epsilon
+            cell.spent += wire["epsilon"]
             cell.step = cell.steps
         release = msgspec.convert(wire, Release)
         data = release._repr_mimebundle_()
@@ -274,7 +278,7 @@ class Cells:
 def _epsilon(request: bytes) -> float:
     try:
         return messages.decode(request).epsilon
-    except RaphaError:
+    except (RaphaError, AttributeError):
         return 0.0
 
 

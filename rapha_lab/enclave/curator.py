@@ -143,6 +143,11 @@ class Curator:
         """Stop a job before its next step; does nothing if it has ended."""
         self._send({"do": "cancel", "id": job})
 
+    def sweep(self, cell: str) -> None:
+        """Close what a cell that ended left open."""
+        with contextlib.suppress(SiteError):
+            self._send({"do": "sweep", "id": cell})
+
     def close(self) -> None:
         """End the process; a running job keeps what it had spent."""
         with self._lock:

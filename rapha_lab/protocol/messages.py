@@ -18,12 +18,15 @@ from rapha_lab.protocol.program import Program
 __all__ = [
     "ASKS",
     "Ask",
+    "Close",
     "Columns",
     "Count",
     "Evaluate",
     "Fit",
+    "Gradient",
     "Histogram",
     "Mean",
+    "Open",
     "Optimizer",
     "Split",
     "decode",
@@ -86,6 +89,33 @@ class Fit(Ask, tag="fit"):
     optimizer: Optimizer
 
 
+class Open(Ask, tag="open"):
+    """Begin a training loop of `steps` private gradients; its whole price is reserved, none is paid yet."""
+
+    steps: Annotated[int, Meta(ge=1, le=1_000_000)]
+    batch: Annotated[int, Meta(ge=1, le=1_000_000)]
+    clip: Positive
+
+
+class Gradient(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag_field="op", tag="gradient"):
+    """One private gradient of an open loop: `program` is one patient's loss at the parameters in the tensors blob.
+
+    A program is sent once; afterwards its `digest` stands for it.
+    """
+
+    loop: Annotated[str, Meta(max_length=128)]
+    inputs: Inputs
+    reduction: Literal["mean", "sum"] = "mean"
+    digest: Annotated[str, Meta(max_length=64)]
+    program: Program | None = None
+
+
+class Close(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag_field="op", tag="close"):
+    """End a loop: the steps that ran are charged, the rest is refunded."""
+
+    loop: Annotated[str, Meta(max_length=128)]
+
+
 class Evaluate(Ask, tag="evaluate"):
     """Judge scores on held-out patients: `program` is one patient's logit, `target` a boolean column."""
 
@@ -95,7 +125,7 @@ class Evaluate(Ask, tag="evaluate"):
     metrics: Annotated[list[Metric], Meta(min_length=1, max_length=16)]
 
 
-ASKS = Count | Mean | Histogram | Fit | Evaluate
+ASKS = Count | Mean | Histogram | Fit | Open | Gradient | Close | Evaluate
 _decoder = msgspec.json.Decoder(ASKS)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import msgspec
@@ -14,13 +15,15 @@ from safetensors.torch import load
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RequestError, SealedError
 from rapha_lab.protocol.messages import Columns, Split
+from rapha_lab.protocol.program import digest
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
 from rapha_lab.session import recipe, tracing
+from rapha_lab.session.sealed import PATIENTS, Batch
 
 __all__ = ["Patients"]
 
-Ask = Callable[[messages.Ask, bytes], tuple[dict[str, Any], bytes]]
+Ask = Callable[[messages.ASKS, bytes], tuple[dict[str, Any], bytes]]
 
 # what a model was last fitted on, so that evaluate(model) need not be told again
 _fitted: weakref.WeakKeyDictionary[torch.nn.Module, tuple[messages.Inputs, str]] = weakref.WeakKeyDictionary()
@@ -35,6 +38,7 @@ class Patients:
         epsilon: the cell's `--epsilon`, used once by a request that names none.
         released: told of each release as it is given.
         split: the patients meant; `train`, `validation` and `test` are attributes.
+        most_steps: after how many batches a loop ends, for rehearsals.
     """
 
     def __init__(
@@ -45,8 +49,9 @@ class Patients:
         epsilon: float | None = None,
         released: Callable[[Release], None] = lambda release: None,
         split: Split = "all",
+        most_steps: int = 1 << 30,
     ) -> None:
-        self.schema = schema
+        self.schema, self._most_steps = schema, most_steps
         self._ask, self._released, self._split = ask, released, split
         self._cell_epsilon: list[float] = [epsilon] if epsilon is not None else []
 
@@ -66,7 +71,9 @@ class Patients:
         return self._of("test")
 
     def _of(self, split: Split) -> Patients:
-        part = Patients(self.schema, self._ask, released=self._released, split=split)
+        part = Patients(
+            self.schema, self._ask, released=self._released, split=split, most_steps=self._most_steps
+        )
         part._cell_epsilon = self._cell_epsilon
         return part
 
@@ -132,6 +139,36 @@ class Patients:
         _load(model, load(blob))
         _fitted[model] = (named, target)
         return self._given(wire)
+
+    def batches(
+        self,
+        size: int | None = None,
+        *,
+        epochs: float | None = None,
+        epsilon: float | None = None,
+        clip: float | None = None,
+    ) -> Iterator[Batch]:
+        """Batches for a training loop of your own; `loss.backward()` puts private gradients into `.grad`.
+
+        `batch["age"]` and `batch[["age", "sex"]]` are sealed tensors: shape, dtype, arithmetic, no values. Every
+        batch is a fresh Poisson sample of patients and pays for one `backward()`. What is not used is refunded.
+
+        Args:
+            size: expected patients in a batch.
+            epochs: passes over the expected number of patients.
+            epsilon: the (ε, δ) guarantee of the whole loop.
+            clip: the most one patient's gradient may weigh.
+        """
+        chosen = recipe.steps(self._expected(), epochs=epochs, batch=size, clip=clip)
+        opened = self._ask(_made(messages.Open, **chosen, **self._common(epsilon)), b"")[0]
+        batch = Batch(self._made_up, _Gradients(self._ask, opened["loop"]), chosen["batch"])
+        try:
+            for _ in range(min(chosen["steps"], self._most_steps)):
+                yield replace(batch, _seen={})
+        finally:
+            wire = self._ask(messages.Close(loop=opened["loop"]), b"")[0]
+            if "op" in wire:
+                self._given(wire)
 
     def evaluate(
         self,
@@ -209,6 +246,17 @@ class Patients:
         shape, dtype = self.schema.layout(columns)
         return torch.zeros(shape, dtype=getattr(torch, dtype))
 
+    def _made_up(self, columns: Columns) -> torch.Tensor:
+        """Made-up values for a sealed tensor, (PATIENTS, *shape)."""
+        self.schema.layout(columns)
+        names = [columns] if isinstance(columns, str) else columns
+        example = tracing.made_up(self._example(columns), PATIENTS)
+        if isinstance(columns, str) and example.dtype == torch.int64:
+            example = example % len(self.schema.column(columns).categories)
+        elif not isinstance(columns, str) or self.schema.find(names[0])[0].type == "number":
+            example = example * 2 - 1
+        return example
+
     # -- what they refuse -----------------------------------------------------------------------------
 
     def _sealed(self, what: str, instead: str) -> NoReturn:
@@ -250,6 +298,25 @@ class Patients:
     def __repr__(self) -> str:
         part = "" if self._split == "all" else f", {self._split}"
         return f"<patients of {self.schema.name}{part}: sealed; ask for count, mean, histogram, fit or evaluate>"
+
+
+class _Gradients:
+    """Asks for one private gradient of an open loop; a program travels once."""
+
+    def __init__(self, ask: Ask, loop: str) -> None:
+        self._ask, self._loop, self._sent = ask, loop, set[str]()
+
+    def __call__(
+        self, traced: tracing.Traced, columns: dict[str, Columns], reduction: str
+    ) -> dict[str, torch.Tensor]:
+        name = digest(traced.program)
+        program = None if name in self._sent else traced.program
+        request = messages.Gradient(
+            loop=self._loop, inputs=columns, reduction=reduction, digest=name, program=program  # type: ignore[arg-type]
+        )
+        found = load(self._ask(request, traced.blob)[1])
+        self._sent.add(name)
+        return found
 
 
 _ROWS = frozenset(

@@ -17,7 +17,7 @@ from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.messages import Optimizer
 from rapha_lab.protocol.schema import Column
 
-__all__ = ["choose", "loss_for"]
+__all__ = ["choose", "loss_for", "steps"]
 
 EPOCHS, BATCH, CLIP = 30.0, 2048, 0.3
 SGD = {"lr": 1.0, "momentum": 0.9}
@@ -44,14 +44,25 @@ def choose(
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise RequestError("The model has nothing to train.", "No parameter requires a gradient.", field="model")
+    rule = Optimizer(name="sgd", settings=SGD) if optimizer is None else described(optimizer)
+    return steps(expected, epochs=epochs, batch=batch, clip=clip) | {"optimizer": rule}
+
+
+def steps(
+    expected: int, *, epochs: float | None = None, batch: int | None = None, clip: float | None = None
+) -> dict[str, Any]:
+    """Steps, batch and clip of a training on `expected` patients.
+
+    Raises:
+        RequestError: naming the argument that is out of range.
+    """
     size = _within("batch", batch if batch is not None else min(BATCH, max(1, expected // 2)), 1, expected)
     passes = _within("epochs", epochs if epochs is not None else EPOCHS, 1e-6, 1e6)
-    steps = max(1, math.ceil(passes * expected / size))
+    count = max(1, math.ceil(passes * expected / size))
     return {
-        "steps": int(_within("epochs", steps, 1, 1_000_000)),
+        "steps": int(_within("epochs", count, 1, 1_000_000)),
         "batch": int(size),
         "clip": float(_within("clip", clip if clip is not None else CLIP, 1e-6, 1e6)),
-        "optimizer": Optimizer(name="sgd", settings=SGD) if optimizer is None else described(optimizer),
     }
 
 

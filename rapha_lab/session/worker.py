@@ -59,7 +59,7 @@ class Worker:
         with self._write_lock:
             messages.write_frame(self._writer, messages.encode(header), tensors)
 
-    def ask(self, request: messages.Ask, tensors: bytes = b"") -> tuple[dict[str, Any], bytes]:
+    def ask(self, request: messages.ASKS, tensors: bytes = b"") -> tuple[dict[str, Any], bytes]:
         """Send one request to the curator and wait for its release.
 
         Raises:

@@ -1,9 +1,9 @@
 """Training by DP-SGD: Algorithm 1 of Abadi et al. 2016, with the patient as the unit.
 
-For each step: take a random sample of patients, each with probability q (Poisson); compute each one's gradient;
-clip it to norm C; sum; add noise of standard deviation σC; divide by the *expected* number L = qN; descend.
-Neighbouring data sets differ in one patient, added or removed. The sum is taken of the very numbers whose norm
-was clipped, whatever the model. Neither the shape of a step nor its duration tells how many were drawn.
+For each step: take a random sample of patients, each with probability q (Poisson); compute each one's
+gradient; clip it to norm C; sum; add noise of standard deviation σC; divide by the *expected* number L = qN;
+descend. Neighbouring data sets differ in one patient, added or removed. The sum is taken of the very numbers
+whose norm was clipped, whatever the model. Neither a step's shape nor its work tells how many were drawn.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rapha_lab.curator.accounting import SampledGaussian, noise_for
-from rapha_lab.curator.cohort import View
+from rapha_lab.curator.cohort import BESIDES, EXCESS, View
 from rapha_lab.curator.lift import Lifted, lift
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress
 from rapha_lab.curator.noise import Noise, on_grid
@@ -24,7 +24,18 @@ from rapha_lab.protocol.messages import Columns, Fit, Optimizer
 from rapha_lab.protocol.program import Program
 from rapha_lab.protocol.schema import SPLITS, Schema
 
-__all__ = ["capacity", "fits", "optimizer_for", "plan"]
+__all__ = [
+    "capacity",
+    "clipped_sum",
+    "draw",
+    "fits",
+    "optimizer_for",
+    "plan",
+    "private",
+    "rate_of",
+    "slack",
+    "with_absent",
+]
 
 Tensors = dict[str, Tensor]
 
@@ -42,18 +53,7 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
     lifted = lift(ask.program)
     parameters, constants = lifted.tensors(tensors)
     fits(ask.program, ask.inputs, schema)
-    expected = schema.expected(ask.split)
-    if expected is None:
-        why = "Sampling rates must not be computed from the true number."
-        raise RequestError("The dataset declares no number of patients.", why, field="patients")
-    if ask.batch > expected:
-        raise RequestError(
-            f"batch is {ask.batch}.",
-            f"About {expected:.0f} patients are expected.",
-            "Make it smaller.",
-            field="batch",
-        )
-    rate = ask.batch / expected
+    rate = rate_of(ask.batch, schema.expected(ask.split))
     sigma = noise_for(lambda sigma: SampledGaussian(rate, sigma, ask.steps), ask.epsilon, delta)
     optimizer_for(ask.optimizer, {name: t.clone() for name, t in parameters.items()})
 
@@ -81,11 +81,10 @@ def train(
     """The parameters after `ask.steps` steps on the patients' `inputs`, each `(n, *shape)`."""
     weights = {name: t.clone() for name, t in parameters.items()}
     optimizer = optimizer_for(ask.optimizer, weights)
-    slots = capacity(ask.batch, lifted.microbatch)
+    slots = capacity(most(ask.batch, rate), lifted.microbatch)
     sensitivity = ask.clip * (1 + slack(lifted.microbatch))
     lifted.selftest(parameters, constants)
-    # one row of zeros below the patients fills the slots that no patient was drawn for
-    rows = {name: torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for name, t in inputs.items()}
+    rows = with_absent(inputs)
     count = len(next(iter(inputs.values())))
     block = max(1, ask.steps // BLOCKS)
     for step in range(ask.steps):
@@ -101,22 +100,47 @@ def train(
     return weights
 
 
+def rate_of(batch: int, expected: float | None) -> float:
+    """Each patient's chance to be in a step of `batch` expected patients, from the declared number of them.
+
+    Raises:
+        RequestError: naming `patients` if none is declared, or `batch` if it is larger.
+    """
+    if expected is None:
+        why = "Sampling rates must not be computed from the true number."
+        raise RequestError("The dataset declares no number of patients.", why, field="patients")
+    if batch > expected:
+        why, instead = f"About {expected:.0f} patients are expected.", "Make it smaller."
+        raise RequestError(f"batch is {batch}.", why, instead, field="batch")
+    return batch / expected
+
+
+def with_absent(inputs: Tensors) -> Tensors:
+    """The patients' rows with one of zeros below, which fills the slots that no patient was drawn for."""
+    return {name: torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for name, t in inputs.items()}
+
+
 def draw(count: int, rate: float, slots: int, noise: Noise) -> Tensor:
     """A Poisson sample of patients as `slots` row numbers, `count` (the row of zeros) where there is none.
 
-    Patients take slots at random, so that one more leaves the others' slots as they were (in distribution): no
-    one's arithmetic moves with anybody's presence.
+    Patients take slots at random, so that one more leaves the others' slots as they were (in distribution):
+    no one's arithmetic moves with anybody's presence.
     """
     drawn = noise.bernoulli(count, rate).nonzero().squeeze(1)[:slots]
     places = noise.uniform(slots).argsort()[: len(drawn)]
     return torch.full((slots,), count).scatter(0, places, drawn)
 
 
-def capacity(batch: int, microbatch: int) -> int:
+def most(batch: int, rate: float) -> float:
+    """The most patients a step can expect: no split is opened that holds more than this over the declared figure."""
+    return EXCESS * batch + rate * BESIDES
+
+
+def capacity(batch: float, microbatch: int) -> int:
     """Slots of a step, in whole microbatches: more patients than that are drawn with probability below 2^-60.
 
     With N the declared number of patients and each one drawn with probability q independently, L = qN are
-    expected, and Bernstein's inequality gives P(more than L + t) <= exp(-t²/(2(L + t/3))). Slots depend on L alone.
+    expected, and by Bernstein's inequality P(more than L + t) <= exp(-t²/(2(L + t/3))). Only L decides.
     """
     bits = 60 * math.log(2)
     t = bits / 3 + math.sqrt((bits / 3) ** 2 + 2 * bits * batch)
@@ -145,10 +169,10 @@ def private(total: Tensor, deviation: float, noise: Noise) -> Tensor:
 def slack(microbatch: int) -> float:
     """By how much of C a patient may move the computed sum beyond C, because float32 rounds.
 
-    Adding n numbers in float32 in any order errs by at most (n + 2) 2^-24 times the sum of their sizes (Higham
-    2002, section 4.2; products and scales included). With and without a patient the others keep their slots, so
-    that only the sum of one microbatch of n patients rounds differently: twice (n + 2) 2^-24 nC. Microbatches are
-    added in float64, which a 1e-5 covers along with the norm's own rounding.
+    Adding n numbers in float32 in any order errs by at most (n + 2) 2^-24 times the sum of their sizes
+    (Higham 2002, section 4.2; products and scales included). With and without a patient the others keep their
+    slots, so that only the sum of one microbatch of n patients rounds differently: twice (n + 2) 2^-24 nC.
+    Microbatches are added in float64, which 1e-5 covers along with the rounding of the scales.
     """
     return 2 * microbatch * (microbatch + 2) * 2.0**-24 + 1e-5
 
@@ -166,7 +190,7 @@ def fits(program: Program, inputs: dict[str, Columns], schema: Schema) -> None:
     for name, columns in inputs.items():
         shape, dtype = schema.layout(columns)
         if stated[name] != (tuple(shape), dtype):
-            why = f"Its columns give {dtype} {tuple(shape)}, the program expects {stated[name][1]} {stated[name][0]}."
+            why = f"Its columns give {dtype} {tuple(shape)}, not {stated[name][1]} {stated[name][0]}."
             raise ProgramError(
                 f"The input {name} does not fit the program.", why, "Trace it again.", field=name
             )
@@ -183,7 +207,7 @@ _SETTINGS = {
 
 
 def optimizer_for(settings: Optimizer, weights: Tensors) -> torch.optim.Optimizer:
-    """The update rule on these weights; it sees private gradients only, so that all it does is post-processing.
+    """The update rule on these weights; it sees private gradients only, so all it does is post-processing.
 
     Raises:
         RequestError: naming the setting that is unknown or out of range.
@@ -198,7 +222,7 @@ def optimizer_for(settings: Optimizer, weights: Tensors) -> torch.optim.Optimize
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.settings.items()}
     try:
         # one group of plain tensors, no fused kernels: the update's cost depends on sizes alone
-        return _OPTIMIZERS[settings.name](list(weights.values()), **given)  # type: ignore[call-arg,arg-type]
+        return _OPTIMIZERS[settings.name](list(weights.values()), **given)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise RequestError(
             f"The optimiser does not take these settings: {error}", field="optimizer"

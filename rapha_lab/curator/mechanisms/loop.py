@@ -1,0 +1,104 @@
+"""A training loop written by the researcher: each `backward()` is one step of DP-SGD (Abadi et al. 2016, Algorithm 1).
+
+The loop's price is that of all its steps and reserved when it opens. A step draws its own Poisson sample, takes
+the clipped sum of the gradients of the loss as it then is, and adds noise; parameters, optimiser and even the
+loss may change in between, since the sampled Gaussian composes adaptively.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from safetensors.torch import save
+from torch import Tensor
+
+from rapha_lab.curator.accounting import SampledGaussian, noise_for
+from rapha_lab.curator.cohort import View
+from rapha_lab.curator.lift import Lifted, lift
+from rapha_lab.curator.mechanisms import Answer, Progress, train
+from rapha_lab.curator.noise import Noise
+from rapha_lab.protocol.errors import ProgramError, RequestError
+from rapha_lab.protocol.messages import Columns, Gradient, Open
+from rapha_lab.protocol.program import digest
+from rapha_lab.protocol.schema import SPLITS, Schema
+
+__all__ = ["Loop", "plan"]
+
+MOST = 16
+"""Programs a loop remembers."""
+
+
+@dataclass
+class Loop:
+    """An open loop.
+
+    Attributes:
+        ask: how it was opened.
+        rate, sigma: each patient's chance to be in a step, and the noise multiplier.
+        touches: the splits whose patients are looked at.
+        done: steps that ran.
+    """
+
+    ask: Open
+    schema: Schema
+    rate: float
+    sigma: float
+    touches: tuple[str, ...]
+    done: int = 0
+    _lifted: dict[str, Lifted] = field(default_factory=dict)
+    _rows: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> SampledGaussian:
+        """The privacy loss of all its steps."""
+        return SampledGaussian(self.rate, self.sigma, self.ask.steps)
+
+    def gradient(self, ask: Gradient, tensors: bytes, view: View, noise: Noise, progress: Progress) -> Answer:
+        """One private gradient by parameter.
+
+        Raises:
+            ProgramError, RequestError: the step is malformed; it was not taken.
+        """
+        lifted = self._program(ask, tensors)
+        parameters, constants = lifted.tensors(tensors)
+        train.fits(lifted.program, ask.inputs, self.schema)
+        rows = self._inputs(ask.inputs, view)
+        clip, batch = self.ask.clip, self.ask.batch
+        progress(1)
+        self.done += 1
+        drawn = train.draw(len(view), self.rate, train.capacity(train.most(batch, self.rate), lifted.microbatch), noise)
+        total = train.clipped_sum(lifted, parameters, constants, rows, drawn, clip)
+        deviation = self.sigma * clip * (1 + train.slack(lifted.microbatch))
+        share = batch if ask.reduction == "mean" else 1
+        grads = {name: train.private(t, deviation, noise).div_(share) for name, t in total.items()}
+        return Answer({}, save({name: grad.to(parameters[name].dtype) for name, grad in grads.items()}))
+
+    def _program(self, ask: Gradient, tensors: bytes) -> Lifted:
+        if ask.program is not None and ask.digest not in self._lifted:
+            if digest(ask.program) != ask.digest:
+                raise ProgramError("The program is not the one its digest names.", field="digest")
+            lifted = lift(ask.program)
+            lifted.selftest(*lifted.tensors(tensors))
+            while len(self._lifted) >= MOST:
+                del self._lifted[next(iter(self._lifted))]
+            self._lifted[ask.digest] = lifted
+        if ask.digest not in self._lifted:
+            raise ProgramError("The loop does not know this program.", "", "Send it once.", field="program")
+        return self._lifted[ask.digest]
+
+    def _inputs(self, inputs: dict[str, Columns], view: View) -> dict[str, Tensor]:
+        key = repr(sorted(inputs.items()))
+        if key not in self._rows:
+            self._rows = {key: train.with_absent({name: view.tensor(columns) for name, columns in inputs.items()})}
+        return self._rows[key]
+
+
+def plan(ask: Open, schema: Schema, delta: float) -> Loop:
+    """The loop that `ask` would open, its noise solved from (epsilon, delta).
+
+    Raises:
+        RequestError: naming the field that is out of range.
+    """
+    rate = train.rate_of(ask.batch, schema.expected(ask.split))
+    sigma = noise_for(lambda sigma: SampledGaussian(rate, sigma, ask.steps), ask.epsilon, delta)
+    return Loop(ask, schema, rate, sigma, SPLITS if ask.split == "all" else (ask.split,))
