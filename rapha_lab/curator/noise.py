@@ -2,7 +2,7 @@
 
 Construction: the keystream of AES-256 in counter mode (NIST SP 800-38A), keyed from the operating system's
 generator (`os.urandom`), cut into 64-bit words of which the upper 53 bits make a uniform number on a grid of
-2^-53; pairs of those become normal numbers by Box and Muller (1958) in float64. The uniform under the logarithm
+2^-53; pairs of those become normal numbers by Box and Muller (1958) in float64. The uniform in the logarithm
 lies in (0, 1], so the tail ends at 8.6 standard deviations and no draw is infinite.
 
 What is not proved: exact differential privacy of a *continuous* mechanism in floating point (Mironov 2012).

@@ -1,10 +1,10 @@
 """Sealed tensors: patients' columns as an ordinary training loop sees them, without a value of any patient.
 
-A sealed tensor has a shape, a dtype, arithmetic and autograd; its first dimension counts patients and has no number.
-Underneath it holds a few made-up patients drawn from the public schema, so that shapes and dtypes are real ones,
-and remembers the operations that made it. `backward()` replays those on one patient, which gives a program; the
-curator answers with a private gradient. No record is in this process: what is refused here is refused because a
-made-up value would mislead, not because a real one could get out.
+A sealed tensor has a shape, a dtype, arithmetic and autograd; its first dimension counts patients and has no
+number. Underneath it holds a few made-up patients drawn from the public schema, so that shapes and dtypes are
+real, and remembers the operations that made it. `backward()` replays those on one patient, which gives a
+program; the curator answers with a private gradient. No record is in this process: what is refused here is
+refused because a made-up value would mislead, not because a real one could get out.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ REFUSALS: dict[str, tuple[str, str, str]] = {
         ("{name} would show a value computed from patients.", _MISSING, _LOSS),
     ),
     **dict.fromkeys(
-        ("numpy", "__array__", "__dlpack__", "data", "data_ptr", "storage", "untyped_storage", "__array_wrap__"),
+        ("numpy", "__array__", "__dlpack__", "data", "data_ptr", "storage", "untyped_storage"),
         ("{name} would copy patients' values out.", _MISSING, _AGGREGATE),
     ),
     **dict.fromkeys(
@@ -54,12 +54,12 @@ REFUSALS: dict[str, tuple[str, str, str]] = {
     ),
     **dict.fromkeys(
         ("__reduce_ex__", "__deepcopy__", "share_memory_"),
-        ("A sealed tensor cannot be copied or saved.", _MISSING, "Save model.state_dict(): weights are private."),
+        ("A sealed tensor cannot be copied or saved.", _MISSING, "Save the model's weights."),
     ),
-    "__iter__": ("Going through patients one by one was asked for.", _MISSING, "Compute on the whole batch at once."),
-    "__len__": ("The number of patients in a batch was asked for.", "It is not public.", "Use batch.expected."),
+    "__iter__": ("Going through patients one by one was asked for.", _MISSING, "Compute on the whole batch."),
+    "__len__": ("The number of patients in a batch was asked for.", "It is secret.", "Use batch.expected."),
     "__getitem__": ("Single patients were asked for.", _MISSING, "Index the other dimensions: x[:, 0]."),
-    "grad": ("{name} of a loss on patients was asked for.", _MISSING, "Call loss.backward() and read p.grad."),
+    "grad": ("{name} of a loss on patients was asked for.", _MISSING, "loss.backward() fills p.grad."),
 }  # fmt: skip
 
 
@@ -134,7 +134,7 @@ class SealedTensor(Tensor):
             return _counted(out)
         return _remembered(func, name, args, kwargs, out)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = ", ".join(repr(n) for n in self.shape)
         return f"<sealed tensor: ({shape}{',' if self.dim() == 1 else ''}), {str(self.dtype)[6:]}>"
 
@@ -156,10 +156,11 @@ def _name(func: Any) -> str:
 
 def _remembered(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
     made = Made(func, args, kwargs, line=_line())
-    inplace = (
-        (name.endswith("_")
-        and not name.endswith("__"))
-        or name in ("__setitem__", "__iadd__", "__imul__", "__isub__")
+    inplace = (name.endswith("_") and not name.endswith("__")) or name in (
+        "__setitem__",
+        "__iadd__",
+        "__imul__",
+        "__isub__",
     )
     if inplace and isinstance(args[0], SealedTensor):
         return _rebound(args[0], made, name)
@@ -316,7 +317,7 @@ class _Tape:
         if t.requires_grad and not t.is_leaf:
             raise ProgramError(
                 "The loss reads a tensor that was computed from parameters outside the batch's loop.",
-                "Its gradient could not be followed to them.", "Compute it from the parameters within the step.",
+                "Its gradient could not be followed to them.", "Compute it within the step.",
                 line=_line(),
             )  # fmt: skip
         if not any(t is other for other in kept):
@@ -325,7 +326,7 @@ class _Tape:
     def signature(self) -> tuple[Any, ...]:
         """Equal for tapes that make the same program."""
         place = {id(m): k for k, m in enumerate([*self.leaves, *self.order])}
-        outside = {id(t): ("p", k, t.shape) for k, t in enumerate(self.parameters)}
+        outside: dict[int, Any] = {id(t): ("p", k, t.shape) for k, t in enumerate(self.parameters)}
         outside |= {id(t): ("c", k, id(t), t._version) for k, t in enumerate(self.constants)}
 
         def seal(value: Any) -> Any:
@@ -377,7 +378,7 @@ class _Tape:
 
 
 def _narrowed(constant: Tensor, patients: int) -> Tensor:
-    """A constant made with the number of patients as a size, such as a recurrent layer's zeros, for another number."""
+    """A constant with the number of patients as a size, such as a recurrent layer's zeros, for another."""
     if constant.requires_grad or PATIENTS not in constant.shape:
         return constant
     d = list(constant.shape).index(PATIENTS)

@@ -1,7 +1,7 @@
 """Turn a PyTorch model and its loss into the program of one patient, or say which line cannot be one.
 
-A function is exported by `torch.export` on a batch of one patient, so nothing in the program can name a second
-one; without decompositions, so that linear, convolution, attention and recurrent layers stay whole.
+A function is exported by `torch.export` on a batch of one patient, so nothing in the program can name a
+second one; without decompositions, so that linear, convolution, attention and recurrent layers stay whole.
 """
 
 from __future__ import annotations
@@ -235,8 +235,8 @@ def refuse_mixing(function: Callable[[dict[str, Tensor]], Tensor], inputs: Tenso
         raise ProgramError(
             "The model or loss mixes patients.",
             "On three made-up patients its value is neither the mean nor the sum of what each gives alone.",
-            "Compute every patient alone: no statistics, distances or softmax over the batch. A loss with class "
-            'weights is a mean over patients only with reduction="sum".',
+            "Compute every patient alone: no statistics, distances or softmax over the batch. "
+            'A loss with class weights is a sum over patients with reduction="sum".',
             field="model",
         )
 

@@ -1,4 +1,4 @@
-"""Lift one patient's program to a batch of patients by the table, checked and bounded before any record is read.
+"""Lift one patient's program to a batch of patients, checked and bounded before any record is read.
 
 Lifted values have the patient in front, and no argument of a program can name that dimension: so no operation
 mixes two patients, whatever the program is. That independence is what the proof of DP-SGD needs.
@@ -61,7 +61,7 @@ class Lifted:
         self.program = graph.program
 
     def tensors(self, blob: bytes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Parameters and constants out of a safetensors blob, which must hold exactly what the program states.
+        """Parameters and constants out of a safetensors blob that holds exactly what the program states.
 
         Raises:
             ProgramError: naming the tensor at fault.
@@ -103,7 +103,7 @@ class Lifted:
         return torch.cat(parts)
 
     def gradients(self, parameters: Tensors, constants: Tensors, inputs: Tensors) -> dict[str, Tensor]:
-        """Each patient's gradient by every parameter the loss depends on, materialised: `(patients, *shape)`."""
+        """Each patient's gradient by each parameter the loss depends on: `(patients, *shape)`."""
         return gradients.per_patient(gradients.parts(self.graph, self.paths, parameters, constants, inputs))
 
     def clipped_sum(
@@ -125,7 +125,7 @@ class Lifted:
     def selftest(self, parameters: Tensors, constants: Tensors) -> None:
         """Check on this machine that a made-up patient's gradient has the same bits in any company.
 
-        A kernel that rounds a row by its neighbours could be amplified until one patient moves another's gradient.
+        A kernel that rounds a row by its neighbours could be amplified until a patient moves another's part.
 
         Raises:
             RefusedError: if it does not; a function of program and machine alone.
@@ -142,7 +142,7 @@ class Lifted:
             if not all(torch.equal(t, other[name]) for other in seen for name, t in seen[0].items()):
                 raise RefusedError(
                     "This machine does not compute this model reproducibly.",
-                    "A patient's gradient depended on the others in the batch, which would spoil the privacy proof.",
+                    "A patient's gradient depended on the rest of the batch, so privacy is not proved.",
                     "Tell the site's custodian.",
                 )
 
@@ -197,7 +197,8 @@ def lift(program: Program, *, loss: bool = True, limits: Limits = Limits()) -> L
 
 def _dry_run(graph: Graph, paths: gradients.Paths, loss: bool, limits: Limits) -> tuple[int, tuple[int, ...]]:
     """Bytes that one patient adds and the output's shape, by running it all on tensors without values."""
-    program, shapes = graph.program, {}
+    program = graph.program
+    made: dict[str, Any] = {}
 
     def checked(node: Node, compute: Callable[[], Any]) -> Any:
         try:
@@ -211,7 +212,7 @@ def _dry_run(graph: Graph, paths: gradients.Paths, loss: bool, limits: Limits) -
             raise ProgramError(
                 "The model is too large.", f"It was counted up to {at(node)}.", field="program"
             )
-        shapes[node.id] = out
+        made[node.id] = out
         return out
 
     parameters = {s.name: _meta(s, trained=True) for s in program.parameters}
@@ -219,12 +220,10 @@ def _dry_run(graph: Graph, paths: gradients.Paths, loss: bool, limits: Limits) -
     inputs = {s.name: _meta(s, SMALLEST) for s in program.inputs}
     with Meter() as meter, torch.device("meta"):
         if loss:
-            _loss(
-                lambda: gradients.parts(graph, paths, parameters, constants, inputs, checked), graph, shapes
-            )
+            _loss(lambda: gradients.parts(graph, paths, parameters, constants, inputs, checked), graph, made)
         else:
             gradients.forward(graph, {**parameters, **constants}, inputs, checked)
-    out = shapes[program.output]
+    out = made[program.output]
     if not isinstance(out, Tensor):
         raise ProgramError("The program's output is no tensor.", field="output")
     return meter.bytes // SMALLEST, tuple(out.shape[1:])
@@ -269,10 +268,10 @@ def _meta(spec: TensorSpec, *size: int, trained: bool = False) -> Tensor:
         raise ProgramError(
             f"The parameter {spec.name} is {spec.dtype}.", "Only floats are trained.", field=spec.name
         )
-    return torch.empty(*size, *spec.shape, dtype=dtype, device="meta")
+    return torch.empty((*size, *spec.shape), dtype=dtype, device="meta")
 
 
-def _loss(differentiate: Callable[[], Any], graph: Graph, shapes: dict[str, Any]) -> None:
+def _loss(differentiate: Callable[[], Any], graph: Graph, made: dict[str, Any]) -> None:
     """Differentiate once, for the errors it gives."""
     try:
         found = differentiate()
@@ -282,7 +281,7 @@ def _loss(differentiate: Callable[[], Any], graph: Graph, shapes: dict[str, Any]
         raise
     except Exception:
         found = {}
-    out = shapes.get(graph.program.output)
+    out = made.get(graph.program.output)
     if isinstance(out, Tensor) and (out[0].numel() != 1 or not out.is_floating_point()):
         why = f"It has shape {tuple(out.shape[1:])} and dtype {str(out.dtype)[6:]}."
         raise ProgramError(

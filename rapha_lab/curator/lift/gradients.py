@@ -1,11 +1,11 @@
-"""Per-patient gradients of a lifted loss, clipped and summed: the norm is taken of the very numbers that are added.
+"""Per-patient gradients of a lifted loss, clipped and summed: norms are taken of the very numbers added.
 
 A parameter reaches its clipped sum on a path chosen from the program alone:
 
-- outer: the weight of a linear layer, used once at one position. A patient's gradient is the outer product of the
-  stored output gradient and input, its norm the product of theirs; it is never materialised.
+- outer: the weight of a linear layer, used once at one position. A patient's gradient is the outer product
+  of the stored output gradient and input, its norm the product of theirs; it is never materialised.
 - rows: an embedding used once. A patient's gradient is kept for the rows the patient uses.
-- stored: linear layers at several positions, convolutions, recurrent layers, and layers that share a parameter.
+- stored: linear layers at several positions, convolutions, recurrent layers, layers that share a parameter.
   A patient's gradient is materialised, added up over the uses, measured and summed.
 - copy: any other use. Each patient gets an own copy of the parameter, which autograd differentiates.
 

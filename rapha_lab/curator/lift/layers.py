@@ -1,5 +1,5 @@
 # ruff: noqa: D103  (a rule does what the operation it is entered under does)
-"""The table's rules for layers: a weight is shared by all patients, or (dimension 0 being theirs) each patient's own."""
+"""The table's rules for layers: a weight is shared by all patients, or each patient's own (dimension 0)."""
 
 from __future__ import annotations
 
@@ -81,8 +81,9 @@ def layer_norm(
     if len(shape) > x.dim() - 1:
         raise ValueError("more normalised dimensions than there are")
     if all(t is None or t.shape[0] == 1 for t in (weight, bias)):
-        return F.layer_norm(x, shape, *(None if t is None else t[0] for t in (weight, bias)), eps)
-    return _affine(F.layer_norm(x, shape, None, None, eps), weight, bias)
+        w, b = (None if t is None else t[0] for t in (weight, bias))
+        return F.layer_norm(x, list(shape), w, b, eps)
+    return _affine(F.layer_norm(x, list(shape), None, None, eps), weight, bias)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -130,8 +131,8 @@ def batch_norm(
 ) -> Tensor:  # fmt: skip
     if training or mean is None or variance is None:
         raise ValueError("statistics over patients; use GroupNorm or LayerNorm")
-    centred = (x - _channels(mean, x)) * (_channels(variance, x) + eps).rsqrt()  # type: ignore[operator]
-    return _affine(centred, _channels(weight, x), _channels(bias, x))
+    plain = (x - _channels(mean, x)) * torch.rsqrt(_channels(variance, x) + eps)  # type: ignore[operator,arg-type]
+    return _affine(plain, _channels(weight, x), _channels(bias, x))
 
 
 @rule("_native_batch_norm_legit_no_training.default")
@@ -234,12 +235,31 @@ def rule_op(name: str) -> Any:
     return getattr(getattr(torch.ops.aten, op), overload)
 
 
-folding(1, "max_pool1d.default", "avg_pool1d.default", "adaptive_avg_pool1d.default", "upsample_nearest1d.vec",
-        "upsample_linear1d.vec")  # fmt: skip
-folding(2, "max_pool2d.default", "avg_pool2d.default", "adaptive_avg_pool2d.default", "upsample_nearest2d.vec",
-        "upsample_bilinear2d.vec", "upsample_bicubic2d.vec")  # fmt: skip
-folding(3, "max_pool3d.default", "avg_pool3d.default", "adaptive_avg_pool3d.default", "upsample_nearest3d.vec",
-        "upsample_trilinear3d.vec")  # fmt: skip
+folding(
+    1,
+    "max_pool1d.default",
+    "avg_pool1d.default",
+    "adaptive_avg_pool1d.default",
+    "upsample_nearest1d.vec",
+    "upsample_linear1d.vec",
+)
+folding(
+    2,
+    "max_pool2d.default",
+    "avg_pool2d.default",
+    "adaptive_avg_pool2d.default",
+    "upsample_nearest2d.vec",
+    "upsample_bilinear2d.vec",
+    "upsample_bicubic2d.vec",
+)
+folding(
+    3,
+    "max_pool3d.default",
+    "avg_pool3d.default",
+    "adaptive_avg_pool3d.default",
+    "upsample_nearest3d.vec",
+    "upsample_trilinear3d.vec",
+)
 
 
 def _pairs(rank: int, name: str) -> None:

@@ -214,7 +214,7 @@ def ones(*args: Any) -> Tensor:
 
 
 def _made(value: float, args: tuple[Any, ...]) -> Tensor:
-    like = args[0] if isinstance(args[0], Tensor) else None
+    like: Any = args[0] if isinstance(args[0], Tensor) else None
     size = next((a for a in args if isinstance(a, list)), None)
     dtype = next((a for a in args if isinstance(a, torch.dtype)), like.dtype if like is not None else None)
     return torch.full((1, *(like.shape[1:] if size is None else size)), value, dtype=dtype or torch.float32)

@@ -218,12 +218,12 @@ def index_select(x: Tensor, d: int, index: Tensor) -> Tensor:
 
 
 @rule("gather.default", "take_along_dim.default")
-def gather(x: Tensor, d: int | Tensor, index: Any, sparse: bool = False) -> Tensor:
+def gather(x: Tensor, d: Any, index: Any, sparse: bool = False) -> Tensor:
     if isinstance(d, Tensor):
         d, index = index, d
-    d = dim(x, d)
-    x, index = together([x, clamped(index, x.shape[d])])
-    return x.gather(d, index)
+    where = dim(x, d)
+    x, index = together([x, clamped(index, x.shape[where])])
+    return x.gather(where, index)
 
 
 @rule("index.Tensor")
@@ -242,7 +242,7 @@ def index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     patient = torch.arange(size, device=x.device).reshape(size, *[1] * rank)
     out = x.expand(size, *x.shape[1:])[(patient, *(slice(None) if i is None else i for i in picks))]
     first, apart = where[0], where != list(range(where[0], where[-1] + 1))
-    # the patient's index joins the others: torch then puts the picked dimensions first if they were not adjacent to it
+    # beside the patient's index torch puts picked dimensions first if they do not follow it
     if first and not apart:
         out = out.movedim(tuple(range(1, rank + 1)), tuple(range(first + 1, first + rank + 1)))
     return out

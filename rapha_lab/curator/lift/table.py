@@ -37,7 +37,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def dims(tensor: Tensor, which: int | Sequence[int] | None) -> list[int]:
-    """A program's dimensions of one patient's value as dimensions of the lifted tensor; None is all of them."""
+    """Dimensions of one patient's value as dimensions of the lifted tensor; None is all of them."""
     rank = tensor.dim() - 1
     which = range(rank) if which is None else [which] if isinstance(which, int) else which
     for d in which:
@@ -80,7 +80,7 @@ def aligned(args: Sequence[Any]) -> list[Any]:
 
 
 def _promoted(args: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
-    """Single numbers in the dtype torch would give them beside tensors: lifting must not make them weigh more."""
+    """Single numbers in the dtype torch would give them beside tensors: lifting must not promote them."""
     ones = [torch.empty((1,) * (t.dim() - 1), dtype=t.dtype, device="meta") for t in tensors]
     whole = ones[0]
     for one in ones[1:]:
@@ -103,14 +103,34 @@ def _apply(op: Any, args: list[Any]) -> Any:
     return op(*args[:split], **dict(zip(names, args[split:], strict=False)))
 
 
+_PLAIN = (
+    "abs", "neg", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "sin",
+    "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf",
+    "erfc", "sigmoid", "log_sigmoid", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu",
+    "gelu", "softplus", "elu", "celu", "selu", "leaky_relu", "mish", "square", "reciprocal", "sign",
+    "sgn", "positive", "floor", "ceil", "round", "trunc", "frac", "isnan", "isinf", "isfinite",
+    "logical_not", "logical_and", "logical_or", "logical_xor", "clamp", "clamp_min", "clamp_max",
+    "threshold", "softshrink", "hardshrink", "nan_to_num", "logit", "maximum", "minimum", "atan2",
+    "hypot", "logaddexp", "logaddexp2", "addcmul", "addcdiv", "sinc", "deg2rad", "rad2deg",
+    "lift_fresh_copy", "alias", "detach", "heaviside",
+)  # fmt: skip
+_WITH_TENSOR = (
+    "add", "sub", "mul", "div", "rsub", "eq", "ne", "lt", "le", "gt", "ge", "xlogy", "clamp",
+    "clamp_min", "clamp_max",
+)  # fmt: skip
+_WITH_NUMBER = (
+    "add", "sub", "mul", "div", "rsub", "eq", "ne", "lt", "le", "gt", "ge",
+)  # fmt: skip
+_BITWISE = ("bitwise_and", "bitwise_or", "bitwise_xor")
+
 elementwise(
-    *(f"{name}.default" for name in ["abs", "neg", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc", "sigmoid", "log_sigmoid", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "softplus", "elu", "celu", "selu", "leaky_relu", "mish", "square", "reciprocal", "sign", "sgn", "positive", "floor", "ceil", "round", "trunc", "frac", "isnan", "isinf", "isfinite", "logical_not", "logical_and", "logical_or", "logical_xor", "clamp", "clamp_min", "clamp_max", "threshold", "softshrink", "hardshrink", "nan_to_num", "logit", "maximum", "minimum", "atan2", "hypot", "logaddexp", "logaddexp2", "addcmul", "addcdiv", "sinc", "deg2rad", "rad2deg", "lift_fresh_copy", "alias", "detach", "heaviside", "copysign"]),
-    *(f"{name}.Tensor" for name in ["add", "sub", "mul", "div", "rsub", "eq", "ne", "lt", "le", "gt", "ge", "xlogy", "clamp", "clamp_min", "clamp_max"]),
-    *(f"{name}.Scalar" for name in ["add", "sub", "mul", "div", "rsub", "eq", "ne", "lt", "le", "gt", "ge"]),
-    *(f"{name}.{kind}" for name in ("bitwise_and", "bitwise_or", "bitwise_xor") for kind in ("Tensor", "Scalar")),
+    *(f"{name}.default" for name in _PLAIN),
+    *(f"{name}.Tensor" for name in (*_WITH_TENSOR, *_BITWISE)),
+    *(f"{name}.Scalar" for name in (*_WITH_NUMBER, *_BITWISE)),
     "bitwise_not.default", "lerp.Scalar", "lerp.Tensor", "where.self",
     "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "masked_fill.Scalar", "copysign.Tensor",
-    "pow.Scalar", "xlogy.Scalar_Other", "xlogy.Scalar_Self", "special_log_ndtr.default", "special_ndtr.default",
+    "pow.Scalar", "xlogy.Scalar_Other", "xlogy.Scalar_Self", "special_log_ndtr.default",
+    "special_ndtr.default",
     "max.other", "min.other",
 )  # fmt: skip
 
@@ -129,8 +149,8 @@ def _floats_only(*names: str) -> None:
 
 
 _floats_only(
-    "div.Tensor_mode", "div.Scalar_mode", "fmod.Tensor", "fmod.Scalar", "remainder.Tensor", "remainder.Scalar",
-    "floor_divide.default", "pow.Tensor_Tensor", "pow.Tensor_Scalar",
+    "div.Tensor_mode", "div.Scalar_mode", "fmod.Tensor", "fmod.Scalar", "remainder.Tensor",
+    "remainder.Scalar", "floor_divide.default", "pow.Tensor_Tensor", "pow.Tensor_Scalar",
 )  # fmt: skip
 
 

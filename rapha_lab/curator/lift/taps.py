@@ -20,7 +20,10 @@ __all__ = ["TAPS", "Outer", "Part", "Rows", "Stored", "Use", "squared"]
 class Part(Protocol):
     """Every patient's gradient by one parameter, in stored form."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The parameter's."""
+        ...
 
     def square(self) -> Tensor:
         """Each patient's squared norm, `(patients,)` float64; not finite if a number of it is not."""
@@ -120,7 +123,10 @@ class Rows:
 class Use(Protocol):
     """One use of a layer's parameters."""
 
-    outputs: list[Tensor]
+    @property
+    def outputs(self) -> list[Tensor]:
+        """What the loss is differentiated by."""
+        ...
 
     def parts(self, grads: Sequence[Tensor]) -> list[Part]:
         """The gradients of its parameters, from the gradients of the loss by its outputs."""
@@ -131,8 +137,8 @@ Run = Callable[..., tuple[Any, list[Use]]]
 TAPS: dict[str, tuple[Callable[[list[Any]], list[Any]], Run]] = {}
 """Operation → (which of its arguments are weights; the layer, giving its output and uses).
 
-Weights that a layer does without are None. The layer is called with the weights' names, the number of patients
-and the operation's arguments."""
+Weights that a layer does without are None. The layer is called with the weights' names, the number of
+patients and the operation's arguments."""
 
 
 def tap(weights: Callable[[list[Any]], list[Any]], *names: str) -> Callable[[Run], Run]:
@@ -200,11 +206,7 @@ class Convolution:
         stride, padding, dilation, groups = self.setting
         kernel, x, (g,) = self.shape[2:], self.inputs, grads
         rank, size = len(kernel), len(x)
-        x = (
-            F.pad(x.flatten(0, 1), [p for pair in padding[::-1] for p in (pair,) * 2])
-            if any(padding)
-            else x.flatten(0, 1)
-        )
+        x = F.pad(x.flatten(0, 1), [p for pair in padding[::-1] for p in (pair, pair)])
         for d in range(rank):
             x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
         # (images, channels, *positions, *kernel) → (patients, groups, images * positions, channels * kernel)
