@@ -123,6 +123,20 @@ def test_nearly_equal_texts_have_equal_sizes() -> None:
     assert len(sizes) == 1
 
 
+FINISHED = bytes(MIB - 8) + (MIB - 8).to_bytes(
+    8, "big"
+)  # a chunk that reads like the last one of an envelope
+
+
+@suites
+def test_a_text_that_looks_finished_midway_cannot_be_cut_there(key: PrivateKey) -> None:
+    """The text itself cannot feign its end: only the last chunk's nonce says so."""
+    envelope = seal(FINISHED + bytes(2 * MIB), key.public, b"c")
+    header = len(envelope) - padded(3 * MIB + 8) - 4 * 16
+    with pytest.raises(SealError):
+        open_sealed(envelope[: header + MIB + 16], key, b"c")
+
+
 class TestMutants:
     """What the tests above would not notice if they had no teeth."""
 
@@ -130,8 +144,7 @@ class TestMutants:
         """The flag is what refuses an envelope cut at a chunk's end."""
         monkeypatch.setattr(sealing, "_nonce", lambda number, last: number.to_bytes(12, "big"))
         key, size = KEYS["x25519"], MIB + 16
-        text = bytes(MIB - 8) + (MIB - 8).to_bytes(8, "big") + bytes(2 * MIB)
-        envelope = seal(text, key.public, b"c")
+        envelope = seal(FINISHED + bytes(2 * MIB), key.public, b"c")
         cut = envelope[: 5 + 32 + 48 + size]
         assert open_sealed(cut, key, b"c") == bytes(MIB - 8)
 

@@ -167,11 +167,13 @@ TCB = bytes([1, 2, 3, 4, 0, 0, 0, 9])
 class Amd:
     """Issues chains like AMD's for Turin, and signs reports and revocation lists."""
 
-    def __init__(self) -> None:
+    def __init__(self, authority: bool = True) -> None:
         self.root_key, self.mid_key = (rsa.generate_private_key(65537, 2048) for _ in range(2))
         self.chip_key = ec.generate_private_key(ec.SECP384R1())
         self.root = self._certificate("ARK-Turin", "ARK-Turin", self.root_key.public_key(), self.root_key)
-        self.mid = self._certificate("SEV-Turin", "ARK-Turin", self.mid_key.public_key(), self.root_key)
+        self.mid = self._certificate(
+            "SEV-Turin", "ARK-Turin", self.mid_key.public_key(), self.root_key, None if authority else []
+        )
         svn = [(NAME + oid, bytes([2, 1, TCB[at]])) for oid, at in SVN.values()]
         self.vcek = self._leaf([*svn, (NAME + "4", CHIP[:8])])
         self.vlek = self._leaf([*svn, (NAME + "5", b"\x16\x05cloud")])
@@ -324,6 +326,16 @@ class TestMadeUpAmd:
         for days in (31, -31):
             with pytest.raises(EvidenceError, match="expired or is not yet valid"):
                 judge(amd.report(), now=JUNE + timedelta(days=days))
+
+    def test_a_chip_cannot_issue_certificates(
+        self, judge: Callable[..., Claims], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An issuer that does not say it is an authority is none, whatever its own issuer."""
+        lame = Amd(authority=False)
+        monkeypatch.setattr(sev_snp, "ROOTS", {lame.root.fingerprint(hashes.SHA256()).hex(): "ARK-Turin"})
+        endorsements = Endorsements(lame.vcek.public_bytes(Encoding.DER), lame.chain)
+        with pytest.raises(EvidenceError, match="may not issue"):
+            Verifier().verify(Evidence(SNP, lame.report(), NOBODY), endorsements, JUNE)
 
     def test_a_root_that_is_not_pinned_is_refused(self, amd: Amd) -> None:
         """A perfect chain to a root of one's own making."""
