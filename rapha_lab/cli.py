@@ -106,9 +106,10 @@ def _show_key(args: argparse.Namespace) -> None:
 
 
 def _show_policy(args: argparse.Namespace) -> None:
+    from rapha_lab.client.policies import plain_english
     from rapha_lab.protocol.policy import Policy
 
-    print(Policy.parse(args.policy.read_text()).plain_english())
+    print(plain_english(Policy.parse(args.policy.read_text())))
 
 
 def _check_policy(args: argparse.Namespace) -> None:
@@ -119,11 +120,12 @@ def _check_policy(args: argparse.Namespace) -> None:
 
 
 def _state(args: argparse.Namespace) -> None:
+    from rapha_lab.client.policies import plain_english
     from rapha_lab.protocol.keys import PrivateKey
     from rapha_lab.protocol.policy import Policy, state
 
     policy = Policy.parse(args.policy.read_text())
-    print(policy.plain_english())
+    print(plain_english(policy))
     key = PrivateKey.load(args.key, _passphrase("Your passphrase: "))
     said = state(args.act, policy, key, args.subject, args.reason)
     with Path(f"{args.policy}.signatures").open("ab") as file:

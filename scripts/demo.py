@@ -38,7 +38,7 @@ def main() -> int:
     notebook = nbformat.read(TUTORIAL, as_version=4)
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(TUTORIAL.parent)}})
     problem = None
-    with client.setup_kernel(env=_environment()):
+    with client.setup_kernel(env=_environment(), extra_arguments=["--log-level=40"]):
         try:
             for number, cell in enumerate(notebook.cells):
                 print(f"\r  {number + 1} of {len(notebook.cells)} cells", end="", flush=True)
@@ -82,12 +82,13 @@ def _keep(notebook: nbformat.NotebookNode) -> None:
 
 def _tell(figures: dict) -> None:
     low, high = figures["auroc_interval"]
+    spent, budget, left = figures["epsilon_spent"], figures["epsilon_budget"], figures["epsilon_left"]
     print(f"""
   A PyTorch model was trained on 7,874 real patients nobody here can see.
   The hospital was SIMULATED on this machine: real processes, sealing, noise and ledger; no hardware.
 
     AUROC on held-out patients   {figures["auroc"]:.3f}   (95 % {low:.3f} to {high:.3f})
-    privacy loss per patient     ε = {figures["epsilon_spent"]:.2f} of {figures["epsilon_budget"]:g} spent, {figures["epsilon_left"]:.2f} left
+    privacy loss per patient     ε = {spent:.2f} of {budget:g} spent, {left:.2f} left
     time                         {figures["seconds"]:.0f} s
 
   Read it:    {(BUILD / TUTORIAL.with_suffix(".html").name).relative_to(ROOT)}

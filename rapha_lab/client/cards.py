@@ -66,7 +66,8 @@ def site(card: dict[str, Any]) -> dict[str, Any]:
         f" · sandbox tier <b>{escape(card['tier'])}</b>",
         f"policy: <b>{escape(policy['name'])}</b> <code>{escape(policy['hash'][:12])}…</code>, signed by {escape(signers)},"
         f" expires {escape(policy['expires'])}",
-        "datasets: " + ", ".join(f"<b>{escape(d['name'])}</b> ({escape(d['title'])})" for d in card["datasets"]),
+        "datasets: "
+        + ", ".join(f"<b>{escape(d['name'])}</b> ({escape(d['title'])})" for d in card["datasets"]),
     ]
     edge = AMBER if card.get("simulated") else TEAL
     html = _box(edge, "".join(f"<div>{line}</div>" for line in lines if line))
@@ -88,7 +89,9 @@ def dataset(card: dict[str, Any]) -> dict[str, Any]:
         f'<td style="text-align:left;{_MUTED}">{escape(c["meaning"])}</td></tr>'
         for c in card["columns"]
     )
-    patients = f"about {card['patients']:,} patients" if card.get("patients") else "number of patients not public"
+    patients = (
+        f"about {card['patients']:,} patients" if card.get("patients") else "number of patients not public"
+    )
     html = _box(
         AMBER if card.get("simulated") else TEAL,
         f"<b>{escape(card['name'])}</b>: {escape(card['title'])}"
@@ -109,7 +112,9 @@ def dataset(card: dict[str, Any]) -> dict[str, Any]:
 def _range(column: dict[str, Any]) -> str:
     if column.get("bounds"):
         low, high = column["bounds"]
-        return f"{low:g} to {high:g} {column.get('unit', '')}".strip() + (" (log)" if column.get("scale") == "log" else "")
+        return f"{low:g} to {high:g} {column.get('unit', '')}".strip() + (
+            " (log)" if column.get("scale") == "log" else ""
+        )
     if column.get("categories"):
         return ", ".join(column["categories"][:12]) + ("…" if len(column["categories"]) > 12 else "")
     return "yes or no"
@@ -151,7 +156,9 @@ def job(card: dict[str, Any]) -> dict[str, Any]:
         f"{bar}<div>{' · '.join(words)}</div>"
         f'<small style="{_MUTED}">job {escape(card["id"][:8])} · {escape(card["dataset"])} at {escape(card["site"])}</small>',
     )
-    plain = f"job {card['id'][:8]} at {card['site']}: {state}" + (f", step {step} of {steps}" if steps else "")
+    plain = f"job {card['id'][:8]} at {card['site']}: {state}" + (
+        f", step {step} of {steps}" if steps else ""
+    )
     return {JOB: card, "text/html": html, "text/plain": plain}
 
 

@@ -48,9 +48,11 @@ class Channel:
         nonce = os.urandom(32)
         evidence = Evidence.decode(self._send("GET", "/evidence", params={"nonce": nonce.hex()}))
         if evidence.binding.nonce != nonce:
-            raise EvidenceError("The evidence is not fresh.", "It is bound to another nonce.", "Connect again.")
+            raise EvidenceError(
+                "The evidence is not fresh.", "It is bound to another nonce.", "Connect again."
+            )
         claims = Verifier().verify(evidence, self._endorsements)
-        return appraise(claims, evidence.binding, self._policy).require(), evidence.binding
+        return appraise(claims, evidence.binding, self._policy, nonce=nonce).require(), evidence.binding
 
     @property
     def site_key(self) -> PublicKey:
@@ -128,7 +130,9 @@ def _refusal(response: httpx.Response) -> RaphaError:
     try:
         error = from_wire(response.json())
     except (ValueError, AttributeError):
-        return SiteError("The site gave no answer of ours.", f"HTTP {response.status_code}.", "Is this its address?")
+        return SiteError(
+            "The site gave no answer of ours.", f"HTTP {response.status_code}.", "Is this its address?"
+        )
     if isinstance(error, SealError):
         return _OtherEvidence(error.what, error.why, error.instead)
     return error

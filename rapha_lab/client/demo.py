@@ -91,5 +91,7 @@ def _launch(seconds: float) -> dict[str, Any]:
     process.kill()
     last = said.read_text().strip().splitlines()[-1:]
     raise SiteError(
-        "The demo site did not start.", f"It wrote: {last[0] if last else 'nothing'}", f"See {said} for the rest."
+        "The demo site did not start.",
+        f"It wrote: {last[0] if last else 'nothing'}",
+        f"See {said} for the rest.",
     )

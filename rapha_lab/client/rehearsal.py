@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -56,7 +57,7 @@ class Rehearsal:
         with self._lock:
             self.namespace.update(inputs)
             self.namespace["patients"] = Patients(
-                schema, lambda a, t=b"": self._answer(schema, a, t), epsilon=epsilon, most_steps=STEPS
+                schema, partial(self._answer, schema), epsilon=epsilon, most_steps=STEPS
             )
             screen = interpreter.Screen(show or (lambda output: None))
             interpreter.run(source, self.namespace, screen, "<enclave cell>")

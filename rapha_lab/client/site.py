@@ -101,11 +101,13 @@ def _key(key: PrivateKey | str | Path | None, passphrase: str | None) -> Private
             'Make one with "rapha-lab keys new" and say connect(url, key="me.key").',
             field="key",
         )
-    return PrivateKey.load(key, passphrase if passphrase is not None else os.environ.get("RAPHA_LAB_PASSPHRASE", ""))
+    return PrivateKey.load(
+        key, passphrase if passphrase is not None else os.environ.get("RAPHA_LAB_PASSPHRASE", "")
+    )
 
 
 def _remember(site: Site, where: str, key: str | Path | None) -> None:
-    told = {"where": where, "url": site.url, "key": str(key) if key else "", "site_key": str(site.key)}
+    told: dict[str, Any] = {"where": where, "url": site.url, "key": str(key) if key else "", "site_key": str(site.key)}
     told |= {"project": site.project, "simulated": site.simulated, "name": site.name}
     write(home() / "sites" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', site.name)}.json", told)
 
@@ -117,7 +119,14 @@ def known() -> list[Site]:
         told = read(path)
         try:
             if told.get("where") != "demo":
-                found.append(connect(told["url"], key=told["key"], project=told["project"], allow_simulated=told["simulated"]))
+                found.append(
+                    connect(
+                        told["url"],
+                        key=told["key"],
+                        project=told["project"],
+                        allow_simulated=told["simulated"],
+                    )
+                )
             elif demo.running() is not None:
                 found.append(connect("demo"))
         except (RaphaError, KeyError, OSError):
@@ -174,7 +183,9 @@ class Site:
             if told["name"] == name:
                 return Dataset(self, told)
         names = ", ".join(told["name"] for told in self._card["datasets"])
-        raise RequestError(f"{self.name} has no dataset {name!r}.", f"It has: {names}.", "Name one.", field="dataset")
+        raise RequestError(
+            f"{self.name} has no dataset {name!r}.", f"It has: {names}.", "Name one.", field="dataset"
+        )
 
     @property
     def datasets(self) -> list[str]:
@@ -194,7 +205,7 @@ class Site:
     ) -> Job:
         """Send a cell to run in one of your sessions there; returns at once."""
         parcel, blob = inputs or ({}, b"")
-        order = {"session": session, "dataset": dataset, "source": source, "project": self.project}
+        order: dict[str, Any] = {"session": session, "dataset": dataset, "source": source, "project": self.project}
         order |= {"epsilon": epsilon, "outputs": list(outputs), "inputs": parcel, "origin": origin or {}}
         return self.attach(self._channel.call("run", order, blob)[0]["cell"])
 
@@ -217,7 +228,9 @@ class Site:
     def _tag(self) -> dict[str, Any]:
         return {"site": self.name, "simulated": self.simulated}
 
-    def _watch(self, job: str, after: int, wait: float, state: str, step: int) -> tuple[dict[str, Any], bytes]:
+    def _watch(
+        self, job: str, after: int, wait: float, state: str, step: int
+    ) -> tuple[dict[str, Any], bytes]:
         asked = {"cell": job, "after": after, "wait": wait, "state": state, "step": step}
         told, blob = self._channel.call("watch", asked)
         return told | self._tag(), blob
@@ -322,7 +335,11 @@ class Job:
         """Raise what ended the job, if it did not end well."""
         if self.state == "done":
             return
-        error = from_wire(self.told["error"]) if self.told.get("error") else SiteError(f"The job is {self.state}.")
+        error = (
+            from_wire(self.told["error"])
+            if self.told.get("error")
+            else SiteError(f"The job is {self.state}.")
+        )
         if isinstance(error, CellError):
             error.traceback = list(self.told.get("traceback") or [])
         raise error

@@ -1,0 +1,1 @@
+"""The only process with records: policy, ledger, mechanisms, log. It opens no socket."""

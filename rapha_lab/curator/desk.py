@@ -100,7 +100,9 @@ class Desk:
         question = hashlib.sha256(request + hashlib.sha256(tensors).digest()).digest()
         if (before := self._ledger.settled(caller.job, question)) is not None:
             body, blob, receipt = before  # its reply was lost on the way; it is paid for
-            return self._release(caller.job, ask, account.delta, Answer(msgspec.json.decode(body)["values"], blob), receipt)
+            return self._release(
+                caller.job, ask, account.delta, Answer(msgspec.json.decode(body)["values"], blob), receipt
+            )
         if isinstance(ask, messages.Open):
             return self._open(caller, ask, cohort, account, question)
         plan = plan_of(ask, tensors, cohort.schema, account.delta, self._noise)
@@ -155,8 +157,14 @@ class Desk:
 
     def _loop(self, caller: Caller, job: str) -> Loop:
         owner, found, _ = self._loops.get(job, (None, None, None))
-        if owner is None or found is None or (owner.researcher, owner.project) != (caller.researcher, caller.project):
-            raise RequestError("There is no such loop.", "It was closed, or is another's.", "Open one.", field="loop")
+        if (
+            owner is None
+            or found is None
+            or (owner.researcher, owner.project) != (caller.researcher, caller.project)
+        ):
+            raise RequestError(
+                "There is no such loop.", "It was closed, or is another's.", "Open one.", field="loop"
+            )
         return found
 
     def sweep(self, cell: str) -> None:
@@ -188,7 +196,10 @@ class Desk:
         if dataset not in self._cohorts:
             known = ", ".join(sorted(self._cohorts)) or "none"
             raise RequestError(
-                f"There is no dataset {dataset!r} here.", f"This site has: {known}.", "Name one of them.", field="dataset"
+                f"There is no dataset {dataset!r} here.",
+                f"This site has: {known}.",
+                "Name one of them.",
+                field="dataset",
             )
         return self._cohorts[dataset]
 
@@ -201,6 +212,15 @@ class Desk:
                 f"Answers of the lane {lane} are released here by {release}.",
                 "This version of the site cannot collect a custodian's release yet, so it does not ask the records.",
                 'Ask the custodians to sign release = "auto" for this lane, if they agree to that.',
+            )
+        smallest = policy.project(caller.project).smallest_cohort
+        expected = self._cohort(ask.dataset).schema.expected(ask.split)
+        if expected is not None and expected < smallest:
+            raise PolicyError(
+                f"The split {ask.split} of {ask.dataset} is too small.",
+                f"About {expected:.0f} patients are expected; the policy asks for {smallest} or more.",
+                "Ask about a larger split.",
+                field="split",
             )
         program = ask.program if isinstance(ask, messages.Fit) else program
         if program is not None:

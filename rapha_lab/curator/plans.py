@@ -5,6 +5,8 @@ from __future__ import annotations
 from rapha_lab.curator.mechanisms import Plan, aggregate, evaluate, train
 from rapha_lab.curator.noise import Noise
 from rapha_lab.protocol import messages
+from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.messages import Count, Histogram, Mean
 from rapha_lab.protocol.schema import Schema
 
 __all__ = ["plan_of"]
@@ -20,4 +22,6 @@ def plan_of(ask: messages.ASKS, tensors: bytes, schema: Schema, delta: float, no
         return train.plan(ask, tensors, schema, delta, noise)
     if isinstance(ask, messages.Evaluate):
         return evaluate.plan(ask, tensors, schema, delta)
-    return aggregate.plan(ask, schema, delta)
+    if isinstance(ask, Count | Mean | Histogram):
+        return aggregate.plan(ask, schema, delta)
+    raise RequestError("A loop is opened, stepped and closed.", "It is no single question.", field="op")

@@ -1,8 +1,8 @@
 """The curator's process: frames in on one pipe, frames out on another. It opens no socket.
 
-    in   {"do": "ask", "id", "researcher", "project", "ask": raw}   {"do": "cancel", "id"}   {"do": "sweep", "id": cell}
-         {"do": "catalog", "id", "project"}   {"do": "log", "id", "start"}
-    out  {"id", "step", "steps"}   {"id", "release" | "result" | "error"}
+in   {"do": "ask", "id", "researcher", "project", "ask": raw}   {"do": "cancel", "id"}   {"do": "sweep", "id": cell}
+     {"do": "catalog", "id", "project"}   {"do": "log", "id", "start"}
+out  {"id", "step", "steps"}   {"id", "release" | "result" | "error"}
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Server:
     def _answer(self, call: Call, tensors: bytes) -> None:
         def on_step(done: int, planned: int) -> None:
             if not self._cancelled.isdisjoint((call.id, "*")):
-                raise Cancelled("The job was cancelled.", "The steps that had run stay charged.", "Run it again.")
+                raise Cancelled(
+                    "The job was cancelled.", "The steps that had run stay charged.", "Run it again."
+                )
             if planned > 1:
                 self._say({"id": call.id, "step": done, "steps": planned})
 

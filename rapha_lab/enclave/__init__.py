@@ -1,0 +1,1 @@
+"""What runs at the hospital around the curator: keys, processes, sandbox, attestation, gateway."""

@@ -218,7 +218,7 @@ class Cells:
             if cell.size > MAX_OUTPUT:
                 return
             # a print is an output like any other, so that it too can be signed
-            data = output["data"] if output["type"] == "display" else {"text/plain": output["text"].rstrip("\n")}
+            data = output["data"] if output["type"] == "display" else _printed(output)
             signed = self._sign(cell.id, cell.order.origin.get("cell", ""), len(cell.outputs), data)
             output = output | {"data": data, "metadata": {**output.get("metadata", {}), "rapha": signed}}
             cell.outputs.append(output)
@@ -266,7 +266,6 @@ class Cells:
         self._add(cell, {"type": "display", "data": data, "metadata": {}, "of": MIME})
         return wire, blob
 
-
     def _again(self, asked: tuple[Any, ...], lost: CuratorLost) -> tuple[dict[str, Any], bytes]:
         """The answer if it was settled before the curator died: it is paid for, and asking for it again is free."""
         try:
@@ -275,10 +274,18 @@ class Cells:
             raise lost from None
 
 
+def _printed(output: dict[str, Any]) -> dict[str, Any]:
+    """What was printed, as a bundle."""
+    text = output["text"].rstrip("\n")
+    return {"text/plain": text} | (
+        {"application/vnd.jupyter.stderr": text} if output["name"] == "stderr" else {}
+    )
+
+
 def _epsilon(request: bytes) -> float:
     try:
-        return messages.decode(request).epsilon
-    except (RaphaError, AttributeError):
+        return float(getattr(messages.decode(request), "epsilon", 0.0))
+    except RaphaError:
         return 0.0
 
 

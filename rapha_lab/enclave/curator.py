@@ -133,7 +133,7 @@ class Curator:
                 elif "error" in said:
                     raise from_wire(said["error"])
                 else:
-                    return said.get("release", said.get("result")), blob
+                    return said["release"] if "release" in said else said["result"], blob
             raise _lost()
         finally:
             with self._lock:

@@ -22,8 +22,8 @@ from starlette.routing import Route
 
 from rapha_lab.enclave.cells import Cells, Order
 from rapha_lab.protocol import messages, sealing
-from rapha_lab.protocol.errors import RaphaError, RefusedError, RequestError, SealError
-from rapha_lab.protocol.keys import PrivateKey
+from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError
+from rapha_lab.protocol.keys import PrivateKey, PublicKey
 
 __all__ = ["Gateway"]
 
@@ -128,9 +128,13 @@ class Gateway:
         """Open one envelope and seal the answer to its sender."""
         try:
             request = sealing.open_request(
-                envelope, key=self._sealing, evidence_hash=self._identity(), replay=self._replay
+                envelope,
+                key=self._sealing,
+                evidence_hash=self._identity(),
+                replay=self._replay,
+                known=self._is_known,
             )
-        except (SealError, RequestError) as error:
+        except RaphaError as error:
             return JSONResponse(error.to_wire(), 400)
         researcher = str(request.researcher)
         try:
@@ -142,6 +146,13 @@ class Gateway:
             header, blob = {"error": RefusedError("The site met an internal error.").to_wire()}, b""
         sealed = sealing.seal_reply(request.kind, _frame(header, blob), request=request, site=self._signing)
         return Response(sealed, media_type="application/octet-stream")
+
+    def _is_known(self, researcher: PublicKey) -> bool:
+        try:
+            self._known(str(researcher))
+        except PolicyError:
+            return False
+        return True
 
     def _dispatch(self, kind: str, researcher: str, body: bytes) -> tuple[Any, bytes]:
         if kind not in self._kinds:

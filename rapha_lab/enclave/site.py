@@ -133,7 +133,9 @@ class Site:
     def _known(self, researcher: str) -> None:
         if not self._policy().projects_of(researcher):
             raise PolicyError(
-                "No project of this site names your key.", researcher, "Ask the custodians to add it to the policy."
+                "No project of this site names your key.",
+                researcher,
+                "Ask the custodians to add it to the policy.",
             )
 
     def _project_of(self, researcher: str, project: str, dataset: str) -> str:
@@ -198,7 +200,9 @@ class Site:
         self._curator.close()
 
 
-def serve(site: Site, ready: Callable[[str], None] = lambda url: None, stop: Callable[[], bool] | None = None) -> None:
+def serve(
+    site: Site, ready: Callable[[str], None] = lambda url: None, stop: Callable[[], bool] | None = None
+) -> None:
     """Answer over HTTP until interrupted, or until `stop` says so.
 
     Args:
@@ -207,13 +211,17 @@ def serve(site: Site, ready: Callable[[str], None] = lambda url: None, stop: Cal
         stop: asked every second.
     """
     host, _, port = site.config.listen.rpartition(":")
-    config = uvicorn.Config(site.gateway.app(), host=host, port=int(port), log_level="warning", server_header=False)
+    config = uvicorn.Config(
+        site.gateway.app(), host=host, port=int(port), log_level="warning", server_header=False
+    )
     _Server(config, ready, stop).run()
     site.close()
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[str], None], stop: Callable[[], bool] | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, ready: Callable[[str], None], stop: Callable[[], bool] | None
+    ) -> None:
         super().__init__(config)
         self._ready, self._stop = ready, stop
 

@@ -1,0 +1,1 @@
+"""The display: cell magic, cards, server extension."""

@@ -25,7 +25,7 @@ from rapha_lab.protocol.errors import (
 
 __all__ = ["EnclaveMagics"]
 
-USAGE = "%%enclave DATASET [--epsilon E] [-o NAMES] [-i NAMES] [--no-rehearsal | --here]"
+USAGE = "%%enclave DATASET [--epsilon E] [-o NAMES] [-i NAMES] [--no-rehearsal | --rehearse-only]"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,13 +59,15 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("-o", "--output", type=_names, default=[])
     line.add_argument("-i", "--input", type=_names, default=[])
     line.add_argument("--no-rehearsal", action="store_true")
-    line.add_argument("--here", action="store_true")
+    line.add_argument("--rehearse-only", action="store_true")
     return line
 
 
 @magics_class
 class EnclaveMagics(Magics):
     """The cell magic; one notebook has one session at a site."""
+
+    shell: InteractiveShell
 
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
@@ -80,17 +82,17 @@ class EnclaveMagics(Magics):
         try:
             self._enclave(line, cell)
         except RaphaError as error:
-            raise _shown(error) from None
+            raise _shown(error, line) from None
 
     def _enclave(self, line: str, cell: str) -> None:
         args = self._parse(line)
         dataset = latest().dataset(args.dataset)
         sent = self._rehearsal.send(self.shell.user_ns, args.input)
-        if args.here or not args.no_rehearsal:
+        if args.rehearse_only or not args.no_rehearsal:
             inputs = {name: self.shell.user_ns[name] for name in args.input}
-            show = _show if args.here else None
+            show = _show if args.rehearse_only else None
             self._rehearsal.run(cell, dataset.schema, epsilon=args.epsilon, inputs=inputs, show=show)
-        if args.here:
+        if args.rehearse_only:
             print("Made-up patients: it would run at the site. Nothing was sent, no ε was spent.")
             return
         job = self._run(dataset, cell, args, sent)
@@ -144,12 +146,8 @@ def _follow(job: Job) -> None:
 
 
 def _show(output: dict[str, Any]) -> None:
-    if output["type"] == "stream":
-        print(
-            output["text"], end="", file=sys.stderr if output["name"] == "stderr" else sys.stdout, flush=True
-        )
-    else:
-        display(output["data"], raw=True, metadata=output.get("metadata") or {})
+    data = output.get("data") or {"text/plain": output["text"].rstrip("\n")}
+    display(data, raw=True, metadata=output.get("metadata") or {})
 
 
 def _origin(shell: InteractiveShell) -> dict[str, str]:
@@ -160,12 +158,15 @@ def _origin(shell: InteractiveShell) -> dict[str, str]:
     return {"cell": str(cell), "notebook": str(path)}
 
 
-def _shown(error: RaphaError) -> RaphaError:
+def _shown(error: RaphaError, line: str) -> RaphaError:
     """The error as the notebook raises it: refusals leave a card above and one line below."""
     if isinstance(error, CellError):
         return error
     if isinstance(error, (SealedError, BudgetError, PolicyError, RequestError)):
-        display(cards.blocked(error.to_wire()), raw=True)
-    line = f"{type(error).__name__}: {error}"
-    error._render_traceback_ = lambda: [line]  # type: ignore[attr-defined]
+        told = error.to_wire()
+        if error.suggestion:
+            told["suggestion"] = f"%%enclave {line.split()[0]}\n{error.suggestion}"
+        display(cards.blocked(told), raw=True)
+    said = f"{type(error).__name__}: {error}"
+    error._render_traceback_ = lambda: [said]  # type: ignore[attr-defined]
     return error

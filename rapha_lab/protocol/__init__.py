@@ -10,6 +10,7 @@ import msgspec
 
 
 def _structs(kind: type) -> Iterator[type]:
+    each: type
     for each in kind.__subclasses__():
         yield each
         yield from _structs(each)

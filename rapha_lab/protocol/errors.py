@@ -48,20 +48,31 @@ class RaphaError(Exception):
         instead: what to do next; a line of code where one helps.
         field: the name of the field or argument at fault.
         line: the line of the cell that asked, counted from 1.
+        suggestion: code to ask with instead, if a line of it says it best.
     """
 
     def __init__(
-        self, what: str, why: str = "", instead: str = "", *, field: str | None = None, line: int | None = None
+        self,
+        what: str,
+        why: str = "",
+        instead: str = "",
+        *,
+        field: str | None = None,
+        line: int | None = None,
+        suggestion: str | None = None,
     ) -> None:
         super().__init__(what, why, instead)
-        self.what, self.why, self.instead, self.field, self.line = what, why, instead, field, line
+        self.what, self.why, self.instead = what, why, instead
+        self.field, self.line, self.suggestion = field, line, suggestion
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.what, self.why, self.instead) if part)
 
     def to_wire(self) -> dict[str, Any]:
         """The error as plain fields, for a reply."""
-        fields = {key: getattr(self, key) for key in ("what", "why", "instead", "field", "line")}
+        fields = {
+            key: getattr(self, key) for key in ("what", "why", "instead", "field", "line", "suggestion")
+        }
         kind = next(kind.__name__ for kind in type(self).__mro__ if kind.__name__ in _KINDS)
         return {"kind": kind, **fields}
 
@@ -113,7 +124,9 @@ class SiteError(RaphaError):
 class CellError(RaphaError):
     """The cell's own code raised; its traceback is with it."""
 
-    def __init__(self, what: str, why: str = "", instead: str = "", *, traceback: list[str] | None = None, **kw: Any):
+    def __init__(
+        self, what: str, why: str = "", instead: str = "", *, traceback: list[str] | None = None, **kw: Any
+    ):
         super().__init__(what, why, instead, **kw)
         self.traceback = traceback or []
 
@@ -128,5 +141,10 @@ def from_wire(fields: dict[str, Any]) -> RaphaError:
     """The error that `to_wire` described; an unknown kind becomes a plain RaphaError."""
     kind = _KINDS.get(str(fields.get("kind")), RaphaError)
     texts = [str(fields.get(key) or "") for key in ("what", "why", "instead")]
-    line = fields.get("line")
-    return kind(*texts, field=fields.get("field"), line=line if isinstance(line, int) else None)
+    line, suggestion = fields.get("line"), fields.get("suggestion")
+    return kind(
+        *texts,
+        field=fields.get("field"),
+        line=line if isinstance(line, int) else None,
+        suggestion=suggestion if isinstance(suggestion, str) else None,
+    )

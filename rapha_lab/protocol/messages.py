@@ -40,7 +40,9 @@ Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z_][A-Z
 Columns = Name | Annotated[list[Name], Meta(min_length=1, max_length=4096)]
 Inputs = Annotated[dict[Name, Columns], Meta(min_length=1, max_length=64)]
 Positive = Annotated[float, Meta(gt=0.0, le=1e6)]
-Metric = Literal["auroc", "auprc", "accuracy", "sensitivity", "specificity", "brier", "logloss", "calibration"]
+Metric = Literal[
+    "auroc", "auprc", "accuracy", "sensitivity", "specificity", "brier", "logloss", "calibration"
+]
 
 MAX_HEADER = 64 << 20
 MAX_TENSORS = 1 << 30
@@ -54,17 +56,17 @@ class Ask(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True,
     epsilon: Positive
 
 
-class Count(Ask, tag="count"):
+class Count(Ask, frozen=True, tag="count"):
     """How many patients there are."""
 
 
-class Mean(Ask, tag="mean"):
+class Mean(Ask, frozen=True, tag="mean"):
     """The mean of a numeric or boolean column over the patients in whom it is known."""
 
     column: Name
 
 
-class Histogram(Ask, tag="histogram"):
+class Histogram(Ask, frozen=True, tag="histogram"):
     """Patients per bin of a column: equal bins of its public bounds, or its public categories."""
 
     column: Name
@@ -78,7 +80,7 @@ class Optimizer(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     settings: dict[str, float | bool | list[float]] = {}
 
 
-class Fit(Ask, tag="fit"):
+class Fit(Ask, frozen=True, tag="fit"):
     """Train by DP-SGD: `program` is one patient's loss, its parameters come in the tensors blob."""
 
     program: Program
@@ -89,7 +91,7 @@ class Fit(Ask, tag="fit"):
     optimizer: Optimizer
 
 
-class Open(Ask, tag="open"):
+class Open(Ask, frozen=True, tag="open"):
     """Begin a training loop of `steps` private gradients; its whole price is reserved, none is paid yet."""
 
     steps: Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -97,7 +99,9 @@ class Open(Ask, tag="open"):
     clip: Positive
 
 
-class Gradient(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag_field="op", tag="gradient"):
+class Gradient(
+    msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag_field="op", tag="gradient"
+):
     """One private gradient of an open loop: `program` is one patient's loss at the parameters in the tensors blob.
 
     A program is sent once; afterwards its `digest` stands for it.
@@ -110,13 +114,15 @@ class Gradient(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     program: Program | None = None
 
 
-class Close(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag_field="op", tag="close"):
+class Close(
+    msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag_field="op", tag="close"
+):
     """End a loop: the steps that ran are charged, the rest is refunded."""
 
     loop: Annotated[str, Meta(max_length=128)]
 
 
-class Evaluate(Ask, tag="evaluate"):
+class Evaluate(Ask, frozen=True, tag="evaluate"):
     """Judge scores on held-out patients: `program` is one patient's logit, `target` a boolean column."""
 
     program: Program

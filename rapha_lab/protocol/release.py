@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -122,7 +123,9 @@ class Release(msgspec.Struct, kw_only=True):
     @property
     def _only(self) -> Row:
         if len(self.rows) != 1:
-            raise TypeError(f"This release holds {len(self.rows)} figures; name one: release['{self.rows[0].name}'].")
+            raise TypeError(
+                f"This release holds {len(self.rows)} figures; name one: release['{self.rows[0].name}']."
+            )
         return self.rows[0]
 
     @property
@@ -151,7 +154,11 @@ class Release(msgspec.Struct, kw_only=True):
     def __repr__(self) -> str:
         rows = "\n".join(f"  {row.name:<24} {_figure(row.value):>12}{_bar(row)}" for row in self.rows[:40])
         more = f"\n  ... {len(self.rows) - 40} more" if len(self.rows) > 40 else ""
-        return f"{self.title}\n{rows}{more}\n  {self._price()}" if self.rows else f"{self.title}\n  {self._price()}"
+        return (
+            f"{self.title}\n{rows}{more}\n  {self._price()}"
+            if self.rows
+            else f"{self.title}\n  {self._price()}"
+        )
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -173,11 +180,13 @@ class Release(msgspec.Struct, kw_only=True):
 
 
 def _row(name: str, told: dict[str, Any]) -> Row:
-    return Row(name, told["value"], told.get("error"), tuple(told["interval"]) if told.get("interval") else None)
+    return Row(
+        name, told["value"], told.get("error"), tuple(told["interval"]) if told.get("interval") else None
+    )
 
 
 def _bins(edges: list[float]) -> list[str]:
-    return [f"{low:.4g} to {high:.4g}" for low, high in zip(edges, edges[1:], strict=False)]
+    return [f"{low:.4g} to {high:.4g}" for low, high in pairwise(edges)]
 
 
 def _figure(value: float) -> str:

@@ -36,7 +36,8 @@ def pack(namespace: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[str, 
     specs = {}
     for name in names:
         if name not in namespace:
-            raise RequestError(f"{name} is not defined.", "It was asked for by -o or -i.", "Define it or take it off the list.", field=name)
+            why, instead = "It was asked for by -o or -i.", "Define it or take it off the list."
+            raise RequestError(f"{name} is not defined.", why, instead, field=name)
         specs[name] = _pack(namespace[name], name, tensors, 0)
     return {"values": specs}, save(tensors) if tensors else b""
 
@@ -69,13 +70,9 @@ def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int) -
         return {"kind": "float", "value": repr(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"kind": "plain", "value": value}
-    if isinstance(value, torch.optim.Optimizer):
-        kind = "An optimizer"
-    else:
-        kind = f"A {type(value).__name__}"
     raise RequestError(
         f"{path} does not travel.",
-        f"{kind} would have to be pickled, and a pickle can run code.",
+        f"A {type(value).__name__} would have to be pickled, and a pickle can run code.",
         "Modules, tensors, arrays, data frames, figures, numbers, strings, lists and dicts of them do.",
         field=path,
     )
@@ -86,7 +83,11 @@ def _pack_array(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Spec
     if kind == "array" and numpy.asarray(value).dtype.kind in "US":
         return {"kind": "strings", "value": numpy.asarray(value).tolist()}
     try:
-        tensor = value.detach() if isinstance(value, torch.Tensor) else torch.from_numpy(numpy.ascontiguousarray(value))
+        tensor = (
+            value.detach()
+            if isinstance(value, torch.Tensor)
+            else torch.from_numpy(numpy.ascontiguousarray(value))
+        )
     except TypeError:
         why = f"Its dtype is {numpy.asarray(value).dtype}."
         raise RequestError(f"{path} does not travel.", why, "Make it numeric.", field=path) from None
@@ -116,12 +117,18 @@ def unpack(parcel: Mapping[str, Any], blob: bytes, into: Mapping[str, Any] | Non
     """
     try:
         tensors = load(blob) if blob else {}
-        return {name: _unpack(s, name, tensors, into or {}, 0) for name, s in parcel.get("values", {}).items()}
+        return {
+            name: _unpack(s, name, tensors, into or {}, 0) for name, s in parcel.get("values", {}).items()
+        }
     except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
-        raise RequestError("The values sent are malformed.", type(error).__name__, "Send them again.") from None
+        raise RequestError(
+            "The values sent are malformed.", type(error).__name__, "Send them again."
+        ) from None
 
 
-def _unpack(spec: Spec, path: str, tensors: dict[str, torch.Tensor], into: Mapping[str, Any], depth: int) -> Any:
+def _unpack(
+    spec: Spec, path: str, tensors: dict[str, torch.Tensor], into: Mapping[str, Any], depth: int
+) -> Any:
     if depth > _DEPTH:
         raise ValueError("too deep")
 

@@ -131,10 +131,13 @@ class Patients:
             BudgetError, PolicyError: the site refuses; nothing was touched.
         """
         named = self._inputs(inputs)
-        chosen = recipe.choose(self._expected(), model, optimizer, epochs=epochs, batch=batch, clip=clip)
+        common = self._common(epsilon)
+        chosen = recipe.choose(
+            self._expected(), common["epsilon"], model, optimizer, epochs=epochs, batch=batch, clip=clip
+        )
         loss = loss or recipe.loss_for(self.schema.column(target))
         traced = tracing.loss_program(model, loss, self._examples(named), self._example(target))
-        asked = {"inputs": {**named, "target": target}, **chosen, **self._common(epsilon)}
+        asked = {"inputs": {**named, "target": target}, **chosen, **common}
         wire, blob = self._ask(_made(messages.Fit, program=traced.program, **asked), traced.blob)
         _load(model, load(blob))
         _fitted[model] = (named, target)
@@ -213,7 +216,7 @@ class Patients:
             epsilon = self._cell_epsilon.pop()
         return {"dataset": self.schema.name, "split": self._split, "epsilon": _positive("epsilon", epsilon)}
 
-    def _release(self, request: messages.Ask, tensors: bytes = b"") -> Release:
+    def _release(self, request: messages.ASKS, tensors: bytes = b"") -> Release:
         return self._given(self._ask(request, tensors)[0])
 
     def _given(self, wire: dict[str, Any]) -> Release:
@@ -259,35 +262,46 @@ class Patients:
 
     # -- what they refuse -----------------------------------------------------------------------------
 
-    def _sealed(self, what: str, instead: str) -> NoReturn:
+    def _sealed(self, what: str, instead: str, suggestion: str | None = None) -> NoReturn:
+        first = self.schema.columns[0].name
         raise SealedError(
             f"{what} would show patients' records.",
             "The records stay in the hospital's enclave; this session does not hold them.",
             instead,
+            suggestion=suggestion or f'patients.histogram("{first}", epsilon=0.1)',
         )
 
     def head(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: rows are never shown."""
-        self._sealed("patients.head()", "Look at made-up ones with cohort.mock(), or ask patients.histogram('age', epsilon=0.1).")
+        self._sealed(
+            "patients.head()",
+            "Look at made-up ones with cohort.mock(), or ask patients.histogram('age', epsilon=0.1).",
+        )
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__") or name.startswith("_repr_") or name in ("_ipython_display_", "_ipython_canary_method_should_not_exist_"):
-            raise AttributeError(name)
         if name in _ROWS:
-            self._sealed(f"patients.{name}", "Ask for an aggregate: patients.mean(column, epsilon=0.1), .histogram(...), .count(...).")
-        raise AttributeError(f"patients has no {name!r}; it answers count, mean, histogram, fit and evaluate.")
+            instead = (
+                "Ask for an aggregate: patients.mean(column, epsilon=0.1), .histogram(...), .count(...)."
+            )
+            self._sealed(f"patients.{name}", instead)
+        raise AttributeError(f"patients has no {name!r}; it answers {_ANSWERS}.")
 
     def __iter__(self) -> NoReturn:
-        self._sealed("Going through patients one by one", "Train with patients.train.fit(...), or ask for an aggregate.")
+        self._sealed(
+            "Going through patients one by one",
+            "Train with patients.train.fit(...), or ask for an aggregate.",
+        )
 
     def __len__(self) -> NoReturn:
-        self._sealed("The exact number of patients", "Ask patients.count(epsilon=0.1).")
+        self._sealed("The exact number of patients", "Ask patients.count(epsilon=0.1).", _COUNT)
 
     def __bool__(self) -> NoReturn:
-        self._sealed("Whether there are patients", "Ask patients.count(epsilon=0.1).")
+        self._sealed("Whether there are patients", "Ask patients.count(epsilon=0.1).", _COUNT)
 
     def __getitem__(self, key: Any) -> NoReturn:
-        self._sealed(f"patients[{key!r}]", "Ask patients.mean(...) or .histogram(...) of the column.")
+        known = isinstance(key, str) and key in {column.name for column in self.schema.columns}
+        code = f'patients.histogram("{key}", epsilon=0.1)' if known else None
+        self._sealed(f"patients[{key!r}]", "Ask patients.mean(...) or .histogram(...) of the column.", code)
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
         self._sealed("An array of patients", "Train with patients.train.fit(...), or ask for an aggregate.")
@@ -297,7 +311,7 @@ class Patients:
 
     def __repr__(self) -> str:
         part = "" if self._split == "all" else f", {self._split}"
-        return f"<patients of {self.schema.name}{part}: sealed; ask for count, mean, histogram, fit or evaluate>"
+        return f"<patients of {self.schema.name}{part}: sealed; ask for {_ANSWERS}>"
 
 
 class _Gradients:
@@ -307,21 +321,28 @@ class _Gradients:
         self._ask, self._loop, self._sent = ask, loop, set[str]()
 
     def __call__(
-        self, traced: tracing.Traced, columns: dict[str, Columns], reduction: str
+        self, traced: tracing.Traced, columns: dict[str, Columns], reduction: Any
     ) -> dict[str, torch.Tensor]:
         name = digest(traced.program)
         program = None if name in self._sent else traced.program
         request = messages.Gradient(
-            loop=self._loop, inputs=columns, reduction=reduction, digest=name, program=program  # type: ignore[arg-type]
+            loop=self._loop,
+            inputs=columns,
+            reduction=reduction,
+            digest=name,
+            program=program,
         )
         found = load(self._ask(request, traced.blob)[1])
         self._sent.add(name)
         return found
 
 
+_COUNT = "patients.count(epsilon=0.1)"
+_ANSWERS = "count, mean, histogram, fit, batches and evaluate"
 _ROWS = frozenset(
-    "tail sample iloc loc values to_pandas to_numpy to_dict to_csv to_parquet iterrows itertuples rows collect "
-    "to_list tolist show glimpse item numpy data columns_data describe_rows fetch limit slice first last".split()
+    """tail sample iloc loc values rows row collect show glimpse fetch limit slice first last item items data numpy
+    tolist to_list iterrows itertuples to_pandas to_numpy to_dict to_csv write_csv to_parquet write_parquet to_json
+    to_dicts""".split()
 )
 
 
@@ -329,7 +350,8 @@ def _positive(field: str, value: Any, *, whole: bool = False) -> Any:
     good = isinstance(value, int) if whole else isinstance(value, (int, float))
     if not good or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
         kind = "a whole number above 0" if whole else "a finite number above 0"
-        raise RequestError(f"{field} is {value!r}.", f"It must be {kind}.", f"Say {field}={1 if whole else 0.5}, say.", field=field)
+        example = f"Say {field}={1 if whole else 0.5}, for instance."
+        raise RequestError(f"{field} is {value!r}.", f"It must be {kind}.", example, field=field)
     return value if whole else float(value)
 
 

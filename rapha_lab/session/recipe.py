@@ -1,7 +1,8 @@
-"""Settings with which a first private training works: large batches, small clip, plain momentum.
+"""Settings with which a first private training works, from public numbers alone.
 
-Noise is added once a step whatever the batch, so large batches drown it; scaled inputs and a small clip
-keep what one patient adds close to what a typical one does (De et al. 2022, arXiv:2204.13650).
+Large Poisson batches, since noise is added once a step whatever the batch (De et al. 2022, arXiv:2204.13650);
+plain SGD with momentum; and a step size that shrinks with the noise: what noise adds up to over T steps at
+learning rate lr is about lr·sqrt(T)·σC·sqrt(d)/L, and σ grows like q·sqrt(T)/ε, which gives the rule below.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from rapha_lab.protocol.schema import Column
 
 __all__ = ["choose", "loss_for", "steps"]
 
-EPOCHS, BATCH, CLIP = 30.0, 2048, 0.3
-SGD = {"lr": 1.0, "momentum": 0.9}
+SHARE, EPOCHS, CLIP, MOMENTUM = 0.2, 20.0, 2.0, 0.9
+"""A step's share of the patients, passes over them, and the clipping norm."""
 
 _NAMES = {
     name.lower(): getattr(torch.optim, name)
@@ -30,6 +31,7 @@ _NAMES = {
 
 def choose(
     expected: int,
+    epsilon: float,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None,
     *,
@@ -43,9 +45,16 @@ def choose(
         RequestError: naming the argument that is out of range.
     """
     if not any(p.requires_grad for p in model.parameters()):
-        raise RequestError("The model has nothing to train.", "No parameter requires a gradient.", field="model")
-    rule = Optimizer(name="sgd", settings=SGD) if optimizer is None else described(optimizer)
-    return steps(expected, epochs=epochs, batch=batch, clip=clip) | {"optimizer": rule}
+        raise RequestError(
+            "The model has nothing to train.", "No parameter requires a gradient.", field="model"
+        )
+    chosen = steps(expected, epochs=epochs, batch=batch, clip=clip)
+    if optimizer is not None:
+        return chosen | {"optimizer": described(optimizer)}
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    drowned = 0.25 * epsilon * expected / (chosen["steps"] * chosen["clip"] * math.sqrt(numbers))
+    lr = min(0.25 / chosen["clip"], drowned)
+    return chosen | {"optimizer": Optimizer(name="sgd", settings={"lr": lr, "momentum": MOMENTUM})}
 
 
 def steps(
@@ -56,7 +65,7 @@ def steps(
     Raises:
         RequestError: naming the argument that is out of range.
     """
-    size = _within("batch", batch if batch is not None else min(BATCH, max(1, expected // 2)), 1, expected)
+    size = _within("batch", batch if batch is not None else max(1, round(SHARE * expected)), 1, expected)
     passes = _within("epochs", epochs if epochs is not None else EPOCHS, 1e-6, 1e6)
     count = max(1, math.ceil(passes * expected / size))
     return {

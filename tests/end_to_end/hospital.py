@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -42,17 +44,27 @@ def policy(
     keys = ", ".join(f'"{key.public}"' for key in researchers)
     names = ", ".join(f'"{dataset}"' for dataset in datasets)
     page += ["[[projects]]", 'name = "p"', f"researchers = [{keys}]", f"datasets = [{names}]"]
-    page += [f"epsilon = {epsilon}", "delta = 1e-5", f"largest_model = {largest_model}", "smallest_cohort = 10"]
-    page += [f"metrics = {METRICS!r}".replace("'", '"'), *(f'lanes.{lane}.release = "auto"' for lane in lanes)]
+    page += [
+        f"epsilon = {epsilon}",
+        "delta = 1e-5",
+        f"largest_model = {largest_model}",
+        "smallest_cohort = 10",
+    ]
+    page += [
+        f"metrics = {METRICS!r}".replace("'", '"'),
+        *(f'lanes.{lane}.release = "auto"' for lane in lanes),
+    ]
     return Policy.parse("\n".join(page) + "\n")
 
 
-def prepare(folder: Path, schema: str, frame: polars.DataFrame, name: str, **terms: Any) -> tuple[Config, PrivateKey]:
+def prepare(
+    folder: Path, schema: str, frame: polars.DataFrame, name: str, **terms: Any
+) -> tuple[Config, PrivateKey]:
     """Write schema, records, signed policy and configuration; gives them with the researcher's key."""
     researcher, custodians = PrivateKey.create(), [PrivateKey.create(), PrivateKey.create()]
     (folder / f"{name}.toml").write_text(schema)
     frame.write_parquet(folder / f"{name}.parquet")
-    page = policy([researcher], custodians, [name], **terms)
+    page = policy([researcher, *others], custodians, [name], **terms)
     (folder / "policy.toml").write_text(page.text)
     signed = [msgspec.json.encode(state("sign", page, key)) for key in custodians]
     (folder / "policy.toml.signatures").write_bytes(b"\n".join(signed) + b"\n")
@@ -82,3 +94,9 @@ def connected(url: str, key: PrivateKey) -> Connected:
     site = Connected(Channel(url, key, AppraisalPolicy(allow_simulated=True)))
     site.refresh()
     return site
+
+
+def spent(folder: Path) -> dict[str, int]:
+    """What each account of the site prepared in `folder` has spent or reserved, in the ledger's own units."""
+    with contextlib.closing(sqlite3.connect(f"file:{folder / 'state' / 'ledger.sqlite'}?mode=ro", uri=True)) as db:
+        return dict(db.execute("SELECT split, spent FROM account").fetchall())

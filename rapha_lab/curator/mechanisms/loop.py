@@ -17,7 +17,7 @@ from rapha_lab.curator.cohort import View
 from rapha_lab.curator.lift import Lifted, lift
 from rapha_lab.curator.mechanisms import Answer, Progress, train
 from rapha_lab.curator.noise import Noise
-from rapha_lab.protocol.errors import ProgramError, RequestError
+from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.messages import Columns, Gradient, Open
 from rapha_lab.protocol.program import digest
 from rapha_lab.protocol.schema import SPLITS, Schema
