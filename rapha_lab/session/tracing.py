@@ -376,7 +376,7 @@ def _untraceable(error: Exception, patients: int = 1) -> ProgramError:
     count = "one made-up patient" if patients == 1 else f"{patients} made-up patients together"
     return ProgramError(
         f"The model or loss fails on {count}: {kind}: {text}", "It was tried before anything was sent.",
-        "Check the shapes and dtypes of inputs, target and layers.", line=line,
+        "Check the shapes and dtypes of inputs, target and layers.", field="model", line=line,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from rapha_lab.curator.lift.shapes import clamped
@@ -40,7 +40,12 @@ class Part(Protocol):
 
 def squared(values: Tensor) -> Tensor:
     """Squared norms of rows in float64, where squares of float32 neither overflow nor vanish."""
-    return torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64).square()
+    return torch.linalg.vector_norm(flat(values), dim=1, dtype=torch.float64).square()
+
+
+def flat(values: Tensor) -> Tensor:
+    """One row a patient."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
 def counting(values: Tensor, counts: Tensor) -> Tensor:
@@ -61,8 +66,8 @@ class Stored:
 
     def total(self, scale: Tensor, counts: Tensor) -> Tensor:
         """One vector by matrix product."""
-        flat = counting(self.rows, counts).flatten(1)
-        return (scale.to(flat.dtype) @ flat).reshape(self.rows.shape[1:])
+        rows = flat(counting(self.rows, counts))
+        return (scale.to(rows.dtype) @ rows).reshape(self.rows.shape[1:])
 
     def dense(self) -> Tensor:
         """Themselves."""
@@ -213,8 +218,8 @@ class Convolution:
         x = x.unflatten(1, (groups, -1)).unflatten(0, (size, -1))
         order = [0, 2, 1, *range(4, 4 + rank), 3, *range(4 + rank, 4 + 2 * rank)]
         x = x.permute(order).reshape(size, groups, -1, math.prod(self.shape[1:]))
-        flat = g.flatten(3).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(3)
-        rows = torch.matmul(flat, x).reshape(size, *self.shape)
+        g_flat = g.flatten(3).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+        rows = torch.matmul(g_flat, x).reshape(size, *self.shape)
         bias: list[Part] = [] if self.bias is None else [Stored(self.bias, g.flatten(3).sum((1, 3)))]
         return [Stored(self.weight, rows), *bias]
 
