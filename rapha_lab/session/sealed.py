@@ -313,13 +313,8 @@ class _Tape:
             self.values[id(of._made)] = of
 
     def _outside(self, t: Tensor) -> None:
+        # a tensor computed from parameters elsewhere is one more parameter, whose gradient autograd takes further
         kept = self.parameters if t.requires_grad else self.constants
-        if t.requires_grad and not t.is_leaf:
-            raise ProgramError(
-                "The loss reads a tensor that was computed from parameters outside the batch's loop.",
-                "Its gradient could not be followed to them.", "Compute it within the step.",
-                line=_line(),
-            )  # fmt: skip
         if not any(t is other for other in kept):
             kept.append(t)
 
@@ -426,9 +421,15 @@ def _backward(loss: SealedTensor, gradient: Any = None, *args: Any, **kwargs: An
     traced = Traced(traced.program, {**traced.tensors, **now})
     columns = {f"x{k}": made.columns for k, made in enumerate(tape.leaves)}
     found = batch.gradients(traced, columns, reduction)
+    further: list[tuple[Tensor, Tensor]] = []
     for name, p in zip(names, tape.parameters, strict=True):
         grad = found[name].to(p.dtype)
-        p.grad = grad if p.grad is None else p.grad + grad
+        if p.is_leaf:
+            p.grad = grad if p.grad is None else p.grad + grad
+        else:
+            further.append((p, grad))
+    if further:
+        torch.autograd.backward(*zip(*further, strict=True))
 
 
 def _program(tape: _Tape) -> tuple[Traced, str]:

@@ -1,0 +1,216 @@
+"""A training loop on sealed tensors gets private gradients and no values."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rapha_lab.curator.lift import lift
+from rapha_lab.protocol.errors import ProgramError, RaphaError, SealedError
+from rapha_lab.session.sealed import PATIENTS, Batch, SealedTensor
+from rapha_lab.session.tracing import Traced
+
+FEATURES = list("abcdefgh")
+X, Y = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), (torch.arange(40) % 2).float()
+asked: list[Traced] = []
+
+
+def curator(traced: Traced, columns: dict[str, Any], reduction: str) -> dict[str, Tensor]:
+    """The exact gradient over forty patients, through the curator's own lifting."""
+    asked.append(traced)
+    it = lift(traced.program)
+    inputs = {name: X if isinstance(c, list) else Y for name, c in columns.items()}
+    rows = it.gradients(*it.tensors(traced.blob), inputs)
+    return {name: t.mean(0) if reduction == "mean" else t.sum(0) for name, t in rows.items()}
+
+
+def batch() -> Batch:
+    def example(columns: Any) -> Tensor:
+        return torch.rand(PATIENTS, 8) if isinstance(columns, list) else torch.ones(PATIENTS)
+
+    return Batch(example, curator, expected=20)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.GRU(2, 5, batch_first=True), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x.view(x.shape[0], 4, 2))[0][:, -1])
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = (
+            nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
+            nn.Linear(4, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        patients, width = x.size()
+        return self.head(self.layer(x.reshape(patients, width // 4, 4)).mean(1))
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        h += 1
+        h = F.relu(h, inplace=True)
+        return self.head(torch.cat([h[:, 4:], 2 * h[:, :4]], dim=1))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 1)),
+    "gru": Recurrent,
+    "attention": Attending,
+    "in place": InPlace,
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", MODELS)
+def test_backward_gives_the_gradient_over_patients(name: str, reduction: str) -> None:
+    """An unmodified model and loss get in .grad what autograd gives on the records."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    twin = copy.deepcopy(model)
+    b = batch()
+    F.binary_cross_entropy_with_logits(model(b[FEATURES]).squeeze(-1), b["y"], reduction=reduction).backward()
+    F.binary_cross_entropy_with_logits(twin(X).squeeze(-1), Y, reduction=reduction).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loop_as_one_writes_it_anywhere() -> None:
+    """Optimiser, schedule, frozen layer and accumulation are PyTorch's own; the program is traced once."""
+    torch.manual_seed(1)
+    model = MODELS["mlp"]()
+    model[0].bias.requires_grad_(False)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    asked.clear()
+    for _ in range(3):
+        b = batch()
+        optimizer.zero_grad()
+        for part in range(2):
+            loss = F.mse_loss(model(b[FEATURES]).squeeze(-1), b["y"]) / 2
+            loss.backward()
+            assert part in (0, 1)
+        optimizer.step()
+        schedule.step()
+    assert len(asked) == 6
+    assert len({id(traced.program) for traced in asked}) == 1
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert moved == [True, False, True, True]
+
+
+def test_a_regulariser_is_part_of_every_patients_loss() -> None:
+    """A mean over patients plus a penalty on weights is a mean over patients."""
+    model = nn.Linear(8, 1)
+    b = batch()
+    (F.mse_loss(model(b[FEATURES]).squeeze(-1), b["y"]) + 0.1 * model.weight.square().sum()).backward()
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    (F.mse_loss(twin(X).squeeze(-1), Y) + 0.1 * twin.weight.square().sum()).backward()
+    torch.testing.assert_close(model.weight.grad, twin.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+VALUES: dict[str, Callable[[SealedTensor], Any]] = {
+    "item": lambda x: x.sum().item(),
+    "numpy": lambda x: x.numpy(),
+    "tolist": lambda x: x.tolist(),
+    "float": lambda x: float(x.mean()),
+    "int": lambda x: int(x.mean()),
+    "if": lambda x: 1 if x.mean() < 1 else 0,
+    "iteration": lambda x: list(x),
+    "unpacking": lambda x: [*x],
+    "len": lambda x: len(x),
+    "one patient": lambda x: x[0],
+    "some patients": lambda x: x[2:4],
+    "patients by a mask": lambda x: x[x[:, 0] > 0],
+    "data": lambda x: x.cpu().data,
+    "pickle": lambda x: pickle.dumps(x),
+    "torch.save": lambda x: torch.save(x, io.BytesIO()),
+    "np.asarray": lambda x: np.asarray(x),
+    "a format": lambda x: f"{x.mean():.3f}",
+    "percent": lambda x: "%f" % x.mean(),  # noqa: UP031
+    "deepcopy": lambda x: copy.deepcopy(x),
+    "unique": lambda x: x.unique(),
+    "nonzero": lambda x: x.nonzero(),
+    "equal": lambda x: torch.equal(x, x),
+    "in": lambda x: 1.0 in x,
+    "storage": lambda x: x.untyped_storage(),
+    "autograd.grad": lambda x: torch.autograd.grad(x.sum(), [torch.ones(1, requires_grad=True)]),
+    "detach first": lambda x: x.detach().numpy(),
+    "max of a list": lambda x: max(x),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_is_refused_with_what_why_and_what_instead(name: str) -> None:
+    """Whatever would show, decide on, or copy a patient's value raises SealedError with the line that asked."""
+    with pytest.raises(SealedError) as caught:
+        VALUES[name](batch()[FEATURES])
+    error = caught.value
+    assert error.what
+    assert error.why
+    assert error.instead
+    assert error.line
+
+
+def test_printing_shows_shape_and_dtype_alone() -> None:
+    """The first dimension has no number."""
+    x = batch()[FEATURES]
+    assert repr(x) == "<sealed tensor: (patients, 8), float32>"
+    assert str(x.mean(1)) == "<sealed tensor: (patients,), float32>"
+    assert f"{x.mean()}" == "<sealed tensor: (), float32>"
+    assert repr(x.shape[0]) == "patients"
+    assert x.shape[1] == 8
+
+
+MIXING: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
+    "centring": lambda x, model: model(x - x.mean(0)).square().mean(),
+    "a softmax over patients": lambda x, model: model(x).softmax(0).square().sum(),
+    "the largest": lambda x, model: model(x).max(),
+    "a value a patient": lambda x, model: model(x),
+    "pairs": lambda x, model: (model(x) @ model(x).T).mean(),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_loss_that_mixes_patients_is_refused(name: str) -> None:
+    """Nothing is asked of the curator."""
+    asked.clear()
+    with pytest.raises(ProgramError):
+        MIXING[name](batch()[FEATURES], nn.Linear(8, 1)).backward()
+    assert not asked
+
+
+def test_two_batches_do_not_meet() -> None:
+    """Each is another random sample."""
+    model = nn.Linear(8, 1)
+    with pytest.raises(ProgramError, match="several batches"):
+        (model(batch()[FEATURES]).mean() + model(batch()[FEATURES]).mean()).backward()
+
+
+@pytest.mark.parametrize("ask", [len, iter])
+def test_a_batch_is_not_gone_through(ask: Callable[[Any], Any]) -> None:
+    """Neither counted nor iterated."""
+    with pytest.raises(RaphaError):
+        ask(batch())

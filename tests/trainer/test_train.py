@@ -1,0 +1,286 @@
+"""DP-SGD as in the paper: the sample, the noise, the divisor and the update, and what tells on none of them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import node, program
+from safetensors.torch import load, save
+from torch import Tensor
+
+from rapha_lab.curator.lift import lift
+from rapha_lab.curator.mechanisms import train
+from rapha_lab.curator.noise import SeededNoise, SystemNoise, on_grid
+from rapha_lab.protocol.errors import ProgramError, RefusedError, RequestError
+from rapha_lab.protocol.messages import Fit, Optimizer
+
+N = 1000
+
+
+class Records:
+    """Stands for a view: a thousand patients with two columns."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def tensor(self, columns: Any) -> Tensor:
+        return self.values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+class Public:
+    """Stands for a schema."""
+
+    def expected(self, split: str) -> float:
+        return float(N)
+
+    def layout(self, columns: Any) -> tuple[tuple[int, ...], str]:
+        return (len(columns),), "float32"
+
+
+# the loss w.x, so that a patient's gradient is x
+DOT = program(
+    {"x": [4]},
+    {"w": [4]},
+    [node("y", "mul.Tensor", "@x", "@w"), node("loss", "sum.default", "@y")],
+    "float32",
+)
+
+
+def ask(**changes: Any) -> Fit:
+    fields: dict[str, Any] = {
+        "dataset": "d", "split": "train", "epsilon": 1.0, "program": DOT, "inputs": {"x": ["a", "b", "c", "d"]},
+        "steps": 1, "batch": 100, "clip": 1.0, "optimizer": Optimizer(name="sgd", settings={"lr": 1.0}),
+    }  # fmt: skip
+    return Fit(**{**fields, **changes})
+
+
+def run(values: Tensor, noise: Any, **changes: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Weights after training from zero, and the answer's values."""
+    plan = train.plan(ask(**changes), save({"w": torch.zeros(4)}), Public(), 1e-5, noise)  # type: ignore[arg-type]
+    answer = plan.run(Records(values), lambda steps: None)  # type: ignore[arg-type]
+    return load(answer.tensors)["w"], answer.values
+
+
+class Silent(SeededNoise):
+    """No noise, everyone drawn: what remains is the clipped sum."""
+
+    def gaussian(self, n: int) -> Tensor:
+        return torch.zeros(n, dtype=torch.float64)
+
+
+class Unit(SeededNoise):
+    """Noise of one standard deviation exactly."""
+
+    def gaussian(self, n: int) -> Tensor:
+        return torch.ones(n, dtype=torch.float64)
+
+
+def test_a_step_is_the_noisy_clipped_sum_over_the_expected_batch() -> None:
+    """Without noise a step at rate 1 moves the weights by minus the clipped sum over L."""
+    x = torch.randn(N, 4, generator=torch.Generator().manual_seed(0))
+    moved, values = run(x, Silent(0), batch=N)
+    clipped = x / x.norm(dim=1, keepdim=True).clamp_min(1.0)
+    torch.testing.assert_close(moved, -clipped.sum(0) / N, rtol=1e-3, atol=1e-5)
+    assert values["rate"] == 1.0
+
+
+def test_the_noise_is_sigma_times_the_norm() -> None:
+    """On patients without a gradient the step is noise of sigma C (and rounding's slack) over L, not less."""
+    for clip in (0.5, 2.0):
+        moved, values = run(torch.zeros(N, 4), Unit(0), clip=clip)
+        assert torch.allclose(-moved * 100, torch.full((4,), values["noise"] * clip), rtol=5e-3)
+        assert float((-moved * 100).min()) > values["noise"] * clip
+
+
+def test_half_the_noise_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teeth: a mechanism that halves its noise fails the check above."""
+    original = train.private
+    monkeypatch.setattr(
+        train, "private", lambda total, deviation, noise: original(total, deviation / 2, noise)
+    )
+    with pytest.raises(AssertionError):
+        test_the_noise_is_sigma_times_the_norm()
+
+
+def test_the_noise_asked_of_the_accountant_gives_the_epsilon() -> None:
+    """The plan's loss is (epsilon, delta) at most, and nearly."""
+    from rapha_lab.curator.accounting import epsilon_of
+
+    plan = train.plan(ask(steps=50), save({"w": torch.zeros(4)}), Public(), 1e-5, SystemNoise())  # type: ignore[arg-type]
+    assert 0.99 < epsilon_of(plan.loss, 1e-5) <= 1.0
+    assert plan.steps == 50
+
+
+def test_patients_are_drawn_independently_at_the_rate() -> None:
+    """Every patient as often as any other, sizes as of a binomial."""
+    noise, slots = SeededNoise(1), train.capacity(100, 8)
+    counts, sizes = torch.zeros(N), []
+    for _ in range(400):
+        drawn = train.draw(N, 0.1, slots, noise)
+        real = drawn[drawn < N]
+        assert len(real) == len(real.unique())
+        counts[real] += 1
+        sizes.append(len(real))
+    spread = float(torch.tensor(sizes, dtype=torch.float64).std())
+    assert abs(sum(sizes) / 400 - 100) < 4 * math.sqrt(90 / 400)
+    assert 0.85 < spread / math.sqrt(90) < 1.15
+    chi = float(((counts - 40) ** 2 / 36).sum())
+    assert abs(chi - N) < 5 * math.sqrt(2 * N)
+
+
+def test_a_step_has_the_same_shape_however_many_are_drawn() -> None:
+    """Slots depend on the public batch alone, and hold 2^-60 of the tail."""
+    for count in (0, 1, N):
+        assert len(train.draw(count, 0.1, train.capacity(100, 8), SeededNoise(2))) == train.capacity(100, 8)
+    # exact Poisson tail at the expected 100, in bits
+    slots = train.capacity(100, 1)
+    tail = -slots * math.log2(100) + 100 / math.log(2) + math.lgamma(slots + 1) / math.log(2)
+    assert tail > 60
+
+
+def test_another_patient_leaves_the_others_slots_alone() -> None:
+    """Slots are taken at random, so the place of a patient says nothing about how many came before."""
+    noise, places = SeededNoise(3), []
+    for _ in range(2000):
+        drawn = train.draw(3, 1.0, 16, noise)
+        places.append(int((drawn == 2).nonzero()))
+    counts = torch.bincount(torch.tensor(places), minlength=16).double()
+    assert float(((counts - 125) ** 2 / 125).sum()) < 50
+
+
+def test_records_that_are_not_finite_do_not_stop_or_spoil_a_run() -> None:
+    """A patient whose gradient is NaN or infinite counts as zero; the weights stay finite."""
+    x = torch.zeros(N, 4)
+    x[::3] = float("nan")
+    x[1::3] = float("inf")
+    assert run(x, SystemNoise(), steps=5)[0].isfinite().all()
+
+
+def test_divergence_is_a_public_error() -> None:
+    """Weights that overflow by the private updates alone end the run with a reason."""
+    with pytest.raises(RefusedError, match="diverged"):
+        run(
+            torch.ones(N, 4),
+            SystemNoise(),
+            steps=200,
+            optimizer=Optimizer(name="sgd", settings={"lr": 1e6, "momentum": 1e6}),
+        )
+
+
+def test_steps_are_announced_before_they_run() -> None:
+    """Progress hears of every step, in about fifty blocks; what it raises ends the run."""
+    plan = train.plan(ask(steps=120), save({"w": torch.zeros(4)}), Public(), 1e-5, SystemNoise())  # type: ignore[arg-type]
+    told: list[int] = []
+    plan.run(Records(torch.zeros(N, 4)), told.append)  # type: ignore[arg-type]
+    assert sum(told) == 120
+    assert len(told) <= 61
+
+    def stop(steps: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plan.run(Records(torch.zeros(N, 4)), stop)  # type: ignore[arg-type]
+
+
+WRONG: dict[str, Callable[[], Fit]] = {
+    "batch": lambda: ask(batch=N + 1),
+    "optimizer.settings.hook": lambda: ask(optimizer=Optimizer(name="sgd", settings={"hook": 1.0})),
+    "optimizer.settings.lr": lambda: ask(optimizer=Optimizer(name="sgd", settings={"lr": 1e9})),
+    "optimizer": lambda: ask(optimizer=Optimizer(name="adam", settings={"momentum": 0.9})),
+    "x": lambda: ask(inputs={"x": ["a"]}),
+    "y": lambda: ask(inputs={"x": ["a", "b", "c", "d"], "y": ["a"]}),
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_a_wrong_field_is_named(field: str) -> None:
+    """Before anything is planned."""
+    with pytest.raises((RequestError, ProgramError)) as caught:
+        train.plan(WRONG[field](), save({"w": torch.zeros(4)}), Public(), 1e-5, SystemNoise())  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "name", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "nadam", "radam", "adamax", "adadelta"]
+)
+def test_every_named_optimiser_runs(name: Any) -> None:
+    """With its own defaults."""
+    assert run(torch.ones(N, 4), SystemNoise(), steps=3, optimizer=Optimizer(name=name))[0].isfinite().all()
+
+
+def test_a_machine_that_mixes_rows_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-test at the start of a run sees a kernel that lets one row's values into another's."""
+    it = lift(DOT)
+    original = type(it).clipped_sum
+
+    def leaky(
+        self: Any, parameters: Any, constants: Any, inputs: Any, mask: Tensor, clip: float
+    ) -> dict[str, Tensor]:
+        drift = 1e-7 * inputs["x"].nan_to_num().sum()
+        return {n: t + drift for n, t in original(self, parameters, constants, inputs, mask, clip).items()}
+
+    it.selftest({"w": torch.ones(4)}, {})
+    monkeypatch.setattr(type(it), "clipped_sum", leaky)
+    with pytest.raises(RefusedError, match="reproducibly"):
+        it.selftest({"w": torch.ones(4)}, {})
+
+
+# The generator
+
+
+def ks(sample: Tensor, cdf: Callable[[Tensor], Tensor]) -> float:
+    """Kolmogorov and Smirnov's distance times the root of the sample's size."""
+    ordered, n = sample.sort().values, len(sample)
+    steps = torch.arange(n + 1, dtype=torch.float64) / n
+    p = cdf(ordered)
+    return float(torch.maximum((p - steps[:-1]).abs().max(), (steps[1:] - p).abs().max())) * math.sqrt(n)
+
+
+@pytest.mark.parametrize("noise", [SystemNoise(), SeededNoise(7)], ids=["system", "seeded"])
+def test_noise_has_the_normal_law(noise: Any) -> None:
+    """By distance of distributions (1.95 is exceeded once in a thousand) and by tails."""
+    z = noise.gaussian(300_001)
+    assert z.dtype == torch.float64
+    assert len(z) == 300_001
+    assert ks(z, lambda t: 0.5 * (1 + torch.erf(t / math.sqrt(2)))) < 2.3
+    assert ks(noise.uniform(300_000), lambda t: t) < 2.3
+    assert 250 < int((z.abs() > 3.29).sum()) < 350
+    pairs = z[:300_000].reshape(2, -1)
+    assert abs(float((pairs[0] * pairs[1]).mean())) < 5 / math.sqrt(150_000)
+
+
+def test_halved_noise_fails_the_law() -> None:
+    """Teeth: the distance sees a wrong deviation at once."""
+    z = SystemNoise().gaussian(300_000) / 2
+    assert ks(z, lambda t: 0.5 * (1 + torch.erf(t / math.sqrt(2)))) > 10
+
+
+def test_seeded_noise_repeats_and_the_system_s_does_not() -> None:
+    """Only tests may foresee noise."""
+    assert torch.equal(SeededNoise(1).gaussian(10), SeededNoise(1).gaussian(10))
+    assert not torch.equal(SystemNoise().gaussian(10), SystemNoise().gaussian(10))
+
+
+def test_a_forked_child_draws_other_noise() -> None:
+    """Parent and child do not share a stream."""
+    noise = SystemNoise()
+    read, write = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.write(write, noise.uniform(1).numpy().tobytes())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert os.read(read, 8) != noise.uniform(1).numpy().tobytes()
+
+
+def test_answers_lie_on_a_grid_that_no_record_moves() -> None:
+    """Multiples of one power of two, whatever the values."""
+    values = on_grid(torch.randn(1000, dtype=torch.float64) * 37 + 1e3, 37.0)
+    assert torch.equal(values, (values * 2**15).round() / 2**15)
