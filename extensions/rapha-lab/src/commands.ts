@@ -44,7 +44,7 @@ export const commands: JupyterFrontEndPlugin<void> = {
       isEnabled: inEnclaveCell,
       execute: () => {
         const cell = activeEnclaveCell(tracker)!;
-        const code = withFlag(cell.model.sharedModel.source, '--here');
+        const code = withFlag(cell.model.sharedModel.source, '--rehearse-only');
         return rehearsal.run(code, tracker.currentWidget!.sessionContext);
       }
     });

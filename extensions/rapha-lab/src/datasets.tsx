@@ -15,9 +15,7 @@ export function Datasets({ datasets }: { datasets: { site: ISite; dataset: IData
 }
 
 function Dataset({ site, dataset }: { site: ISite; dataset: IDataset }): JSX.Element {
-  const columns = (dataset.columns ?? []).map(column =>
-    typeof column === 'string' ? { name: column } : column
-  );
+  const { columns, patient } = dataset.schema;
   return (
     <article className="rapha-Dataset" aria-label={`Dataset ${dataset.name}`}>
       <header className="rapha-Card-head">
@@ -26,7 +24,7 @@ function Dataset({ site, dataset }: { site: ISite; dataset: IDataset }): JSX.Ele
       </header>
       <dl className="rapha-Facts">
         <Fact term="About">{dataset.title}</Fact>
-        <Fact term="Unit">one patient, by {dataset.patient}</Fact>
+        <Fact term="Unit">one patient, by {patient}</Fact>
       </dl>
       {Object.entries(dataset.budget ?? {}).map(([project, splits]) => (
         <div key={project} className="rapha-Budget">
@@ -51,10 +49,11 @@ function Dataset({ site, dataset }: { site: ISite; dataset: IDataset }): JSX.Ele
 }
 
 function Column({ column }: { column: IColumn }): JSX.Element {
-  const about = [column.type, column.unit].filter(Boolean).join(', ');
+  const range = column.bounds ? `${column.bounds[0]} to ${column.bounds[1]}` : column.categories?.join(', ');
   return (
-    <li>
-      <code>{column.name}</code> {about}
+    <li title={column.meaning}>
+      <code>{column.name}</code> {column.type}
+      {range && `, ${range}`} {column.unit}
     </li>
   );
 }

@@ -9,7 +9,7 @@ export interface IEnclaveCell {
 
 const MARK = /^\s*%%enclave(?=\s|$)([^\n]*)/;
 const ASKED = /\bepsilon\s*=\s*(\d[\d_.]*(?:[eE][+-]?\d+)?)/g;
-const FLAGS = new Set(['--no-rehearsal', '--here']);
+const FLAGS = new Set(['--no-rehearsal', '--rehearse-only']);
 
 /** Whether a cell's text is an enclave cell. */
 export function isEnclave(source: string): boolean {

@@ -15,7 +15,8 @@ export function figure(x: number): string {
   if (Number.isInteger(x) && Math.abs(x) < 1e9) {
     return x.toLocaleString('en');
   }
-  return Math.abs(x) >= 1e6 || Math.abs(x) < 1e-4 ? x.toExponential(2) : String(Number(x.toPrecision(4)));
+  const exponent = Math.abs(x) >= 1e6 || Math.abs(x) < 1e-4;
+  return exponent ? Number(x.toPrecision(3)).toExponential() : String(Number(x.toPrecision(4)));
 }
 
 /** ε to three decimals: what is spent is rounded up, what is left is rounded down. */

@@ -58,7 +58,7 @@ export function Job({ job, cancel, showCell, note }: IJobProps): JSX.Element {
             {asked ? 'Cancelling…' : 'Cancel'}
           </button>
         )}
-        {job.cell && showCell && (
+        {job.origin?.cell && showCell && (
           <button className="rapha-Button rapha-mod-plain" onClick={() => showCell(job)}>
             Show its cell
           </button>

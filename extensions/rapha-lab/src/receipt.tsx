@@ -45,11 +45,20 @@ function Receipt(props: { receipt: IReceipt; release: IRelease; signature: ISign
           <code>{release.job}</code>
         </dd>
       </dl>
-      <Part title="Entry in the log" content={receipt.entry} />
+      <Part title="Entry in the log" content={decoded(receipt.entry)} />
       <Part title="Inclusion proof" content={receipt.proof} />
       <Part title="Checkpoint" content={receipt.checkpoint} />
     </div>
   );
+}
+
+/** A log entry as its JSON, where it is base64 of some. */
+function decoded(entry: unknown): unknown {
+  try {
+    return JSON.parse(atob(String(entry)));
+  } catch {
+    return entry;
+  }
 }
 
 function Part({ title, content }: { title: string; content: unknown }): JSX.Element | null {

@@ -5,6 +5,8 @@ import { addCard } from './card';
 import { epsilon, figure, value } from './format';
 import { IRelease, Mime } from './tokens';
 
+const MOST = 60;
+
 type Row = IRelease['rows'][number];
 
 /** Draws what the curator released: each value with its error, and what it cost. */
@@ -20,25 +22,11 @@ export const release: JupyterFrontEndPlugin<void> = {
 
 function ReleaseCard({ data }: { data: IRelease }): JSX.Element {
   const rows = data.rows ?? [];
-  const scale = whiskers(rows);
   return (
     <section className="rapha-Card rapha-Release" aria-label="Release">
-      <table>
-        <caption>{data.title || data.op}</caption>
-        <thead>
-          <tr>
-            <th scope="col">Name</th>
-            <th scope="col">Value</th>
-            <th scope="col">Error</th>
-            <th scope="col">Interval</th>
-          </tr>
-        </thead>
-        <tbody>
-          {rows.map((row, index) => (
-            <ReleaseRow key={index} row={row} scale={scale} />
-          ))}
-        </tbody>
-      </table>
+      <h4>{data.title || data.op}</h4>
+      {rows.length > 0 && <Rows rows={rows} />}
+      {rows.length > MOST && <p className="rapha-Note">{rows.length - MOST} more rows in the value itself.</p>}
       <p className="rapha-Release-price">
         <span>
           ε {epsilon(data.epsilon)}, δ {figure(data.delta)}
@@ -52,6 +40,28 @@ function ReleaseCard({ data }: { data: IRelease }): JSX.Element {
   );
 }
 
+function Rows({ rows }: { rows: Row[] }): JSX.Element {
+  const scale = whiskers(rows);
+  return (
+    <table>
+      <thead>
+        <tr>
+          <th scope="col">Name</th>
+          <th scope="col">Value</th>
+          <th scope="col">Error</th>
+          <th scope="col">95 % interval</th>
+          {scale && <td />}
+        </tr>
+      </thead>
+      <tbody>
+        {rows.slice(0, MOST).map((row, index) => (
+          <ReleaseRow key={index} row={row} scale={scale} />
+        ))}
+      </tbody>
+    </table>
+  );
+}
+
 function ReleaseRow({ row, scale }: { row: Row; scale: [number, number] | null }): JSX.Element {
   const { name, value: shown, error, interval } = row;
   return (
@@ -61,10 +71,14 @@ function ReleaseRow({ row, scale }: { row: Row; scale: [number, number] | null }
       <td className="rapha-mod-number">{error ? `± ${value(error, error)}` : ''}</td>
       <td className="rapha-mod-number">
         {interval && `${value(interval[0], error)} to ${value(interval[1], error)}`}
-        {interval && scale && typeof shown === 'number' && (
-          <Whisker at={shown} from={interval[0]} to={interval[1]} scale={scale} />
-        )}
       </td>
+      {scale && (
+        <td className="rapha-Whiskers">
+          {interval && typeof shown === 'number' && (
+            <Whisker at={shown} from={interval[0]} to={interval[1]} scale={scale} />
+          )}
+        </td>
+      )}
     </tr>
   );
 }
@@ -72,9 +86,10 @@ function ReleaseRow({ row, scale }: { row: Row; scale: [number, number] | null }
 /** A dot with its interval, on the scale all rows share. */
 function Whisker(props: { at: number; from: number; to: number; scale: [number, number] }): JSX.Element {
   const [low, high] = props.scale;
-  const x = (v: number) => 4 + (112 * (v - low)) / (high - low);
+  const x = (v: number) => 4 + (172 * (v - low)) / (high - low);
   return (
-    <svg className="rapha-Whisker" width="120" height="14" aria-hidden="true">
+    <svg className="rapha-Whisker" width="180" height="14" aria-hidden="true">
+      <line className="rapha-Whisker-zero" x1={x(0)} x2={x(0)} y1="0" y2="14" />
       <line x1={x(props.from)} x2={x(props.to)} y1="7" y2="7" />
       <line x1={x(props.from)} x2={x(props.from)} y1="4" y2="10" />
       <line x1={x(props.to)} x2={x(props.to)} y1="4" y2="10" />
@@ -83,12 +98,12 @@ function Whisker(props: { at: number; from: number; to: number; scale: [number, 
   );
 }
 
-/** The range of all intervals, or null where fewer than two rows could be compared. */
+/** The range of zero and all intervals, or null where fewer than two rows could be compared. */
 function whiskers(rows: Row[]): [number, number] | null {
   const ends = rows.flatMap(row => row.interval ?? []).filter(isFinite);
   if (ends.length < 4) {
     return null;
   }
-  const [low, high] = [Math.min(...ends), Math.max(...ends)];
+  const [low, high] = [Math.min(0, ...ends), Math.max(0, ...ends)];
   return high > low ? [low, high] : null;
 }

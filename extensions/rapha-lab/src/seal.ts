@@ -6,10 +6,12 @@ import { ServerConnection } from '@jupyterlab/services';
 import { isEnclave } from './enclave';
 import { showReceipt } from './receipt';
 import { drawSeal } from './sealview';
-import { ISites } from './tokens';
+import { ISignature, ISites, Mime } from './tokens';
 import { atFirstSight, check, Verdict } from './verdict';
 import { onEveryCodeCell } from './watch';
 
+const JOB_ID = /^[0-9a-f]{32}$/;
+const SAID: Verdict = { state: 'said' };
 const SEALED = new WeakMap<CodeCell, CellSeals>();
 
 /** Seals what a site signed, and covers whatever else stands in an enclave cell. */
@@ -27,6 +29,11 @@ export const seals: JupyterFrontEndPlugin<void> = {
 /** The last verified release of a cell, or null. */
 export function lastRelease(cell: CodeCell): Extract<Verdict, { state: 'verified' }> | null {
   return SEALED.get(cell)?.last() ?? null;
+}
+
+/** Whether an output is the error of the refusal whose card stands before it. */
+function isSaid(output: IOutputModel, before: IOutputModel): boolean {
+  return output.type === 'error' && Mime.blocked in before.data;
 }
 
 /** The seals of one cell's outputs, kept in step with the outputs and with the cell's first line. */
@@ -52,7 +59,8 @@ class CellSeals {
     const seen = new Set<string>();
     for (let index = 0; index < Math.min(model.length, widgets.length); index++) {
       const output = model.get(index);
-      const verdict = this._once(this._judge(output), seen);
+      const said = index > 0 && isSaid(output, model.get(index - 1));
+      const verdict = said ? SAID : this._once(this._judge(output), seen);
       const open = verdict.state === 'verified' && verdict.release ? () => void showReceipt(verdict) : null;
       const simulated = verdict.state === 'verified' && this._simulated(verdict.signature.site);
       drawSeal(widgets[index].node, verdict, simulated, open);
@@ -79,7 +87,7 @@ class CellSeals {
   }
 
   private _judge(output: IOutputModel): Verdict {
-    const first = atFirstSight(output, this._cell.model.id, this._enclave);
+    const first = atFirstSight(output, this._cell.model.id, this._enclave, signature => this._maker(signature));
     if (first) {
       return first;
     }
@@ -108,6 +116,11 @@ class CellSeals {
     }
     seen.add(place);
     return verdict;
+  }
+
+  /** The notebook cell whose job signed an output: named in the signature, or known of the job it names. */
+  private _maker({ site, cell }: ISignature): string | undefined {
+    return JOB_ID.test(cell) ? this._sites.job(site, cell)?.origin?.cell : cell;
   }
 
   private _simulated(site: string): boolean {

@@ -39,6 +39,7 @@ function Site({ site }: { site: ISite }): JSX.Element {
         <Fact term="Measurement">
           <Hash value={site.measurement} />
         </Fact>
+        <Fact term="Sandbox">{site.tier && `tier ${site.tier}`}</Fact>
         <Fact term="Policy">
           {policy?.name} <Hash value={policy?.hash} />
         </Fact>

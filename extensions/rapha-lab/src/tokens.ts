@@ -9,18 +9,20 @@ export interface IBudget {
   left: number;
 }
 
-/** What the schema says of one column. */
+/** What the public schema says of one column. */
 export interface IColumn {
   name: string;
-  type?: string;
-  unit?: string | null;
+  type: string;
+  unit?: string;
+  meaning?: string;
+  bounds?: [number, number];
+  categories?: string[];
 }
 
 export interface IDataset {
   name: string;
   title: string;
-  patient: string;
-  columns: (IColumn | string)[];
+  schema: { patient: string; columns: IColumn[] };
   budget: Record<string, Record<string, IBudget>>;
 }
 
@@ -31,7 +33,8 @@ export interface ISite {
   verdict: { status: string; reasons: string[] };
   measurement: string;
   policy: { name: string; hash: string; signers: string[]; expires: string };
-  tier: string | number | null;
+  /** The sandbox tier that was proved at start. */
+  tier: string | null;
   alive: boolean;
   datasets: IDataset[];
 }
@@ -49,7 +52,8 @@ export interface IJob {
   id: string;
   site: string;
   dataset: string;
-  cell?: string | null;
+  /** The notebook cell it was sent from, as far as the kernel knew. */
+  origin?: { cell?: string; notebook?: string };
   state: JobState;
   step: number | null;
   steps: number | null;
@@ -83,6 +87,7 @@ export interface IRelease {
   job: string;
   op: string;
   title: string;
+  simulated?: boolean;
   rows: {
     name: string;
     value: number | string | null;

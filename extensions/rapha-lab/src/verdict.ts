@@ -9,11 +9,12 @@ import { IRelease, ISignature, IVerification, Mime } from './tokens';
  * - `verified`: signed by the site; shown.
  * - `here`: raised on this computer, such as a failed rehearsal; shown, and said to be no answer of the site.
  * - `card`: a card that states its own source; shown.
+ * - `said`: the error whose card stands just above and says the same; not shown again.
  * - `copy`: a release outside an enclave cell; shown, and said to be unchecked.
  * - `pending`, `covered`: not shown.
  */
 export type Verdict =
-  | { state: 'pending' | 'here' | 'card' | 'copy' }
+  | { state: 'pending' | 'here' | 'card' | 'said' | 'copy' }
   | { state: 'covered'; reason: string }
   | { state: 'verified'; signature: ISignature; release: IRelease | null };
 
@@ -25,14 +26,24 @@ export function signatureOf(output: IOutputModel): ISignature | null {
   return signature && typeof signature === 'object' ? signature : null;
 }
 
-/** What can be said of an output before any signature is checked; null if the signature decides. */
-export function atFirstSight(output: IOutputModel, cell: string, enclave: boolean): Verdict | null {
+/**
+ * What can be said of an output before its signature is checked; null if the signature decides.
+ *
+ * @param cell - the cell that the output stands in.
+ * @param madeBy - the cell that a job was sent from, or undefined if that is not known.
+ */
+export function atFirstSight(
+  output: IOutputModel,
+  cell: string,
+  enclave: boolean,
+  madeBy: (signature: ISignature) => string | undefined
+): Verdict | null {
   const { data, type } = output;
   const signature = signatureOf(output);
   const release = Mime.release in data;
   if (signature) {
-    const elsewhere = enclave && signature.cell && signature.cell !== cell;
-    return elsewhere ? { state: 'covered', reason: MOVED } : null;
+    const maker = madeBy(signature);
+    return enclave && maker && maker !== cell ? { state: 'covered', reason: MOVED } : null;
   }
   if (!enclave) {
     return release ? { state: 'copy' } : { state: 'card' };

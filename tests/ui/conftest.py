@@ -1,0 +1,62 @@
+"""One JupyterLab, one browser page and one kernel for the whole folder, on the real demo site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab import Lab, Server, browser
+from playwright.sync_api import Browser
+
+CONNECT = 'import rapha_lab as rapha\n%load_ext rapha_lab\nsite = rapha.connect("demo")\ncohort = site.dataset("flchain")'
+MEAN = '%%enclave flchain\npatients.mean("age", epsilon=0.01)'
+FIT = """%%enclave flchain --epsilon 0.05 -o model
+import torch
+from torch import nn
+model = nn.Linear(2, 1)
+patients.train.fit(model, nn.BCEWithLogitsLoss(), inputs=["age", "creatinine"], target="death",
+                   batch=256, epochs={epochs})
+"""
+
+
+@pytest.fixture(scope="session")
+def opened() -> Iterator[Browser]:
+    """A headless Chromium."""
+    with browser() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """JupyterLab with the extension of this tree."""
+    running = Server(tmp_path_factory.mktemp("lab"))
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def page_of_the_run(server: Server, opened: Browser) -> Lab:
+    """The page, with a kernel that is connected to the demo site."""
+    lab = Lab(server, opened.new_page(viewport={"width": 1280, "height": 800}))
+    lab.load()
+    lab.write("connect.ipynb", CONNECT, MEAN)
+    lab.open("connect.ipynb")
+    lab.run(0)
+    lab.run(1)
+    lab.save()
+    return lab
+
+
+@pytest.fixture
+def lab(page_of_the_run: Lab) -> Iterator[Lab]:
+    """The page with nothing open, in the light theme."""
+    page_of_the_run.close_all()
+    yield page_of_the_run
+
+
+@pytest.fixture
+def executed(page_of_the_run: Lab, server: Server) -> Path:
+    """A saved notebook whose second cell holds one release, signed by the demo site."""
+    return server.files / "connect.ipynb"
