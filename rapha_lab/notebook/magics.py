@@ -14,10 +14,9 @@ from IPython.display import display
 from rapha_lab.client import cards
 from rapha_lab.client.site import ENDED, Dataset, Job, Site, latest
 from rapha_lab.protocol.errors import (
-    BudgetError,
     CellError,
-    PolicyError,
     RaphaError,
+    RefusedError,
     RequestError,
     SealedError,
     SiteError,
@@ -162,11 +161,12 @@ def _shown(error: RaphaError, line: str) -> RaphaError:
     """The error as the notebook raises it: refusals leave a card above and one line below."""
     if isinstance(error, CellError):
         return error
-    if isinstance(error, (SealedError, BudgetError, PolicyError, RequestError)):
+    carded = isinstance(error, SealedError | RefusedError | RequestError)
+    if carded:
         told = error.to_wire()
         if error.suggestion:
             told["suggestion"] = f"%%enclave {line.split()[0]}\n{error.suggestion}"
         display(cards.blocked(told), raw=True)
-    said = f"{type(error).__name__}: {error}"
+    said = f"{type(error).__name__}: {error.what if carded else error}"
     error._render_traceback_ = lambda: [said]  # type: ignore[attr-defined]
     return error

@@ -57,7 +57,7 @@ def judge(noisy: Counts, edges: np.ndarray, scale: float, names: Iterable[str]) 
     answer: dict[str, Any] = {"metrics": {}}
     for name in dict.fromkeys(names):
         if name == "calibration":
-            answer["calibration"] = _calibration(counts, draws, edges)
+            answer["calibration"] = _calibration(counts, draws, edges, 4 * sd)
         elif name in RATES:
             answer["metrics"][name] = _rate(counts, sd, name, edges)
         else:
@@ -205,12 +205,12 @@ def _roc(counts: Counts) -> dict[str, list[float]]:
     return {"fpr": [0.0, *rates[0].tolist()], "tpr": [0.0, *rates[1].tolist()]}
 
 
-def _calibration(counts: Counts, draws: Counts, edges: np.ndarray) -> dict[str, Any]:
-    """Predicted and observed share of positives in each bin that holds more than noise."""
+def _calibration(counts: Counts, draws: Counts, edges: np.ndarray, least: float) -> dict[str, Any]:
+    """Predicted and observed share of positives in each bin that holds at least that many patients."""
     width = np.diff(edges).max()
     ends = np.concatenate([[edges[0] - width], edges, [edges[-1] + width]])
     middles = (ends[:-1] + ends[1:]) / 2
-    held = counts.sum(0) > 0
+    held = counts.sum(0) > least
     observed = _share(counts[1], counts.sum(0))
     drawn = _share(draws[:, 1], draws.sum(1), 0.5)
     low, high = np.clip(2 * observed - np.quantile(drawn, [0.975, 0.025], axis=0), 0.0, 1.0)
