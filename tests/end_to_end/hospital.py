@@ -58,9 +58,20 @@ def policy(
 
 
 def prepare(
-    folder: Path, schema: str, frame: polars.DataFrame, name: str, **terms: Any
+    folder: Path,
+    schema: str,
+    frame: polars.DataFrame,
+    name: str,
+    *,
+    others: Sequence[PrivateKey] = (),
+    **terms: Any,
 ) -> tuple[Config, PrivateKey]:
-    """Write schema, records, signed policy and configuration; gives them with the researcher's key."""
+    """Write schema, records, signed policy and configuration; gives them with the researcher's key.
+
+    Args:
+        others: further researchers of the same project.
+        terms: of the policy.
+    """
     researcher, custodians = PrivateKey.create(), [PrivateKey.create(), PrivateKey.create()]
     (folder / f"{name}.toml").write_text(schema)
     frame.write_parquet(folder / f"{name}.parquet")
