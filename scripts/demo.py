@@ -37,8 +37,9 @@ def main() -> int:
     BUILD.mkdir(parents=True, exist_ok=True)
     notebook = nbformat.read(TUTORIAL, as_version=4)
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(TUTORIAL.parent)}})
+    client.extra_arguments = ["--log-level=40"]
     problem = None
-    with client.setup_kernel(env=_environment(), extra_arguments=["--log-level=40"]):
+    with client.setup_kernel(env=_environment()):
         try:
             for number, cell in enumerate(notebook.cells):
                 print(f"\r  {number + 1} of {len(notebook.cells)} cells", end="", flush=True)
