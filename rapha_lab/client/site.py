@@ -17,6 +17,7 @@ from rapha_lab.client.appraisal import AppraisalPolicy, Endorsements
 from rapha_lab.client.channel import Channel
 from rapha_lab.client.home import home, read, write
 from rapha_lab.client.mock import mock
+from rapha_lab.client.witness import witness
 from rapha_lab.protocol.errors import CellError, RaphaError, RequestError, SiteError, from_wire
 from rapha_lab.protocol.keys import PrivateKey
 from rapha_lab.protocol.release import Release
@@ -60,6 +61,7 @@ def connect(
     Raises:
         EvidenceError: the enclave is not to be trusted; nothing was sent.
         SiteError: it cannot be reached or did not start.
+        LogError: its log does not extend what was seen of it before.
     """
     if where == "demo":
         url, secret, simulated = demo.start(), demo.researcher(), True
@@ -75,6 +77,7 @@ def connect(
             policy = AppraisalPolicy(frozenset(measurements), allow_simulated=simulated)
             found = _open[url, str(secret.public)] = Site(Channel(url, secret, policy, endorsements), project)
     found.refresh()
+    witness(found._channel)
     _remember(found, where, key if isinstance(key, (str, Path)) else None)
     _latest[:] = [found]
     return found

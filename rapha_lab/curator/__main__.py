@@ -17,6 +17,7 @@ from rapha_lab.curator.desk import Desk
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.noise import SystemNoise
 from rapha_lab.curator.server import Call, Server
+from rapha_lab.curator.workers import EnclaveWorkers
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RaphaError, RequestError
 from rapha_lab.protocol.policy import Policy, Signed
@@ -36,6 +37,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     """What the curator is started with, over its pipe: keys are in no file or argument of it."""
 
     site: str
+    log: str
     simulated: bool
     policy: str
     ledger: str
@@ -44,6 +46,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     measurement: str
     tier: str
     datasets: list[Source]
+    workers: int
+    cores: int
 
 
 def main() -> None:
@@ -81,14 +85,15 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
         for column, found in cohorts[schema.name].findings.items():
             if found.clamped or found.unlisted or found.missing:
                 print(f"{schema.name}.{column}: {found}", file=sys.stderr)
-    ledger = Ledger(Path(config.ledger), key, origin=config.site)
+    ledger = Ledger(Path(config.ledger), key, origin=config.log)
     for project in policy.projects:
         for dataset in project.datasets:
             for split in SPLITS:
                 ledger.open_account(project.name, dataset, split, project.epsilon, project.delta)
     ledger.record("policy", hash=policy.hash.hex())
     ledger.record("release-of-enclave", measurement=config.measurement)
-    desk = Desk(in_force, ledger, cohorts, SystemNoise(), config.site, simulated=config.simulated)
+    workers = EnclaveWorkers(config.workers, config.cores)
+    desk = Desk(in_force, ledger, cohorts, SystemNoise(), config.site, workers, simulated=config.simulated)
     return Server(desk, _free(ledger, in_force, cohorts), reader, writer)
 
 

@@ -99,7 +99,9 @@ def _prepare(folder: Path, researcher: str) -> Config:
     lines = [msgspec.json.encode(state("sign", page, key)) for key in keys]
     Path(f"{path}.signatures").write_bytes(b"\n".join(lines) + b"\n")
     datasets = [Dataset(str(schema), str(schema.parent))]
-    return Config("demo", str(folder / "state"), str(path), datasets, listen="127.0.0.1:0")
+    # a new ledger is a new log, and has a name of its own
+    name = f"demo-{os.urandom(8).hex()}"
+    return Config("demo", str(folder / "state"), str(path), datasets, listen="127.0.0.1:0", log=name)
 
 
 def _tell(folder: Path, url: str) -> None:

@@ -19,6 +19,7 @@ from rapha_lab.enclave.cells import Cells
 from rapha_lab.enclave.curator import Curator
 from rapha_lab.enclave.gateway import Gateway
 from rapha_lab.enclave.sandbox import Zygote
+from rapha_lab.enclave.shards import CORES, ShardWorkers
 from rapha_lab.protocol.errors import PolicyError, RequestError
 from rapha_lab.protocol.evidence import Binding, Evidence
 from rapha_lab.protocol.keys import PrivateKey
@@ -45,6 +46,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
         datasets: what it serves.
         listen: address and port; port 0 takes a free one.
         tier: at most this sandbox tier, for tests.
+        log: the log's name, the same for its whole life; the site's name if not given.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     datasets: list[Dataset]
     listen: str = "127.0.0.1:8470"
     tier: str | None = None
+    log: str = ""
 
     @classmethod
     def load(cls, path: Path) -> Config:
@@ -85,7 +88,8 @@ class Site:
         self._policy()
         self._attester, self._measurement = attester(), measure()
         self.simulated = isinstance(self._attester, SimulatedAttester)
-        self._curator = Curator()
+        self._shards = ShardWorkers(lambda: self._zygote, config.tier)
+        self._curator = Curator(self._shards.connect)
         try:
             self._zygote = Zygote("rapha_lab.session.worker:main", tier=config.tier)
             self._curator.open(self._curator_config(seed))
@@ -113,6 +117,7 @@ class Site:
     def _curator_config(self, seed: bytes) -> dict[str, Any]:
         return {
             "site": self.config.name,
+            "log": self.config.log or self.config.name,
             "simulated": self.simulated,
             "policy": self.config.policy,
             "ledger": str(self._state / "ledger.sqlite"),
@@ -120,6 +125,7 @@ class Site:
             "salt": _secret(self._state / "split.salt").hex(),
             "measurement": self._measurement,
             "tier": self._zygote.tier,
+            "cores": len(CORES),
             "datasets": [msgspec.to_builtins(dataset) for dataset in self.config.datasets],
         }
 
@@ -198,6 +204,7 @@ class Site:
         self.cells.close()
         self._zygote.close()
         self._curator.close()
+        self._shards.close()
 
 
 def serve(
