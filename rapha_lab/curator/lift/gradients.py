@@ -134,7 +134,7 @@ def _one(several: list[Part]) -> Part:
     return Stored(several[0].name, reduce(torch.add, (part.dense() for part in several)))
 
 
-def clipped_sum(found: Mapping[str, Part], mask: Tensor, clip: float) -> dict[str, Tensor]:
+def clipped_sum(found: Mapping[str, Part], mask: Tensor, clip: float | Tensor) -> dict[str, Tensor]:
     """The sum over patients of their gradients scaled down to norm `clip`.
 
     A patient whose mask is False, or whose gradient is not finite, adds nothing.

@@ -39,6 +39,9 @@ __all__ = [
 
 Tensors = dict[str, Tensor]
 
+WORTH = 300.0
+"""Seconds of training from which on a compiler's half minute or so is worth it."""
+
 BLOCKS = 50
 """A run announces its steps in about this many blocks."""
 
@@ -83,7 +86,7 @@ def train(
     optimizer = optimizer_for(ask.optimizer, weights)
     slots = capacity(most(ask.batch, rate), lifted.microbatch)
     sensitivity = ask.clip * (1 + slack(lifted.microbatch))
-    lifted.selftest(parameters, constants)
+    prepare(lifted, parameters, constants, ask.steps * slots // lifted.microbatch)
     rows = with_absent(inputs)
     count = len(next(iter(inputs.values())))
     block = max(1, ask.steps // BLOCKS)
@@ -98,6 +101,17 @@ def train(
         optimizer.step()
     _finite(weights, ask.steps)
     return weights
+
+
+def prepare(lifted: Lifted, parameters: Tensors, constants: Tensors, microbatches: int) -> None:
+    """Test the machine's arithmetic on made-up patients; compile the step if the run is long enough to gain by it.
+
+    Raises:
+        RefusedError: if a patient's gradient depends on the others in the batch.
+    """
+    seconds = lifted.selftest(parameters, constants)
+    if seconds * microbatches > WORTH and lifted.compile(parameters, constants):
+        lifted.selftest(parameters, constants)
 
 
 def rate_of(batch: int, expected: float | None) -> float:
