@@ -5,10 +5,13 @@ The same interpreter, mechanisms and checks as at the site, with a cohort drawn 
 
 from __future__ import annotations
 
+import io
 import threading
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -17,18 +20,19 @@ import torch
 
 from rapha_lab.client.mock import mock
 from rapha_lab.curator.cohort import Cohort
-from rapha_lab.curator.mechanisms import loop
+from rapha_lab.curator.mechanisms import Plan, loop, shards
 from rapha_lab.curator.noise import SystemNoise
 from rapha_lab.curator.plans import plan_of
 from rapha_lab.protocol import messages
+from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
-from rapha_lab.session import interpreter, parcels
+from rapha_lab.session import interpreter, parcels, shard
 from rapha_lab.session.patients import Patients
 
 __all__ = ["Rehearsal", "encoded"]
 
-PATIENTS, STEPS, BATCH, DELTA = 400, 3, 64, 1e-5
+PATIENTS, STEPS, BATCH, SHARDS, DELTA = 400, 3, 64, 3, 1e-5
 
 
 class Rehearsal:
@@ -39,6 +43,7 @@ class Rehearsal:
         self._cohorts: dict[bytes, Cohort] = {}
         self._lock = threading.Lock()
         self._loop: loop.Loop
+        self._ran = 0
 
     def run(
         self,
@@ -60,19 +65,23 @@ class Rehearsal:
                 schema, partial(self._answer, schema), epsilon=epsilon, most_steps=STEPS
             )
             screen = interpreter.Screen(show or (lambda output: None))
-            interpreter.run(source, self.namespace, screen, "<enclave cell>")
+            self._ran += 1
+            interpreter.run(source, self.namespace, screen, f"<enclave cell {self._ran}>")
 
     def _answer(self, schema: Schema, ask: messages.ASKS, tensors: bytes) -> tuple[dict[str, Any], bytes]:
         request = messages.decode(messages.encode(ask))
         if isinstance(request, messages.Open | messages.Gradient | messages.Close):
             return self._step(schema, request, tensors)
         # priced as asked, so that an ε that no noise reaches fails here; then run short
-        plan_of(request, tensors, schema, DELTA, SystemNoise())
+        whole = plan_of(request, tensors, schema, DELTA, SystemNoise(), _Kernel())
         if isinstance(request, messages.Fit):
             steps, batch = min(request.steps, STEPS), min(request.batch, BATCH)
             request = msgspec.structs.replace(request, steps=steps, batch=batch)
         small = msgspec.structs.replace(schema, patients=PATIENTS)
-        plan = plan_of(request, tensors, small, DELTA, SystemNoise())
+        if isinstance(request, messages.Shards):
+            plan = _few(request, small, (schema.expected(request.split) or 0) / whole.beats)
+        else:
+            plan = plan_of(request, tensors, small, DELTA, SystemNoise())
         answer = plan.run(self._cohort(small).view(request.split), lambda steps: None)
         release = Release(
             job=uuid.uuid4().hex,
@@ -119,6 +128,40 @@ class Rehearsal:
             RaphaError: a name is not defined, or its value does not travel.
         """
         return parcels.pack(namespace, names)
+
+
+class _Kernel:
+    """Functions meet a few made-up shards in this process: what they print shows, what they raise is raised."""
+
+    def waves(self, k: int) -> int:
+        return k
+
+    def duration(self, k: int, seconds: float) -> float:
+        return 0.0
+
+    def answers(
+        self, jobs: Iterable[bytes], k: int, size: int, seconds: float, started: Callable[[], None], beat: Callable[[], None]
+    ) -> list[bytes]:
+        told, times = [], []
+        for job in islice(jobs, SHARDS):
+            frame, begun = messages.read_frame(io.BytesIO(job)), time.perf_counter()
+            assert frame is not None
+            told.append(shard.work(*frame).tobytes())
+            times.append(time.perf_counter() - begun)
+        if min(times) > seconds:
+            raise RequestError(
+                f"A shard took {min(times):.2g} seconds here.",
+                f"At the site it may take {seconds:g}; then the default stands for it, and nobody is told.",
+                f"Say seconds={2 * min(times):.1g}, say.",
+                field="seconds",
+            )
+        return [told[number % len(told)] for number in range(k)]
+
+
+def _few(request: messages.Shards, small: Schema, patients: float) -> Plan:
+    """The same question on made-up shards of as many patients as at the site."""
+    k = max(SHARDS, round((small.expected(request.split) or 0) / patients))
+    return shards.plan(msgspec.structs.replace(request, k=k), small, DELTA, _Kernel(), least=1, fewest=1)
 
 
 def encoded(schema: Schema, patients: polars.DataFrame, columns: str | list[str]) -> torch.Tensor:

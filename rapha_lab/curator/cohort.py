@@ -45,11 +45,15 @@ class Findings:
 
 def split_of(patient: str, salt: bytes, schema: Schema) -> str:
     """The split a patient belongs to for ever: by keyed hash of the identifier, whoever else is there."""
-    digest = hmac.digest(salt, b"rapha split\0" + patient.encode(), hashlib.sha256)
-    point = int.from_bytes(digest[:8]) / 2**64
+    point = _point(patient, salt, b"split") / 2**64
     if point < schema.splits.train:
         return "train"
     return "validation" if point < schema.splits.train + schema.splits.validation else "test"
+
+
+def _point(patient: str, salt: bytes, use: bytes) -> int:
+    """A number below 2^64 from the patient's identifier, for one use."""
+    return int.from_bytes(hmac.digest(salt, b"rapha " + use + b"\0" + patient.encode(), hashlib.sha256)[:8])
 
 
 class Cohort:
@@ -86,6 +90,7 @@ class Cohort:
         )
         rows = {name: torch.tensor(np.flatnonzero(splits == code)) for code, name in enumerate(SPLITS)}
         self._rows = rows | {"all": torch.arange(len(patients))}
+        self._points = torch.tensor([_point(patient, salt, b"shard") >> 32 for patient in patients], dtype=torch.int64)
 
     @classmethod
     def open(cls, schema: Schema, folder: str | Path, salt: bytes, opt_outs: Collection[str] = ()) -> Cohort:
@@ -125,6 +130,25 @@ class View:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def shards(self, k: int) -> list[View]:
+        """Its patients in `k` disjoint parts, each patient's by keyed hash, whoever else is there."""
+        where = (self._cohort._points[self._rows] * k) >> 32
+        return [View(self._cohort, self.split, self._rows[where == shard]) for shard in range(k)]
+
+    def frame(self, columns: Iterable[str]) -> pl.DataFrame:
+        """The columns as a frame, a row a patient, null where not known."""
+        return pl.DataFrame([self._series(self.schema.column(name)) for name in columns])
+
+    def _series(self, column: Column) -> pl.Series:
+        if column.type == "category":
+            values = np.array(column.categories, dtype=object)[self.codes(column.name).numpy()]
+            series = pl.Series(column.name, values, dtype=pl.String)
+        else:
+            kind = {"integer": pl.Int64, "boolean": pl.Boolean}.get(column.type, pl.Float64)
+            series = pl.Series(column.name, self.numbers(column.name).numpy()).cast(kind)
+        known = pl.Series(self.known(column.name).numpy())
+        return pl.select(pl.when(known).then(series).alias(column.name)).to_series()
 
     def known(self, column: str) -> Tensor:
         """In which patients a column is known: bool (n,)."""

@@ -17,6 +17,7 @@ from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.mechanisms import Answer, Plan, loop
 from rapha_lab.curator.mechanisms.loop import Loop
+from rapha_lab.curator.mechanisms.shards import Workers
 from rapha_lab.curator.noise import Noise
 from rapha_lab.curator.plans import plan_of
 from rapha_lab.protocol import messages
@@ -29,7 +30,7 @@ from rapha_lab.protocol.release import Release, statement
 
 __all__ = ["Caller", "Cancelled", "Desk"]
 
-LANES = {"fit": "train", "open": "train", "evaluate": "evaluate"}
+LANES = {"fit": "train", "open": "train", "evaluate": "evaluate", "shards": "shards"}
 
 
 class Cancelled(RefusedError):
@@ -60,6 +61,7 @@ class Desk:
         cohorts: the records by dataset.
         noise: the cryptographic generator.
         site: the site's name, for the release.
+        workers: where functions meet their shards.
     """
 
     def __init__(
@@ -69,11 +71,12 @@ class Desk:
         cohorts: Mapping[str, Cohort],
         noise: Noise,
         site: str,
+        workers: Workers | None = None,
         *,
         simulated: bool,
     ) -> None:
         self._policy, self._ledger, self._cohorts, self._noise = policy, ledger, cohorts, noise
-        self._site, self._simulated = site, simulated
+        self._site, self._workers, self._simulated = site, workers, simulated
         self._loops: dict[str, tuple[Caller, Loop, float]] = {}
 
     def answer(
@@ -105,7 +108,7 @@ class Desk:
             )
         if isinstance(ask, messages.Open):
             return self._open(caller, ask, cohort, account, question)
-        plan = plan_of(ask, tensors, cohort.schema, account.delta, self._noise)
+        plan = plan_of(ask, tensors, cohort.schema, account.delta, self._noise, self._workers)
         for split in plan.touches:
             self._ledger.open_account(caller.project, ask.dataset, split, account.epsilon, account.delta)
         self._ledger.reserve(caller.job, caller.project, ask.dataset, plan.touches, plan.loss, question)
@@ -229,13 +232,14 @@ class Desk:
     def _run(
         self, job: str, plan: Plan, cohort: Cohort, split: str, on_step: Callable[[int, int], None]
     ) -> tuple[Answer, Receipt]:
-        done = 0
+        done = beats = 0
 
         def progress(steps: int) -> None:
-            nonlocal done
-            on_step(done, plan.steps)
-            self._ledger.touch(job, steps)
-            done += steps
+            nonlocal done, beats
+            on_step(done + beats, plan.steps + plan.beats)
+            if steps:
+                self._ledger.touch(job, steps)
+            done, beats = done + steps, beats + (not steps)
 
         try:
             answer = plan.run(cohort.view(split), progress)

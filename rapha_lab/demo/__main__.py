@@ -63,7 +63,7 @@ def policy(researcher: str, keys: list[PrivateKey], datasets: list[str]) -> Poli
         "largest_model = 5_000_000",
         "smallest_cohort = 100",
         "metrics = " + json.dumps(METRICS),
-        *(f'lanes.{lane}.release = "auto"' for lane in ("aggregate", "train", "evaluate")),
+        *(f'lanes.{lane}.release = "auto"' for lane in ("aggregate", "train", "evaluate", "shards")),
     ]
     return Policy.parse("\n".join(page) + "\n")
 

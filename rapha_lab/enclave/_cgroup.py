@@ -1,4 +1,4 @@
-"""A control group per worker, where its launcher may make one: threads and memory, counted apart.
+"""A control group per worker, where its launcher may make one: threads, memory and time, counted apart.
 
 Resource limits count threads per user and not at all for root; a control group counts them per worker. Both
 the unified hierarchy (v2, delegated) and the split one (v1) are tried; an ordinary user usually has neither.
@@ -20,10 +20,10 @@ _SPARE = 256 << 20  # pages shared with the zygote that a worker writes to becom
 class Cgroup:
     """Limits on one worker; `add` it before it is given anything to do, `close` once it is gone."""
 
-    def __init__(self, name: str, memory: int, threads: int) -> None:
+    def __init__(self, name: str, memory: int, threads: int, share: int = 100) -> None:
         self._folders: list[Path] = []
         self._name = name
-        self._limits = {"memory": memory + _SPARE, "pids": threads}
+        self._limits = {"memory": memory + _SPARE, "pids": threads, "cpu": share}
 
     def add(self, pid: int) -> bool:
         """Put a process under the limits; true if the kernel now counts it there."""
@@ -48,16 +48,23 @@ class Cgroup:
             paths.update(dict.fromkeys(controllers.split(","), path))
         if (_ROOT / "cgroup.controllers").exists():
             base = _ROOT / paths.get("", "/").lstrip("/")
-            with contextlib.suppress(OSError):
-                (base / "cgroup.subtree_control").write_text("+memory +pids")
-            return [(base / self._name, {"memory.max": memory, "memory.swap.max": 0, "pids.max": threads})]
+            for wanted in ("+memory +pids", "+cpu"):
+                with contextlib.suppress(OSError):
+                    (base / "cgroup.subtree_control").write_text(wanted)
+            settings = {"memory.max": memory, "memory.swap.max": 0, "pids.max": threads}
+            if "cpu" in (base / "cgroup.subtree_control").read_text().split():
+                settings["cpu.weight"] = self._limits["cpu"]
+            return [(base / self._name, settings)]
         folder = {
-            kind: _ROOT / kind / paths.get(kind, "/").lstrip("/") / self._name for kind in ("memory", "pids")
+            kind: _ROOT / kind / paths.get(kind, "/").lstrip("/") / self._name for kind in ("memory", "pids", "cpu")
         }
-        return [
+        plan = [
             (folder["pids"], {"pids.max": threads}),
             (folder["memory"], {"memory.limit_in_bytes": memory}),
         ]
+        if "cpu" in paths:
+            plan.append((folder["cpu"], {"cpu.shares": self._limits["cpu"] * 1024 // 100}))
+        return plan
 
     def close(self) -> None:
         """Remove the group; waits a moment for the process to leave it."""

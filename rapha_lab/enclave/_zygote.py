@@ -1,8 +1,9 @@
 """The process workers are forked from: clean environment, one thread, libraries loaded, never any data.
 
 It speaks with its launcher over one Unix socket of whole packets (SOCK_SEQPACKET). From the launcher: first
-the configuration, then `spawn` with the two pipe ends of a worker, or `kill`. To the launcher: `ready`,
-`worker` (written by the worker itself once it is locked, so that the kernel vouches for its pid), `gone`.
+the configuration, then `spawn` with the two pipe ends of a worker, `kill`, or for all of them `stop` and
+`go on`. To the launcher: `ready`, `worker` (written by the worker itself once it is locked, so that the kernel
+vouches for its pid), `gone`, `stop` and `go on` once that is done.
 """
 
 from __future__ import annotations
@@ -111,6 +112,10 @@ class _Zygote:
                 if number == message["id"]:
                     why.append("violation" if message.get("violation") else "killed")
                     os.kill(pid, signal.SIGKILL)
+        else:
+            for pid in self.workers:
+                os.kill(pid, signal.SIGSTOP if message["do"] == "stop" else signal.SIGCONT)
+            self._say({"is": message["do"]})
         return True
 
     def _fork(self, number: int, limits: dict[str, Any], fds: list[int]) -> None:
@@ -137,6 +142,8 @@ class _Zygote:
         os.closerange(len(sources), 1 << 16)
         reader, writer = open(3, "rb"), open(4, "wb")  # noqa: SIM115
         _preload.reseed()
+        if limits["core"] is not None:
+            os.sched_setaffinity(0, {limits["core"]})
         layers = dict(self.layers)
         layers["deadline"] = _layers.deadline(limits["wall_seconds"])
         layers["privileges"] = _layers.drop_privileges(parent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import queue
+import socket
 import subprocess
 import sys
 import threading
@@ -25,9 +26,13 @@ class Curator:
     """A curator subprocess on two pipes, started again if it dies.
 
     It loads its libraries from the start; `open` gives it its configuration and waits until it is ready.
+
+    Args:
+        workers: gives a channel over which it may ask for workers, one for each process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Callable[[], socket.socket]) -> None:
+        self._workers = workers
         self._config: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
@@ -50,11 +55,16 @@ class Curator:
     def _launch(self) -> subprocess.Popen[bytes]:
         # -I: nothing of the working directory or the environment's PYTHON* is imported
         command = [sys.executable, "-I", "-m", "rapha_lab.curator"]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
+        with self._workers() as channel:
+            self._channel = channel.fileno()
+            return subprocess.Popen(  # noqa: S603
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[channel.fileno()]
+            )
 
     def _configure(self, process: subprocess.Popen[bytes]) -> None:
         try:
-            messages.write_frame(process.stdin, messages.encode(self._config))  # type: ignore[arg-type]
+            config = self._config | {"workers": self._channel}
+            messages.write_frame(process.stdin, messages.encode(config))  # type: ignore[arg-type]
             first = messages.read_frame(process.stdout)  # type: ignore[arg-type]
         except (OSError, messages.RequestError):
             first = None

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,18 +53,25 @@ _BOOT = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What one worker may use: bytes, seconds, threads, bytes it may send out. Defaults suit a session."""
+    """What one worker may use: bytes, seconds, threads, bytes it may send out. Defaults suit a session.
+
+    Attributes:
+        share: weight of all its threads together where the processor is short; a process beside it has 100.
+        core: the only processor core it may run on.
+    """
 
     memory: int = 2 << 30
     cpu_seconds: float = 4 * 3600
     wall_seconds: float = 6 * 3600
     threads: int = 256
     output: int = 8 << 30
+    share: int = 25
+    core: int | None = None
 
     @classmethod
     def shard(cls) -> Limits:
         """Limits for one shard of patients: a minute or two, and an answer of about ten numbers."""
-        return cls(memory=1 << 30, cpu_seconds=120, wall_seconds=120, threads=64, output=1 << 20)
+        return cls(memory=1 << 30, cpu_seconds=120, wall_seconds=120, threads=64, output=1 << 20, share=100)
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ class Worker:
         self._zygote, self._number = zygote, number
         self._locked, self._gone = threading.Event(), threading.Event()
         self._outcome = "killed"
-        self._group = Cgroup(f"rapha-{os.getpid()}-{id(zygote):x}-{number}", limits.memory, limits.threads)
+        self._group = Cgroup(f"rapha-{os.getpid()}-{id(zygote):x}-{number}", limits.memory, limits.threads, limits.share)
         self.pid: int | None = None
         self.layers: dict[str, bool] = {}
         self.reader = io.BufferedReader(_Counted(reads, limits.output, self._overflow))
@@ -186,6 +193,7 @@ class Zygote:
         self, entry: str, preload: Sequence[str] = (), tier: str | None = None, *, bare: bool = False
     ) -> None:
         self._lock, self._workers, self._count = threading.Lock(), dict[int, Worker](), 0
+        self._gate, self._still = threading.Lock(), threading.Event()
         self._reasons: list[str] = []
         self._entry, self._preload = entry, list(preload)
         self._config = {
@@ -276,16 +284,52 @@ class Zygote:
         return report
 
     def spawn(self, limits: Limits | None = None) -> Worker:
-        """A fresh worker, locked and waiting in its entry function.
+        """A fresh worker, locked and waiting in its entry function; a zygote that died is started again.
 
         Raises:
-            SiteError: if the zygote is gone, or a layer it held before did not hold this time.
+            SiteError: if a layer that held before does not hold this time, or all workers stand still.
         """
-        worker = self._spawn(limits or Limits())
+        if not self._gate.acquire(timeout=1):
+            raise SiteError(
+                "No session can start at this moment.",
+                "The site runs a function on shards of patients; every session stands still meanwhile.",
+                "Try again in a minute.",
+            )
+        try:
+            self.revive()
+            worker = self._spawn(limits or Limits())
+        finally:
+            self._gate.release()
         if worker.tier < self.tier:
             worker.close()
             raise SiteError("A worker was refused.", "One of its walls did not hold.", "Restart the site.")
         return worker
+
+    def revive(self) -> None:
+        """Start the process again if it died; its workers died with it.
+
+        Raises:
+            SiteError: if it no longer reaches its tier.
+        """
+        if not self.alive:
+            self.close()
+            self.report = self._start(self.tier)
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Stop every worker, and start none, until the block is left.
+
+        Raises:
+            SiteError: if they do not stop.
+        """
+        with self._gate:
+            self._still.clear()
+            try:
+                if self._say({"do": "stop"}) and not self._still.wait(10):
+                    raise SiteError("The sessions do not stand still.", "", "Restart the site.")
+                yield
+            finally:
+                self._say({"do": "go on"})
 
     def _spawn(self, limits: Limits) -> Worker:
         job_out, job_in = os.pipe()
@@ -333,7 +377,9 @@ class Zygote:
             if not packet:
                 break
             message = json.loads(packet)
-            worker = self._workers.get(message["id"])
+            if message["is"] == "stop":
+                self._still.set()
+            worker = self._workers.get(message.get("id"))
             if worker is None:
                 continue
             if message["is"] == "worker":

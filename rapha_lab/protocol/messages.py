@@ -28,6 +28,7 @@ __all__ = [
     "Mean",
     "Open",
     "Optimizer",
+    "Shards",
     "Split",
     "decode",
     "encode",
@@ -131,7 +132,23 @@ class Evaluate(Ask, frozen=True, tag="evaluate"):
     metrics: Annotated[list[Metric], Meta(min_length=1, max_length=16)]
 
 
-ASKS = Count | Mean | Histogram | Fit | Open | Gradient | Close | Evaluate
+class Shards(Ask, kw_only=True, tag="shards"):
+    """The average of what a function returns on `k` disjoint shards of patients; `source` is any Python.
+
+    `bounds` has one pair for all entries of the result, or one each; `default` stands for a shard that fails.
+    """
+
+    source: Annotated[str, Meta(min_length=1, max_length=100_000)]
+    name: Name
+    columns: Annotated[list[Name], Meta(min_length=1, max_length=4096)]
+    shape: Annotated[list[Annotated[int, Meta(ge=1, le=100)]], Meta(max_length=4)] = []
+    bounds: Annotated[list[tuple[float, float]], Meta(min_length=1, max_length=100)]
+    default: Annotated[list[float], Meta(max_length=100)] | None = None
+    k: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    seconds: Annotated[float, Meta(gt=0.0, le=60.0)] = 0.2
+
+
+ASKS = Count | Mean | Histogram | Fit | Open | Gradient | Close | Evaluate | Shards
 _decoder = msgspec.json.Decoder(ASKS)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import html
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import msgspec
@@ -60,7 +60,7 @@ class Release(msgspec.Struct, kw_only=True):
 
     Attributes:
         job: the number under which the site's log and ledger know it.
-        op: what was asked: count, mean, histogram, fit, evaluate.
+        op: what was asked: count, mean, histogram, fit, evaluate, shards.
         values: the answer as the curator gave it.
         tensors: SHA-256 of the tensors that came with it, in hex.
         epsilon, delta: its own guarantee; `unit` says for whom.
@@ -84,11 +84,13 @@ class Release(msgspec.Struct, kw_only=True):
     def title(self) -> str:
         """What was asked, in a few words."""
         kind, column = self.values.get("kind", self.op), self.values.get("column", "")
+        told_of = self.values.get("function", "")
         words = {
             "count": "Number of patients",
             "mean": f"Mean of {column}",
             "histogram": f"Patients by {column}",
             "evaluation": f"How well {self.values.get('target', 'the target')} is predicted on {self.split}",
+            "shards": f"{told_of} of patients, averaged over {self.values.get('shards')} shards",
             "fit": f"Trained on {self.split}: {self.values.get('steps')} private steps",
         }
         unit = self.values.get("unit")
@@ -106,6 +108,10 @@ class Release(msgspec.Struct, kw_only=True):
             each = zip(names, told["counts"], told["intervals"], strict=True)
             rows = [Row(name, value, told["error"], tuple(ends)) for name, value, ends in each]
             return rows + ([_row("missing", told["missing"])] if told.get("missing") else [])
+        if kind == "shards":
+            names = _entries(told["function"], told["shape"])
+            each = zip(names, told["estimates"], told["errors"], told["intervals"], strict=True)
+            return [Row(name, value, error, tuple(ends)) for name, value, error, ends in each]
         return [_row(name, figure) for name, figure in told.get("metrics", {}).items()]
 
     def __getattr__(self, name: str) -> Any:
@@ -187,6 +193,11 @@ def _row(name: str, told: dict[str, Any]) -> Row:
 
 def _bins(edges: list[float]) -> list[str]:
     return [f"{low:.4g} to {high:.4g}" for low, high in pairwise(edges)]
+
+
+def _entries(name: str, shape: list[int]) -> list[str]:
+    places = product(*map(range, shape))
+    return [f"{name}[{', '.join(map(str, place))}]" if place else name for place in places]
 
 
 def _figure(value: float) -> str:

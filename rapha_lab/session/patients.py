@@ -18,7 +18,7 @@ from rapha_lab.protocol.messages import Columns, Split
 from rapha_lab.protocol.program import digest
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
-from rapha_lab.session import recipe, tracing
+from rapha_lab.session import recipe, shard, tracing
 from rapha_lab.session.sealed import PATIENTS, Batch
 
 __all__ = ["Patients"]
@@ -202,6 +202,50 @@ class Patients:
         asked = {"inputs": named, "target": goal, "metrics": metrics, **self._common(epsilon)}
         return self._release(_made(messages.Evaluate, program=traced.program, **asked), traced.blob)
 
+    def shards(
+        self,
+        function: Callable[..., Any],
+        *,
+        bounds: tuple[float, float] | Sequence[tuple[float, float]],
+        shape: int | Sequence[int] = (),
+        columns: str | Sequence[str] | None = None,
+        default: float | Sequence[float] | None = None,
+        k: int | None = None,
+        seconds: float = 0.2,
+        epsilon: float | None = None,
+    ) -> Release:
+        """The noisy average of what any Python function returns on disjoint shards of patients.
+
+        For what no aggregate or loss expresses, and about ten numbers: a fitted Cox model's coefficients, a
+        score of your own. Each shard runs alone and for a fixed time; one that fails counts as `default`, and
+        nobody learns of it. Sample and aggregate (Smith 2011; GUPT, Mohan et al. 2012).
+
+        Args:
+            function: of a polars frame of some patients. Its source travels, so it imports what it needs
+                inside (numpy, scipy, polars, sklearn, torch) and uses nothing else from outside.
+            bounds: public (low, high) of the result, or one pair for each of its entries.
+            shape: of the result; () for a number.
+            columns: what the frame holds; all columns if not given.
+            default: stands for a shard that fails; the middle of the bounds if not given.
+            k: how many shards, at least 200; chosen for little noise if not given.
+            seconds: the time of one shard.
+            epsilon: the (ε, δ) guarantee of the answer.
+
+        Raises:
+            RequestError: an argument is malformed, or there are too few patients for so many shards.
+        """
+        source = shard.source_of(function)
+        names = [c.name for c in self.schema.columns] if columns is None else columns
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            self.schema.column(name)
+        pairs = [bounds] if isinstance(bounds[0], (int, float)) else list(bounds)
+        if default is not None:
+            default = [default] if isinstance(default, (int, float)) else list(default)
+        asked = {"source": source, "name": function.__name__, "columns": names, "bounds": pairs, "default": default}
+        asked |= {"shape": [shape] if isinstance(shape, int) else list(shape), "k": k, "seconds": float(seconds)}
+        return self._release(_made(messages.Shards, **asked, **self._common(epsilon)))
+
     # -- what they need -------------------------------------------------------------------------------
 
     def _common(self, epsilon: float | None) -> dict[str, Any]:
@@ -338,7 +382,7 @@ class _Gradients:
 
 
 _COUNT = "patients.count(epsilon=0.1)"
-_ANSWERS = "count, mean, histogram, fit, batches and evaluate"
+_ANSWERS = "count, mean, histogram, fit, batches, evaluate and shards"
 _ROWS = frozenset(
     """tail sample iloc loc values rows row collect show glimpse fetch limit slice first last item items data numpy
     tolist to_list iterrows itertuples to_pandas to_numpy to_dict to_csv write_csv to_parquet write_parquet to_json

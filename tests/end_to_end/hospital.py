@@ -31,7 +31,7 @@ def policy(
     *,
     epsilon: float = 8.0,
     largest_model: int = 100_000,
-    lanes: Sequence[str] = ("aggregate", "train", "evaluate"),
+    lanes: Sequence[str] = ("aggregate", "train", "evaluate", "shards"),
 ) -> Policy:
     """One page, not yet signed."""
     page = ["[policy]", 'name = "Test"', "version = 1", 'purpose = ["DUO:0000042"]']

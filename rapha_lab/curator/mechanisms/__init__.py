@@ -12,7 +12,8 @@ from rapha_lab.curator.cohort import View
 __all__ = ["Answer", "Plan", "Progress"]
 
 Progress = Callable[[int], None]
-"""Called with the number of further steps about to run, before they touch a record; raises to stop."""
+"""Called with the number of further steps about to run, before they touch a record, or with 0 for a beat of
+the public clock between; raises to stop."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,11 @@ class Plan:
         steps: how many steps `run` will announce through `Progress`, 1 for a single look.
         touches: the splits whose patients are looked at, each of which is charged.
         run: computes the answer; called at most once.
+        beats: how many times besides the steps it reports, at times that no record moves.
     """
 
     loss: Loss
     steps: int
     touches: tuple[str, ...]
     run: Callable[[View, Progress], Answer]
+    beats: int = 0

@@ -1,0 +1,83 @@
+"""One shard's process: a function's source and some patients in, some numbers out, nothing else either way."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import dis
+import inspect
+import io
+import linecache
+import textwrap
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any, BinaryIO
+
+import msgspec
+import numpy as np
+import polars
+
+from rapha_lab.protocol import messages
+from rapha_lab.protocol.errors import RequestError
+
+__all__ = ["main", "source_of", "work"]
+
+NAME = "<function on shards>"
+
+
+def main(reader: BinaryIO, writer: BinaryIO) -> None:
+    """Answer one job and end; a job that fails answers nothing."""
+    frame = messages.read_frame(reader)
+    if frame is not None:
+        writer.write(work(*frame).tobytes())
+        writer.flush()
+
+
+def work(header: bytes, records: bytes) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """What the function returns on its shard, as float64 of the agreed shape.
+
+    Raises:
+        ValueError: if it returns something of another shape.
+        Exception: whatever the function raises.
+    """
+    told = msgspec.json.decode(header)
+    source, shape = told["source"], tuple(told["shape"])
+    linecache.cache[NAME] = (len(source), None, source.splitlines(keepends=True), NAME)
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(source, NAME, "exec"), scope)  # noqa: S102 - running it is what this process is for
+    result = np.asarray(scope[told["name"]](polars.read_ipc(io.BytesIO(records))), dtype=np.float64)
+    if result.shape != shape:
+        raise ValueError(f"The function returned the shape {result.shape}, not {shape}.")
+    return result.astype("<f8")
+
+
+def source_of(function: Callable[..., Any]) -> str:
+    """The source of a function that stands alone, which is all of it that travels.
+
+    Raises:
+        RequestError: it is no `def`, or uses a name from outside.
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+        found = ast.parse(source).body
+    except (OSError, TypeError, SyntaxError):
+        found = []
+    if len(found) != 1 or not isinstance(found[0], ast.FunctionDef) or found[0].name != function.__name__:
+        why, instead = "Its source is what travels.", "Write it with def, in the cell."
+        raise RequestError("This is no function with a source of its own.", why, instead, field="function")
+    outside = sorted({*_globals(function.__code__), *function.__code__.co_freevars} - {function.__name__})
+    if outside or found[0].decorator_list:
+        what = f"The function uses {', '.join(outside) or 'a decorator'} from outside."
+        why = "Its source travels alone to each shard."
+        raise RequestError(what, why, "Import and define what it needs inside of it.", field="function")
+    return source
+
+
+def _globals(code: CodeType) -> Iterator[str]:
+    """Names the code or a function in it looks up outside and that Python itself does not have."""
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and not hasattr(builtins, str(step.argval)):
+            yield str(step.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _globals(constant)
