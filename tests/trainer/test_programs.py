@@ -107,7 +107,7 @@ ATOMS = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
 def test_no_arguments_whatever_raise_anything_else(data: st.DataObject) -> None:
     """Random operations of the table with random arguments lift or are refused, never crash."""
