@@ -62,10 +62,10 @@ class Loop:
         lifted = self._program(ask, tensors)
         parameters, constants = lifted.tensors(tensors)
         train.fits(lifted.program, ask.inputs, self.schema)
-        rows = self._inputs(ask.inputs, view)
         clip, batch = self.ask.clip, self.ask.batch
         progress(1)
         self.done += 1
+        rows = self._inputs(ask.inputs, view)
         drawn = train.draw(len(view), self.rate, train.capacity(train.most(batch, self.rate), lifted.microbatch), noise)
         total = train.clipped_sum(lifted, parameters, constants, rows, drawn, clip)
         deviation = self.sigma * clip * (1 + train.slack(lifted.microbatch))
