@@ -429,7 +429,7 @@ def _backward(loss: SealedTensor, gradient: Any = None, *args: Any, **kwargs: An
         else:
             further.append((p, grad))
     if further:
-        torch.autograd.backward(*zip(*further, strict=True))
+        torch.autograd.backward([p for p, _ in further], [grad for _, grad in further])
 
 
 def _program(tape: _Tape) -> tuple[Traced, str]:

@@ -486,7 +486,7 @@ for name, gates in (("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1)):
 case(
     "lstm.input",
     lambda g: [g.each(3, 1, g.a), [g.each(2, 1, g.b), g.each(2, 1, g.b)],
-               [t for _ in range(2) for t in (g.same(1, 4 * g.b, g.a), g.same(1, 4 * g.b, g.b), g.same(1, 4 * g.b), g.same(1, 4 * g.b))],
+               [g.same(1, 4 * g.b, *more) for _ in range(2) for more in ((g.a,), (g.b,), (), ())],
                True, 1, 0.0, True, True, False],
 )  # fmt: skip
 
