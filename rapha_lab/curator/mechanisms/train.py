@@ -22,7 +22,7 @@ from rapha_lab.curator.noise import Noise, on_grid
 from rapha_lab.protocol.errors import ProgramError, RefusedError, RequestError
 from rapha_lab.protocol.messages import Columns, Fit, Optimizer
 from rapha_lab.protocol.program import Program
-from rapha_lab.protocol.schema import SPLITS, Schema
+from rapha_lab.protocol.schema import MISSING, SPLITS, Schema
 
 __all__ = [
     "capacity",
@@ -61,7 +61,8 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
     optimizer_for(ask.optimizer, {name: t.clone() for name, t in parameters.items()})
 
     def run(view: View, progress: Progress) -> Answer:
-        inputs = {name: view.tensor(columns) for name, columns in ask.inputs.items()}
+        known = with_target(view, ask.inputs)
+        inputs = {name: view.tensor(columns)[known] for name, columns in ask.inputs.items()}
         weights = train(lifted, parameters, constants, inputs, ask, rate, sigma, noise, progress)
         values = {"steps": ask.steps, "noise": sigma, "clip": ask.clip, "rate": rate, "batch": ask.batch}
         return Answer({"kind": "fit", **values}, save(weights))
@@ -101,6 +102,14 @@ def train(
         optimizer.step()
     _finite(weights, ask.steps)
     return weights
+
+
+def with_target(view: View, inputs: dict[str, Columns]) -> Tensor:
+    """The patients whose target is known, bool (n,): nothing is learned from the others, so they add nothing."""
+    target = inputs.get("target")
+    if not isinstance(target, str) or target.endswith(MISSING):
+        return torch.ones(len(view), dtype=torch.bool)
+    return view.known(target)
 
 
 def prepare(lifted: Lifted, parameters: Tensors, constants: Tensors, microbatches: int) -> None:
