@@ -110,8 +110,10 @@ class Release(msgspec.Struct, kw_only=True):
             return rows + ([_row("missing", told["missing"])] if told.get("missing") else [])
         if kind == "shards":
             names = _entries(told["function"], told["shape"])
-            each = zip(names, told["estimates"], told["errors"], told["intervals"], strict=True)
-            return [Row(name, value, error, tuple(ends)) for name, value, error, ends in each]
+            figures = zip(names, told["estimates"], told["errors"], told["intervals"], strict=True)
+            return [Row(name, value, error, tuple(ends)) for name, value, error, ends in figures]
+        if kind == "fit":
+            return [Row(words, told[name]) for name, words in _RECIPE.items() if name in told]
         return [_row(name, figure) for name, figure in told.get("metrics", {}).items()]
 
     def __getattr__(self, name: str) -> Any:
@@ -183,6 +185,14 @@ class Release(msgspec.Struct, kw_only=True):
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         card = msgspec.to_builtins(self) | {"title": self.title, "rows": msgspec.to_builtins(self.rows)}
         return {MIME: card, "text/html": self._repr_html_(), "text/plain": repr(self)}
+
+
+_RECIPE = {
+    "steps": "steps",
+    "batch": "expected patients a step",
+    "noise": "noise multiplier",
+    "clip": "clipping norm",
+}
 
 
 def _row(name: str, told: dict[str, Any]) -> Row:
