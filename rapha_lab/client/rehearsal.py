@@ -136,11 +136,14 @@ class _Kernel:
     def waves(self, k: int) -> int:
         return k
 
-    def duration(self, k: int, seconds: float) -> float:
-        return 0.0
-
     def answers(
-        self, jobs: Iterable[bytes], k: int, size: int, seconds: float, started: Callable[[], None], beat: Callable[[], None]
+        self,
+        jobs: Iterable[bytes],
+        k: int,
+        size: int,
+        seconds: float,
+        started: Callable[[], None],
+        beat: Callable[[], None],
     ) -> list[bytes]:
         told, times = [], []
         for job in islice(jobs, SHARDS):

@@ -134,7 +134,8 @@ class View:
     def shards(self, k: int) -> list[View]:
         """Its patients in `k` disjoint parts, each patient's by keyed hash, whoever else is there."""
         where = (self._cohort._points[self._rows] * k) >> 32
-        return [View(self._cohort, self.split, self._rows[where == shard]) for shard in range(k)]
+        parts = self._rows[where.argsort(stable=True)].split(where.bincount(minlength=k).tolist())
+        return [View(self._cohort, self.split, rows) for rows in parts]
 
     def frame(self, columns: Iterable[str]) -> pl.DataFrame:
         """The columns as a frame, a row a patient, null where not known."""

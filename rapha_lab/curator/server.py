@@ -1,14 +1,16 @@
 """The curator's process: frames in on one pipe, frames out on another. It opens no socket.
 
-in   {"do": "ask", "id", "researcher", "project", "ask": raw}   {"do": "cancel", "id"}   {"do": "sweep", "id": cell}
-     {"do": "catalog", "id", "project"}   {"do": "log", "id", "start"}
+in   {"do": "ask", "id", "researcher", "project"}, and the session's request with its tensors as a second frame
+     {"do": "cancel", "id"}   {"do": "sweep", "id": cell}   {"do": "catalog", "id", "project"}   {"do": "log", "id", "start"}
 out  {"id", "step", "steps"}   {"id", "release" | "result" | "error"}
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
@@ -18,10 +20,14 @@ import msgspec
 from rapha_lab.curator.desk import Caller, Cancelled, Desk
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RaphaError, RefusedError
+from rapha_lab.protocol.release import Release
 
 __all__ = ["Server"]
 
 WORKERS = 4
+
+QUANTUM = 0.05
+"""Seconds; an answer or refusal leaves at the first whole multiple of it after its request came."""
 
 
 class Call(msgspec.Struct, forbid_unknown_fields=True):
@@ -31,7 +37,6 @@ class Call(msgspec.Struct, forbid_unknown_fields=True):
     id: str
     researcher: str = ""
     project: str = ""
-    ask: msgspec.Raw = msgspec.Raw(b"null")
     start: int = 0
     text: str = ""
 
@@ -51,6 +56,8 @@ class Server:
         self._lock = threading.Lock()
         self._cancelled: set[str] = set()
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="ask")
+        # long trainings must keep nobody from the site's evidence, its log or their budget
+        self._quick = ThreadPoolExecutor(1, thread_name_prefix="look-up")
 
     def serve(self) -> None:
         """Read frames until the gateway closes the pipe."""
@@ -59,11 +66,11 @@ class Server:
             if call.do == "cancel":
                 self._cancelled.add(call.id)
             elif call.do == "sweep":
-                self._pool.submit(self._desk.sweep, call.id)
-            elif call.do == "ask":
-                self._pool.submit(self._answer, call, frame[1])
-            else:
-                self._pool.submit(self._look_up, call)
+                self._quick.submit(self._desk.sweep, call.id)
+            elif call.do != "ask":
+                self._quick.submit(self._look_up, call)
+            elif (request := messages.read_frame(self._reader)) is not None:
+                self._pool.submit(self._answer, call, *request, time.monotonic())
         self._cancelled.add("*")
         self._pool.shutdown(cancel_futures=True)
 
@@ -71,7 +78,13 @@ class Server:
         with self._lock:
             messages.write_frame(self._writer, messages.encode(header), tensors)
 
-    def _answer(self, call: Call, tensors: bytes) -> None:
+    def _leave(self, header: dict[str, Any], tensors: bytes, came: float) -> None:
+        """Say it when its time has come: how long it took tells only in which quantum it was done."""
+        quanta = math.ceil((time.monotonic() - came) / QUANTUM)
+        time.sleep(max(0.0, came + quanta * QUANTUM - time.monotonic()))
+        self._say(header, tensors)
+
+    def _answer(self, call: Call, request: bytes, tensors: bytes, came: float) -> None:
         def on_step(done: int, planned: int) -> None:
             if not self._cancelled.isdisjoint((call.id, "*")):
                 raise Cancelled(
@@ -82,14 +95,20 @@ class Server:
 
         try:
             caller = Caller(call.researcher, call.project, call.id)
-            release, blob = self._desk.answer(caller, bytes(call.ask), tensors, on_step)
-            self._say({"id": call.id, "release": release}, blob)
+            release, blob = self._desk.answer(caller, request, tensors, on_step)
+            # a step of a loop is the same work whoever is drawn, and there are thousands
+            leave = (
+                self._leave
+                if isinstance(release, Release)
+                else lambda header, blob, _: self._say(header, blob)
+            )
+            leave({"id": call.id, "release": release}, blob, came)
         except RaphaError as error:
-            self._say({"id": call.id, "error": error.to_wire()})
+            self._leave({"id": call.id, "error": error.to_wire()}, b"", came)
         except BaseException as error:
             print(f"job {call.id}: {type(error).__name__}", file=sys.stderr)
             refusal = RefusedError("The request could not be answered.", "An internal error ended it.")
-            self._say({"id": call.id, "error": refusal.to_wire()})
+            self._leave({"id": call.id, "error": refusal.to_wire()}, b"", came)
         finally:
             self._cancelled.discard(call.id)
 

@@ -1,9 +1,11 @@
 """Processes for shards, as the curator gets them: two pipe ends each, over a channel it was started with.
 
 The curator opens no socket and starts no process: the enclave does, and passes the ends of a fresh worker's
-pipes over the channel. What happens on them is read here, and only here. The clock is public: waves of as many
-workers as there are cores begin at fixed times, each worker is ended when its time is up, and `answers`
-returns when the last wave's time is up, never before.
+pipes over the channel. What happens on them is read here, and only here.
+
+The clock is public. How long a worker takes to start and end is tried out before any record is touched; then
+waves of as many workers as there are cores begin at fixed times, each worker is ended when its time is up, and
+`answers` returns when the last wave's time is up, never before.
 
     out  {"do": "open"}  {"do": "spawn", "wave", "count"}  {"do": "clear"}  {"do": "close"}
     in   {"open": true} or {"error"}      {"wave"} with the two ends of one worker
@@ -24,10 +26,10 @@ from itertools import islice
 
 from rapha_lab.protocol.errors import SiteError, from_wire
 
-__all__ = ["SETUP", "EnclaveWorkers", "converse"]
+__all__ = ["EnclaveWorkers", "converse"]
 
-SETUP = 0.2
-"""Seconds a wave is given to start its workers."""
+TRIALS, TIMES, LEAST, MOST = 2, 2, 0.15, 5.0
+"""A wave is given so many times the slowest trial to start and end its workers, within so many seconds."""
 
 _TAIL = 0.02
 """Seconds at the end of a wave to end them."""
@@ -51,12 +53,14 @@ class EnclaveWorkers:
         """In how many waves `k` shards are done."""
         return math.ceil(k / self._cores)
 
-    def duration(self, k: int, seconds: float) -> float:
-        """The time from start to release."""
-        return round(self.waves(k) * (SETUP + seconds + _TAIL), 6)
-
     def answers(
-        self, jobs: Iterable[bytes], k: int, size: int, seconds: float, started: Callable[[], None], beat: Callable[[], None]
+        self,
+        jobs: Iterable[bytes],
+        k: int,
+        size: int,
+        seconds: float,
+        started: Callable[[], None],
+        beat: Callable[[], None],
     ) -> list[bytes]:
         """What each job's worker wrote, b"" if it was not exactly `size` bytes in time; one request at a time.
 
@@ -64,15 +68,29 @@ class EnclaveWorkers:
             SiteError: before `started`, if there are no workers to be had.
         """
         with self._one_at_a_time, self._opened():
+            slot = self._pace() + seconds + _TAIL
             started()
-            waiting, begun, told = iter(jobs), time.monotonic(), list[bytes]()
+            told, waiting = list[bytes](), iter(jobs)
+            now = list(islice(waiting, self._cores))
+            begun = time.monotonic()
             for wave in range(1, self.waves(k) + 1):
                 beat()
-                ends = begun + self.duration(wave * self._cores, seconds)
-                told += self._wave(list(islice(waiting, self._cores)), wave, size, ends - _TAIL)
+                ends = begun + wave * slot
+                told += self._wave(now, wave, size, ends - _TAIL)
                 self._say({"do": "clear"})
+                now = list(islice(waiting, self._cores))
                 time.sleep(max(0.0, ends - time.monotonic()))
             return told
+
+    def _pace(self) -> float:
+        """Seconds a wave needs besides its work, tried with workers that are given nothing."""
+        slowest = 0.0
+        for trial in range(1, TRIALS + 1):
+            begun = time.monotonic()
+            self._wave([b""] * self._cores, -trial, 0, begun + MOST)
+            self._say({"do": "clear"})
+            slowest = max(slowest, time.monotonic() - begun)
+        return min(max(TIMES * slowest, LEAST), MOST)
 
     def _wave(self, jobs: list[bytes], wave: int, size: int, until: float) -> list[bytes]:
         self._say({"do": "spawn", "wave": wave, "count": len(jobs)})

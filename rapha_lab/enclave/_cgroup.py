@@ -56,7 +56,8 @@ class Cgroup:
                 settings["cpu.weight"] = self._limits["cpu"]
             return [(base / self._name, settings)]
         folder = {
-            kind: _ROOT / kind / paths.get(kind, "/").lstrip("/") / self._name for kind in ("memory", "pids", "cpu")
+            kind: _ROOT / kind / paths.get(kind, "/").lstrip("/") / self._name
+            for kind in ("memory", "pids", "cpu")
         }
         plan = [
             (folder["pids"], {"pids.max": threads}),

@@ -91,6 +91,8 @@ class Cells:
         curator: answers their requests.
         sign: signs one output: (job, notebook cell, index, data) -> what goes into its metadata.
         schemas: the public schemas by dataset, for the handles.
+        project_of: (researcher, project, dataset) -> the project they act for, or PolicyError.
+        idle: seconds after which a session that was given nothing ends.
     """
 
     def __init__(
@@ -100,12 +102,14 @@ class Cells:
         sign: Callable[[str, str, int, dict[str, Any]], dict[str, Any]],
         schemas: dict[str, dict[str, Any]],
         project_of: Callable[[str, str, str], str],
+        idle: float = 3600.0,
     ) -> None:
         self._zygote, self._curator, self._sign = zygote, curator, sign
-        self._schemas, self._project_of = schemas, project_of
+        self._schemas, self._project_of, self.idle = schemas, project_of, idle
         self._changed = threading.Condition()
         self._cells: dict[str, Cell] = {}
         self._sessions: dict[tuple[str, str], _Session] = {}
+        self._idled: set[tuple[str, str]] = set()
 
     def submit(self, researcher: str, order: Order, tensors: bytes) -> Cell:
         """Queue a cell in its session, which is started if it is new.
@@ -126,13 +130,19 @@ class Cells:
         cell = Cell(uuid.uuid4().hex, researcher, order, tensors)
         digest = hashlib.sha256(order.source.encode()).hexdigest()
         self._curator.look_up("cell", project=order.project, researcher=researcher, text=digest)
+        worker = self._spawn(
+            researcher, order.session
+        )  # takes a while: nobody waits for it with the lock held
         with self._changed:
-            session = self._session(researcher, order.session)
+            session = self._session(researcher, order.session, worker)
             if sum(c.state == "queued" for c in session.cells) >= MAX_QUEUE:
                 raise SiteError(
                     "Too many cells wait in this session.", f"The limit is {MAX_QUEUE}.", "Wait for some."
                 )
             self._cells[cell.id] = cell
+            if (researcher, order.session) in self._idled:
+                self._idled.discard((researcher, order.session))
+                self._add(cell, {"type": "stream", "name": "stderr", "text": _IDLED})
             session.cells.append(cell)
             for old in list(self._cells)[: max(0, len(self._cells) - MAX_CELLS)]:
                 if self._cells[old].state in ENDED:
@@ -140,18 +150,38 @@ class Cells:
             self._changed.notify_all()
         return cell
 
-    def _session(self, researcher: str, name: str) -> _Session:
+    def _spawn(self, researcher: str, name: str) -> Worker | None:
+        """A worker for a session that is new, or None."""
+        with self._changed:
+            self._sessions = {key: session for key, session in self._sessions.items() if not session.over}
+            if (researcher, name) in self._sessions:
+                return None
+            self._room(researcher)
+        return self._zygote.spawn(Limits())
+
+    def _room(self, researcher: str) -> None:
+        if sum(key[0] == researcher and not s.over for key, s in self._sessions.items()) >= MAX_SESSIONS:
+            raise SiteError(
+                f"You have {MAX_SESSIONS} sessions open at this site.",
+                "That is the limit for one researcher.",
+                "Close a notebook, or call site.end_sessions().",
+            )
+
+    def _session(self, researcher: str, name: str, worker: Worker | None) -> _Session:
+        """The session, with the worker if it is new; one that is not needed is ended."""
         key = (researcher, name)
-        if key not in self._sessions or self._sessions[key].over:
-            mine = [k for k, s in self._sessions.items() if k[0] == researcher and not s.over]
-            if len(mine) >= MAX_SESSIONS:
-                raise SiteError(
-                    f"You have {MAX_SESSIONS} sessions open at this site.",
-                    "That is the limit for one researcher.",
-                    "Close a notebook, or call site.end_sessions().",
-                )
-            self._sessions[key] = _Session(self, self._zygote.spawn(Limits()))
-        return self._sessions[key]
+        old = self._sessions.get(key)
+        try:
+            if old is not None and not old.over:
+                return old
+            self._room(researcher)
+            if worker is None:
+                raise SiteError("The session ended at this moment.", "", "Run the cell again.")
+            self._sessions[key], worker = _Session(self, worker, key), None
+            return self._sessions[key]
+        finally:
+            if worker is not None:
+                worker.close()
 
     def of(self, researcher: str) -> list[Cell]:
         """The researcher's cells, oldest first."""
@@ -292,10 +322,10 @@ def _epsilon(request: bytes) -> float:
 class _Session:
     """A worker and the thread that feeds it cells."""
 
-    def __init__(self, cells: Cells, worker: Worker) -> None:
+    def __init__(self, cells: Cells, worker: Worker, key: tuple[str, str]) -> None:
         self.cells: list[Cell] = []
         self.over = False
-        self._cells, self._worker = cells, worker
+        self._cells, self._worker, self._key = cells, worker, key
         self._lock = threading.Lock()
         self._ran = 0
         threading.Thread(target=self._serve, daemon=True).start()
@@ -316,12 +346,17 @@ class _Session:
     def _next(self) -> Cell | None:
         changed = self._cells._changed
         with changed:
-            changed.wait_for(lambda: self.over or any(c.state == "queued" for c in self.cells))
+            changed.wait_for(
+                lambda: self.over or any(c.state == "queued" for c in self.cells), self._cells.idle
+            )
             cell = next((c for c in self.cells if c.state == "queued"), None)
             if cell is not None and not self.over:
                 cell.state, cell.started = "running", time.time()
                 changed.notify_all()
                 return cell
+            if not self.over:
+                self._cells._idled.add(self._key)
+            self.over = True
         return None
 
     def _serve(self) -> None:
@@ -392,6 +427,8 @@ class _Said(msgspec.Struct, forbid_unknown_fields=True):
     traceback: list[str] = []
     values: dict[str, Any] = {}
 
+
+_IDLED = "The session had been idle for long and was ended: what earlier cells defined is gone.\n"
 
 _OUTCOMES = {
     "ended": "Its process ended.",

@@ -108,7 +108,9 @@ class Worker:
         self._zygote, self._number = zygote, number
         self._locked, self._gone = threading.Event(), threading.Event()
         self._outcome = "killed"
-        self._group = Cgroup(f"rapha-{os.getpid()}-{id(zygote):x}-{number}", limits.memory, limits.threads, limits.share)
+        self._group = Cgroup(
+            f"rapha-{os.getpid()}-{id(zygote):x}-{number}", limits.memory, limits.threads, limits.share
+        )
         self.pid: int | None = None
         self.layers: dict[str, bool] = {}
         self.reader = io.BufferedReader(_Counted(reads, limits.output, self._overflow))
@@ -118,6 +120,10 @@ class Worker:
     def tier(self) -> str:
         """The tier this very worker proved before it was handed over."""
         return tier_of(self.layers)
+
+    def interrupt(self) -> None:
+        """Send the worker SIGINT."""
+        self._zygote._say({"do": "interrupt", "id": self._number})
 
     def kill(self) -> None:
         """End the worker now."""

@@ -46,6 +46,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
         datasets: what it serves.
         listen: address and port; port 0 takes a free one.
         tier: at most this sandbox tier, for tests.
+        idle: seconds after which a session that was given nothing ends.
         log: the log's name, the same for its whole life; the site's name if not given.
     """
 
@@ -55,6 +56,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     datasets: list[Dataset]
     listen: str = "127.0.0.1:8470"
     tier: str | None = None
+    idle: float = 3600.0
     log: str = ""
 
     @classmethod
@@ -97,7 +99,7 @@ class Site:
             self._curator.close()
             raise
         schemas = {told["name"]: told["schema"] for told in self._curator.look_up("catalog")}
-        self.cells = Cells(self._zygote, self._curator, self._sign, schemas, self._project_of)
+        self.cells = Cells(self._zygote, self._curator, self._sign, schemas, self._project_of, config.idle)
         self.gateway = Gateway(
             self.cells,
             card=self.card,

@@ -132,7 +132,7 @@ class Evaluate(Ask, frozen=True, tag="evaluate"):
     metrics: Annotated[list[Metric], Meta(min_length=1, max_length=16)]
 
 
-class Shards(Ask, kw_only=True, tag="shards"):
+class Shards(Ask, kw_only=True, frozen=True, tag="shards"):
     """The average of what a function returns on `k` disjoint shards of patients; `source` is any Python.
 
     `bounds` has one pair for all entries of the result, or one each; `default` stands for a shard that fails.

@@ -242,7 +242,8 @@ class Patients:
         pairs = [bounds] if isinstance(bounds[0], (int, float)) else list(bounds)
         if default is not None:
             default = [default] if isinstance(default, (int, float)) else list(default)
-        asked = {"source": source, "name": function.__name__, "columns": names, "bounds": pairs, "default": default}
+        asked: dict[str, Any] = {"source": source, "name": function.__name__, "columns": names}
+        asked |= {"bounds": pairs, "default": default}
         asked |= {"shape": [shape] if isinstance(shape, int) else list(shape), "k": k, "seconds": float(seconds)}
         return self._release(_made(messages.Shards, **asked, **self._common(epsilon)))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,19 +48,26 @@ class Workers(Protocol):
         """In how many waves of workers `k` shards are done."""
         ...
 
-    def duration(self, k: int, seconds: float) -> float:
-        """How long `answers` takes, to the moment, whatever the shards do."""
-        ...
-
     def answers(
-        self, jobs: Iterable[bytes], k: int, size: int, seconds: float, started: Callable[[], None], beat: Callable[[], None]
+        self,
+        jobs: Iterable[bytes],
+        k: int,
+        size: int,
+        seconds: float,
+        started: Callable[[], None],
+        beat: Callable[[], None],
     ) -> list[bytes]:
-        """What the `k` jobs answered, each `size` bytes or taken as none; `started` is called before the first."""
+        """What the `k` jobs answered, each `size` bytes or taken as none, after a time that no shard moves.
+
+        `started` is called before the first job is taken, `beat` before each wave.
+        """
         ...
 
 
-def plan(ask: Shards, schema: Schema, delta: float, workers: Workers, *, least: int = LEAST, fewest: int = FEWEST) -> Plan:
-    """How the shards will be averaged at the asked (epsilon, delta), and when the answer will leave.
+def plan(
+    ask: Shards, schema: Schema, delta: float, workers: Workers, *, least: int = LEAST, fewest: int = FEWEST
+) -> Plan:
+    """How the shards will be averaged at the asked (epsilon, delta).
 
     Raises:
         RequestError: naming the field that is out of range.
@@ -72,17 +79,19 @@ def plan(ask: Shards, schema: Schema, delta: float, workers: Workers, *, least: 
     loss = Gaussian(noise_for(Gaussian, ask.epsilon, delta))
     most = math.floor((schema.expected(ask.split) or 0.0) / fewest)
     k = choose(loss.noise, size, least, most, ask.k)
-    duration = workers.duration(k, ask.seconds)
     sd = loss.noise * 2 * GRID * math.sqrt(size)
     add_noise = gaussian(sd)
 
+    def jobs(view: View) -> Iterator[bytes]:
+        for shard in view.shards(k):
+            yield job(ask, shard)
+
     def run(view: View, progress: Progress) -> Answer:
-        jobs = (job(ask, shard) for shard in view.shards(k))
-        told = workers.answers(jobs, k, 8 * size, ask.seconds, lambda: progress(1), lambda: progress(0))
+        told = workers.answers(jobs(view), k, 8 * size, ask.seconds, lambda: progress(1), lambda: progress(0))
         total = np.sum([entries(answer, low, high, default) for answer in told], axis=0)
         noisy, half = np.array(add_noise(total)) / (k * GRID), (high - low) / 2
         values = np.clip((low + high) / 2 + half * noisy, low, high)
-        return Answer(_released(ask, values, half * sd / (k * GRID), low, high) | {"shards": k, "seconds": duration})
+        return Answer(_released(ask, values, half * sd / (k * GRID), low, high) | {"shards": k})
 
     return Plan(loss, 1, touched(ask.split), run, workers.waves(k))
 
@@ -101,7 +110,9 @@ def choose(noise: float, size: int, least: int, most: int, asked: int | None = N
             field="k",
         )
     if asked is not None and asked < least:
-        raise RequestError(f"k is {asked}.", f"At least {least} shards are needed.", f"Say k={least}.", field="k")
+        raise RequestError(
+            f"k is {asked}.", f"At least {least} shards are needed.", f"Say k={least}.", field="k"
+        )
     return asked or min(max(least, math.ceil(noise * math.sqrt(size) / AIM)), most, 5 * least)
 
 
@@ -125,7 +136,8 @@ def job(ask: Shards, shard: View) -> bytes:
 def _public(ask: Shards, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Lower and upper bounds and the default, (size,) each."""
     if size > 100:
-        raise RequestError(f"The shape {ask.shape} has {size} entries.", "Noise grows with them; 100 are the most.", field="shape")
+        what = f"The shape {ask.shape} has {size} entries."
+        raise RequestError(what, "Noise grows with them; 100 are the most.", field="shape")
     pairs = ask.bounds * size if len(ask.bounds) == 1 else ask.bounds
     low, high = (np.array(ends, dtype=np.float64) for ends in zip(*pairs, strict=True))
     if len(pairs) != size or not (np.abs([low, high]) <= 1e12).all() or not (high - low > 1e-12).all():
@@ -134,11 +146,15 @@ def _public(ask: Shards, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     default = np.array(ask.default if ask.default is not None else (low + high) / 2, dtype=np.float64)
     default = np.full(size, default[0]) if len(default) == 1 else default
     if len(default) != size or not ((low <= default) & (default <= high)).all():
-        raise RequestError("The default does not fit.", "It needs one number within the bounds per entry.", field="default")
+        raise RequestError(
+            "The default does not fit.", "It needs one number within the bounds per entry.", field="default"
+        )
     return low, high, default
 
 
-def _released(ask: Shards, values: np.ndarray, sd: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict[str, Any]:
+def _released(
+    ask: Shards, values: np.ndarray, sd: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> dict[str, Any]:
     ends = zip(np.maximum(values - Z * sd, low), np.minimum(values + Z * sd, high), strict=True)
     return {
         "kind": "shards",
