@@ -69,7 +69,38 @@ def _parser() -> argparse.ArgumentParser:
         if act == "revoke":
             command.add_argument("subject")
         command.set_defaults(run=_state, act=act, subject="")
+
+    log = commands.add_parser("log", help="a site's transparency log").add_subparsers(required=True)
+    fetch = log.add_parser("fetch", help="write the whole log to a bundle")
+    fetch.add_argument("site", help='"demo" or an address')
+    fetch.add_argument("bundle", type=Path)
+    fetch.add_argument("--key", type=Path, help="your key, for a hospital's site")
+    fetch.add_argument("--allow-simulated", action="store_true")
+    fetch.set_defaults(run=_fetch_log)
+    verify = log.add_parser(
+        "verify", help="check a bundle offline, and name the first entry that does not hold"
+    )
+    verify.add_argument("bundle", type=Path)
+    verify.add_argument("--key", help="the site's public key as you know it from elsewhere")
+    verify.set_defaults(run=_verify_log)
     return line
+
+
+def _fetch_log(args: argparse.Namespace) -> None:
+    from rapha_lab.client.logs import fetch
+    from rapha_lab.client.site import connect
+
+    passphrase = _passphrase("Your passphrase: ") if args.key else None
+    site = connect(args.site, key=args.key, passphrase=passphrase, allow_simulated=args.allow_simulated)
+    print(f"{fetch(site, args.bundle)} entries written to {args.bundle}.")
+
+
+def _verify_log(args: argparse.Namespace) -> None:
+    from rapha_lab.client.logs import summary, verify
+
+    print(*summary(verify(args.bundle, args.key)), sep="\n")
+    if args.key is None:
+        print("The key is the bundle's own: compare it with the one your site publishes.")
 
 
 def _serve(args: argparse.Namespace) -> None:

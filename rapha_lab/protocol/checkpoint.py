@@ -227,10 +227,12 @@ def _base64(data: bytes) -> str:
 
 
 def _unbase64(text: str) -> bytes:
+    """The bytes, if `text` is their one canonical spelling; else none."""
     try:
-        return base64.b64decode(text, validate=True)
+        data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         return b""
+    return data if _base64(data) == text else b""
 
 
 def _not_included(why: str) -> LogError:
