@@ -107,6 +107,10 @@ class _Zygote:
             self._fork(message["id"], message["limits"], fds)
             for fd in fds:
                 os.close(fd)
+        elif message["do"] == "interrupt":
+            for pid, (number, *_) in self.workers.items():
+                if number == message["id"]:
+                    os.kill(pid, signal.SIGINT)
         elif message["do"] == "kill":
             for pid, (number, _, _, why) in self.workers.items():
                 if number == message["id"]:

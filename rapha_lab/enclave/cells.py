@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 import time
@@ -16,7 +17,7 @@ from rapha_lab.enclave.curator import Curator, CuratorLost
 from rapha_lab.enclave.sandbox import Limits, Worker, Zygote
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RaphaError, RequestError, SiteError
-from rapha_lab.protocol.release import MIME, Release
+from rapha_lab.protocol.release import MIME, Release, canonical
 
 __all__ = ["Cell", "Cells", "Order"]
 
@@ -110,6 +111,7 @@ class Cells:
         self._cells: dict[str, Cell] = {}
         self._sessions: dict[tuple[str, str], _Session] = {}
         self._idled: set[tuple[str, str]] = set()
+        self._issued: set[bytes] = set()
 
     def submit(self, researcher: str, order: Order, tensors: bytes) -> Cell:
         """Queue a cell in its session, which is started if it is new.
@@ -143,7 +145,7 @@ class Cells:
             if (researcher, order.session) in self._idled:
                 self._idled.discard((researcher, order.session))
                 self._add(cell, {"type": "stream", "name": "stderr", "text": _IDLED})
-            session.cells.append(cell)
+            session.cells = [*(c for c in session.cells if c.state not in ENDED), cell]
             for old in list(self._cells)[: max(0, len(self._cells) - MAX_CELLS)]:
                 if self._cells[old].state in ENDED:
                     del self._cells[old]
@@ -216,12 +218,12 @@ class Cells:
             if cell.state == "queued":
                 self._end(cell, "cancelled")
             asking, running = cell.asking, cell.state == "running"
+            mine = [session for session in self._sessions.values() if cell in session.cells]
         if asking is not None:
             self._curator.cancel(asking)
         elif running:
-            for session in self._sessions.values():
-                if cell in session.cells:
-                    session.interrupt()
+            for session in mine:
+                session.interrupt()
 
     def end(self, researcher: str, session: str | None = None) -> None:
         """End one of the researcher's sessions, or all of them."""
@@ -254,6 +256,15 @@ class Cells:
             cell.outputs.append(output)
             self._changed.notify_all()
 
+    def _honest(self, output: dict[str, Any]) -> dict[str, Any]:
+        """A session's output without cards that only the site may show; a release it got may be shown again."""
+        if output["type"] == "stream":
+            return {"type": "stream", "name": str(output["name"]), "text": str(output["text"])}
+        data = dict(output["data"])
+        if MIME not in data or canonical(data) not in self._issued:
+            data = {kind: v for kind, v in data.items() if not kind.startswith("application/vnd.rapha.")}
+        return {"type": "display", "data": data, "metadata": dict(output["metadata"])}
+
     def _end(self, cell: Cell, state: State, **fields: Any) -> None:
         self._curator.sweep(cell.id)
         with self._changed:
@@ -273,16 +284,16 @@ class Cells:
         epsilon = _epsilon(request)
         with self._changed:
             if cell.cancelled:
-                raise SiteError("The cell was cancelled.")
+                raise _Stopped("The cell was cancelled.")
             cell.asking = f"{cell.id}-{uuid.uuid4().hex[:8]}"
             if epsilon:
                 cell.asked_at, cell.step, cell.steps = time.time(), 0, 0
             cell.epsilon += epsilon
+        asked = cell.asking, cell.researcher, cell.order.project, request, tensors, on_step
         try:
-            order = cell.order
-            wire, blob = self._curator.ask(
-                cell.asking, cell.researcher, order.project, request, tensors, on_step
-            )
+            wire, blob = self._curator.ask(*asked)
+        except CuratorLost as lost:
+            wire, blob = self._again(asked, lost)
         finally:
             with self._changed:
                 cell.asking = None
@@ -293,6 +304,7 @@ class Cells:
             cell.step = cell.steps
         release = msgspec.convert(wire, Release)
         data = release._repr_mimebundle_()
+        self._issued.add(canonical(data))
         self._add(cell, {"type": "display", "data": data, "metadata": {}, "of": MIME})
         return wire, blob
 
@@ -302,6 +314,10 @@ class Cells:
             return self._curator.ask(*asked)
         except RaphaError:
             raise lost from None
+
+
+class _Stopped(SiteError):
+    """A question of a cell that was cancelled before."""
 
 
 def _printed(output: dict[str, Any]) -> dict[str, Any]:
@@ -329,9 +345,10 @@ class _Session:
         self._lock = threading.Lock()
         self._ran = 0
         threading.Thread(target=self._serve, daemon=True).start()
+        threading.Thread(target=self._mourn, daemon=True).start()
 
     def interrupt(self) -> None:
-        self._say({"do": "interrupt"})
+        self._worker.interrupt()
 
     def kill(self) -> None:
         with self._cells._changed:
@@ -363,9 +380,10 @@ class _Session:
         while (cell := self._next()) is not None:
             try:
                 self._run(cell)
-            except (OSError, RequestError, msgspec.MsgspecError, KeyError, TypeError, ValueError):
+            except Exception:  # whatever it sent, it ends itself and nobody else
                 break
-        self.over = True
+        with self._cells._changed:
+            self.over = True
         try:
             outcome = self._worker.wait(1)
         except TimeoutError:
@@ -376,6 +394,13 @@ class _Session:
         for cell in self.cells:
             if cell.state not in ENDED:
                 self._cells._end(cell, "cancelled" if cell.cancelled else "lost", error=lost.to_wire())
+
+    def _mourn(self) -> None:
+        """Once the worker is gone, stop what it still asks: nobody could receive the answer."""
+        self._worker.wait()
+        for asking in [cell.asking for cell in self.cells if cell.asking is not None]:
+            with contextlib.suppress(RaphaError):
+                self._cells._curator.cancel(asking)
 
     def _run(self, cell: Cell) -> None:
         self._ran += 1
@@ -397,19 +422,22 @@ class _Session:
                 raise OSError("the worker is gone")
             said = msgspec.json.decode(frame[0], type=_Said)
             if said.say == "output" and said.output.get("type") in ("stream", "display"):
-                self._cells._add(cell, said.output)
+                self._cells._add(cell, self._cells._honest(said.output))
             elif said.say == "ask":
-                self._answer(cell, bytes(said.ask), frame[1])
+                self._answer(cell, said.number, bytes(said.ask), frame[1])
             elif said.say == "done":
                 return self._finish(cell, said, frame[1])
 
-    def _answer(self, cell: Cell, request: bytes, tensors: bytes) -> None:
+    def _answer(self, cell: Cell, number: int, request: bytes, tensors: bytes) -> None:
+        answer: dict[str, Any] = {"do": "answer", "number": number}
         try:
             wire, blob = self._cells._ask(cell, request, tensors)
         except RaphaError as error:
-            self._say({"do": "answer", "error": error.to_wire()})
+            self._say(answer | {"error": error.to_wire()})
+            if isinstance(error, _Stopped):
+                self.interrupt()  # it swallowed the first refusal
         else:
-            self._say({"do": "answer", "release": wire}, blob)
+            self._say(answer | {"release": wire}, blob)
 
     def _finish(self, cell: Cell, said: _Said, blob: bytes) -> None:
         state: State = "done" if said.error is None else "cancelled" if cell.cancelled else "failed"
@@ -422,6 +450,7 @@ class _Said(msgspec.Struct, forbid_unknown_fields=True):
 
     say: str
     output: dict[str, Any] = {}
+    number: int = 0
     ask: msgspec.Raw = msgspec.Raw(b"null")
     error: dict[str, Any] | None = None
     traceback: list[str] = []

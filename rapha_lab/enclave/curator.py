@@ -15,11 +15,19 @@ from typing import Any
 import msgspec
 
 from rapha_lab.protocol import messages
-from rapha_lab.protocol.errors import SiteError, from_wire
+from rapha_lab.protocol.errors import RaphaError, SiteError, from_wire
 
 __all__ = ["Curator", "CuratorLost"]
 
 Progress = Callable[[int, int], None]
+
+
+class _Waiting:
+    """A call that waits for its replies, and the process that has them."""
+
+    def __init__(self) -> None:
+        self.replies: queue.Queue[tuple[dict[str, Any], bytes] | None] = queue.Queue()
+        self.process: subprocess.Popen[bytes] | None = None
 
 
 class Curator:
@@ -36,7 +44,7 @@ class Curator:
         self._config: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._waiting: dict[str, queue.Queue[tuple[dict[str, Any], bytes] | None]] = {}
+        self._waiting: dict[str, _Waiting] = {}
         self._closed = False
         self._process = self._launch()
 
@@ -91,24 +99,30 @@ class Curator:
                 with self._lock:
                     waiting = self._waiting.get(header["id"])
                 if waiting is not None:
-                    waiting.put((header, frame[1]))
+                    waiting.replies.put((header, frame[1]))
         except messages.RequestError:
             pass  # killed in the middle of a frame
         process.wait()
         with self._lock:
-            lost = list(self._waiting.values())
+            lost = [waiting for waiting in self._waiting.values() if waiting.process is process]
         for waiting in lost:
-            waiting.put(None)
+            waiting.replies.put(None)
 
-    def _send(self, header: dict[str, Any], tensors: bytes = b"") -> None:
+    def _send(self, header: dict[str, Any], *request: bytes, waiting: _Waiting | None = None) -> None:
+        """Write a frame, and a request and its tensors as a second one: a session's bytes are in no header of ours."""
         with self._lock:
             if self._closed:
                 raise SiteError("The site is stopping.")
             if self._process.poll() is not None:
                 self._process = self._launch()
                 self._configure(self._process)
+            if waiting is not None:
+                waiting.process = self._process
+                self._waiting[header["id"]] = waiting
             try:
-                messages.write_frame(self._process.stdin, messages.encode(header), tensors)  # type: ignore[arg-type]
+                messages.write_frame(self._process.stdin, messages.encode(header))  # type: ignore[arg-type]
+                if request:
+                    messages.write_frame(self._process.stdin, *request)  # type: ignore[arg-type]
             except BrokenPipeError:
                 raise _lost() from None
 
@@ -121,22 +135,20 @@ class Curator:
             RaphaError: the curator's refusal; CuratorLost if its process died.
         """
         header = {"do": "ask", "id": job, "researcher": researcher, "project": project}
-        return self._call(job, header | {"ask": msgspec.Raw(request)}, tensors, on_step)
+        return self._call(header, on_step, request, tensors)
 
     def look_up(self, what: str, **fields: Any) -> Any:
         """Ask for something that costs nothing: the catalog, the log."""
         number = f"look-up-{next(self._numbers)}"
-        return self._call(number, {"do": what, "id": number, **fields}, b"", lambda *_: None)[0]
+        return self._call({"do": what, "id": number, **fields}, lambda *_: None)[0]
 
     def _call(
-        self, number: str, header: dict[str, Any], tensors: bytes, on_step: Progress
+        self, header: dict[str, Any], on_step: Progress, *request: bytes
     ) -> tuple[dict[str, Any], bytes]:
-        mine: queue.Queue[tuple[dict[str, Any], bytes] | None] = queue.Queue()
-        with self._lock:
-            self._waiting[number] = mine
+        mine = _Waiting()
         try:
-            self._send(header, tensors)
-            while (reply := mine.get()) is not None:
+            self._send(header, *request, waiting=mine)
+            while (reply := mine.replies.get()) is not None:
                 said, blob = reply
                 if "step" in said:
                     on_step(said["step"], said["steps"])
@@ -147,7 +159,7 @@ class Curator:
             raise _lost()
         finally:
             with self._lock:
-                self._waiting.pop(number, None)
+                self._waiting.pop(header["id"], None)
 
     def cancel(self, job: str) -> None:
         """Stop a job before its next step; does nothing if it has ended."""
@@ -155,7 +167,7 @@ class Curator:
 
     def sweep(self, cell: str) -> None:
         """Close what a cell that ended left open."""
-        with contextlib.suppress(SiteError):
+        with contextlib.suppress(RaphaError):
             self._send({"do": "sweep", "id": cell})
 
     def close(self) -> None:

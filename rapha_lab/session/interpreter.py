@@ -22,8 +22,9 @@ import matplotlib.pyplot as pyplot
 from IPython.core.formatters import DisplayFormatter
 
 from rapha_lab.protocol.errors import CellError, RaphaError
+from rapha_lab.protocol.release import canonical
 
-__all__ = ["Screen", "run"]
+__all__ = ["Screen", "cell_error", "run"]
 
 Output = dict[str, Any]
 Send = Callable[[Output], None]
@@ -56,13 +57,13 @@ class Screen:
         for stream in self.streams:
             stream.send()
 
-    def show(self, *values: Any, **_: Any) -> None:
-        """Show each value in the richest forms it has."""
+    def show(self, *values: Any, raw: bool = False, metadata: Any = None, **_: Any) -> None:
+        """Show each value in the richest forms it has, or as it is if it is a bundle and `raw`."""
         self.settle()
         for value in values:
-            data, metadata = _formatter.format(value)
-            if data or metadata:
-                self._send({"type": "display", "data": _text(data), "metadata": metadata})
+            data, about = (value, metadata or {}) if raw else _formatter.format(value)
+            if data or about:
+                self._send({"type": "display", "data": _sendable(data), "metadata": _sendable(about)})
 
     def figures(self) -> None:
         """Show and close the matplotlib figures that are open, as the inline backend does."""
@@ -85,9 +86,19 @@ _formatter.formatters["image/png"].for_type_by_name(
 )
 
 
-def _text(data: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of pictures as base64, as the notebook format wants them."""
-    return {kind: base64.b64encode(v).decode() if isinstance(v, bytes) else v for kind, v in data.items()}
+def _sendable(data: Any) -> dict[str, Any]:
+    """Those forms of a value that JSON can carry; bytes of pictures as base64, as the notebook format wants them."""
+    if not isinstance(data, dict):
+        return {"text/plain": f"<{type(data).__name__}, which is no bundle>"}
+    kept = {}
+    for kind, value in data.items():
+        try:
+            form = base64.b64encode(value).decode() if isinstance(value, bytes) else value
+            canonical({kind: form})
+            kept[kind] = form
+        except (ValueError, TypeError, RecursionError):
+            kept.setdefault("text/plain", f"<{type(value).__name__} that cannot be shown>")
+    return kept
 
 
 class _Stream(io.TextIOBase):
@@ -153,7 +164,7 @@ def run(source: str, namespace: dict[str, Any], screen: Screen, name: str = "<ce
         except KeyboardInterrupt:
             raise CellError("The cell was interrupted.", "", "Run it again when you like.") from None
         except BaseException as error:
-            raise _cell_error(error, name) from None
+            raise cell_error(error, name) from None
 
 
 def _compile(source: str, name: str) -> tuple[CodeType, CodeType | None]:
@@ -180,7 +191,7 @@ def _line(error: BaseException, name: str) -> int | None:
     return lines[-1] if lines else None
 
 
-def _cell_error(error: BaseException, name: str) -> CellError:
+def cell_error(error: BaseException, name: str) -> CellError:
     """The error as a local cell would print it, without the frames of this module."""
     shown = error.__traceback__
     while shown is not None and shown.tb_frame.f_code.co_filename == __file__:

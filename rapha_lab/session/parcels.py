@@ -91,9 +91,10 @@ def _pack_array(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Spec
     except TypeError:
         why = f"Its dtype is {numpy.asarray(value).dtype}."
         raise RequestError(f"{path} does not travel.", why, "Make it numeric.", field=path) from None
-    tensors[path] = tensor.reshape(value.shape).contiguous().clone()
+    key = str(len(tensors))  # a path would name two: {"a/b": ...} and {"a": {"b": ...}}
+    tensors[key] = tensor.reshape(value.shape).contiguous().clone()
     grad = bool(kind == "tensor" and value.requires_grad)
-    return {"kind": kind, "tensor": path, "grad": grad}
+    return {"kind": kind, "tensor": key, "grad": grad}
 
 
 def _pack_table(frame: polars.DataFrame, path: str, tensors: dict[str, torch.Tensor], depth: int) -> Spec:

@@ -1,13 +1,15 @@
 """The session's process: takes cells one at a time, asks the curator through its pipe, says what it shows.
 
-Frames to the worker:   {"do": "run", ...}  {"do": "answer", ...}  {"do": "interrupt"}
-Frames from the worker: {"say": "output", ...}  {"say": "ask", ...}  {"say": "done", ...}
+Frames to the worker:   {"do": "run", ...}  {"do": "answer", "number", ...}
+Frames from the worker: {"say": "output", ...}  {"say": "ask", "number", ...}  {"say": "done", ...}
+SIGINT interrupts the cell that runs.
 """
 
 from __future__ import annotations
 
-import _thread
+import itertools
 import queue
+import signal
 import threading
 from typing import Any, BinaryIO
 
@@ -35,11 +37,13 @@ class Worker:
         self._write_lock, self._ask_lock = threading.Lock(), threading.Lock()
         self._cells: queue.Queue[tuple[dict[str, Any], bytes] | None] = queue.Queue()
         self._answers: queue.Queue[tuple[dict[str, Any], bytes]] = queue.Queue()
-        self._busy = False
+        self._numbers = itertools.count(1)
+        self._busy = self._writing = self._late = False
         self.namespace: dict[str, Any] = {}
         self.screen = interpreter.Screen(lambda output: self._say({"say": "output", "output": output}))
 
     def serve(self) -> None:
+        signal.signal(signal.SIGINT, self._interrupted)
         threading.Thread(target=self._listen, daemon=True).start()
         while (cell := self._cells.get()) is not None:
             self._run(*cell)
@@ -51,13 +55,24 @@ class Worker:
                 self._cells.put((header, tensors))
             elif header["do"] == "answer":
                 self._answers.put((header, tensors))
-            elif header["do"] == "interrupt" and self._busy:
-                _thread.interrupt_main()
         self._cells.put(None)
 
+    def _interrupted(self, *_: Any) -> None:
+        self._late = self._busy and self._writing
+        if self._busy and not self._writing:
+            raise KeyboardInterrupt
+
     def _say(self, header: dict[str, Any], tensors: bytes = b"") -> None:
+        main = threading.current_thread() is threading.main_thread()
         with self._write_lock:
-            messages.write_frame(self._writer, messages.encode(header), tensors)
+            self._writing = main  # half a frame would end the session: an interrupt waits for the rest
+            try:
+                messages.write_frame(self._writer, messages.encode(header), tensors)
+            finally:
+                self._writing = False
+        if main and self._late:
+            self._late = False
+            raise KeyboardInterrupt
 
     def ask(self, request: messages.ASKS, tensors: bytes = b"") -> tuple[dict[str, Any], bytes]:
         """Send one request to the curator and wait for its release.
@@ -67,25 +82,38 @@ class Worker:
         """
         with self._ask_lock:
             self.screen.settle()
-            self._say({"say": "ask", "ask": msgspec.Raw(messages.encode(request))}, tensors)
+            number = next(self._numbers)
+            self._say({"say": "ask", "number": number, "ask": msgspec.Raw(messages.encode(request))}, tensors)
             header, blob = self._answers.get()
+            while header["number"] != number:  # of a question whose cell was interrupted
+                header, blob = self._answers.get()
         if header.get("error") is not None:
             raise from_wire(header["error"])
         return header["release"], blob
 
     def _run(self, header: dict[str, Any], tensors: bytes) -> None:
+        try:
+            done, blob = self._outcome(header, tensors)
+        except KeyboardInterrupt:  # it came just as the cell ended
+            done, blob = {"error": CellError("The cell was interrupted.").to_wire()}, b""
+        self._busy = self._late = False
+        self._say({"say": "done", **done}, blob)
+
+    def _outcome(self, header: dict[str, Any], tensors: bytes) -> tuple[dict[str, Any], bytes]:
         self._busy = True
         try:
-            done, blob = self._cell(header, tensors)
+            return self._cell(header, tensors)
         except CellError as error:
-            done, blob = {"error": error.to_wire(), "traceback": error.traceback}, b""
+            return {"error": error.to_wire(), "traceback": error.traceback}, b""
         except RaphaError as error:
-            done, blob = {"error": error.to_wire()}, b""
+            return {"error": error.to_wire()}, b""
         except KeyboardInterrupt:
-            done, blob = {"error": CellError("The cell was interrupted.").to_wire()}, b""
+            return {"error": CellError("The cell was interrupted.").to_wire()}, b""
+        except BaseException as error:  # of a value that was to travel
+            failed = interpreter.cell_error(error, header["name"])
+            return {"error": failed.to_wire(), "traceback": failed.traceback}, b""
         finally:
             self._busy = False
-        self._say({"say": "done", **done}, blob)
 
     def _cell(self, header: dict[str, Any], tensors: bytes) -> tuple[dict[str, Any], bytes]:
         schema = Schema.from_dict(header["schema"])

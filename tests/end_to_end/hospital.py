@@ -109,5 +109,7 @@ def connected(url: str, key: PrivateKey) -> Connected:
 
 def spent(folder: Path) -> dict[str, int]:
     """What each account of the site prepared in `folder` has spent or reserved, in the ledger's own units."""
-    with contextlib.closing(sqlite3.connect(f"file:{folder / 'state' / 'ledger.sqlite'}?mode=ro", uri=True)) as db:
+    with contextlib.closing(
+        sqlite3.connect(f"file:{folder / 'state' / 'ledger.sqlite'}?mode=ro", uri=True)
+    ) as db:
         return dict(db.execute("SELECT split, spent FROM account").fetchall())

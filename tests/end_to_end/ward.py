@@ -78,7 +78,9 @@ def frame(seed: int = 0) -> polars.DataFrame:
         {
             "hospital_number": [f"w{n:05d}" for n in range(PATIENTS)],
             "age": age,
-            "potassium": [float(v) if k else None for v, k in zip(rng.uniform(2, 7, PATIENTS), known, strict=True)],
+            "potassium": [
+                float(v) if k else None for v, k in zip(rng.uniform(2, 7, PATIENTS), known, strict=True)
+            ],
             "visits": visits,
             "sex": [("F", "M")[n] for n in rng.integers(0, 2, PATIENTS)],
             "chapter": [CHAPTERS[n] for n in chapter],
