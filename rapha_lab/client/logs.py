@@ -68,9 +68,13 @@ def verify(path: str | Path, key: str | None = None) -> Audit:
     lines = Path(path).read_text().splitlines()
     try:
         head, entries = json.loads(lines[0]), [_entry(line, n) for n, line in enumerate(lines[1:])]
-        note, named = str(head["checkpoint"]), str(key or head["key"])
-    except (ValueError, LookupError, TypeError):
+        note, named = (str(head.pop(name)) for name in ("checkpoint", "key"))
+        if head:
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise LogError("The bundle's first line is malformed.", "", "Fetch it again.") from None
+    if key is not None and key != named:
+        raise LogError("The bundle is another site's.", f"It names the key {named}.", "Fetch the right one.")
     checkpoint = open_checkpoint(note, _native(named))
     if len(entries) != checkpoint.size:
         first = min(len(entries), checkpoint.size)
