@@ -199,6 +199,7 @@ class Lab:
     def close_all(self) -> None:
         """Close every document without asking."""
         self.page.evaluate("""() => {
+            document.querySelectorAll('.jp-Dialog .jp-Dialog-close-button').forEach(button => button.click());
             for (const widget of Array.from(window.jupyterapp.shell.widgets('main'))) {
                 if (widget.context) { widget.context.model.dirty = false; }
                 widget.close();

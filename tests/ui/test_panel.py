@@ -139,7 +139,7 @@ class TestRows:
         lab.cell(1).locator(".cm-content").click()
         lab.page.keyboard.type("0")
         lab.save()
-        toast = lab.page.locator(".Toastify__toast", has_text="looks like patients’ rows")
+        toast = lab.page.locator(".Toastify__toast", has_text="may hold patients’ rows")
         expect(toast).to_contain_text("patient_id")
         expect(toast).to_contain_text("help, not a wall")
         assert "x = 1" in path.read_text()

@@ -34,7 +34,9 @@ export const hygiene: JupyterFrontEndPlugin<void> = {
       isEnabled: () => tracker.currentWidget !== null,
       execute: async () => {
         if ((await check())?.length === 0) {
-          Notification.info('No output here looks like patients’ rows. This check is help, not proof.');
+          Notification.info('No output here looks like patients’ rows. This check is help, not proof.', {
+            autoClose: 6000
+          });
         }
       }
     });
@@ -101,10 +103,11 @@ class OutputCheck {
     }
     this._warned = places;
     const count = this._findings.length;
-    const outputs = count === 1 ? 'One output looks' : `${count} outputs look`;
+    const outputs = count === 1 ? 'An output' : `${count} outputs`;
     const { cell, reason } = this._findings[0];
     Notification.warning(
-      `${outputs} like patients’ rows: ${reason} Clear it before you share this notebook. This check is help, not a wall.`,
+      // Lab cuts a toast after 140 characters.
+      `${outputs} may hold patients’ rows: ${reason} This is help, not a wall.`,
       {
         autoClose: false,
         actions: [

@@ -6,11 +6,10 @@ import { ServerConnection } from '@jupyterlab/services';
 import { isEnclave } from './enclave';
 import { showReceipt } from './receipt';
 import { drawSeal } from './sealview';
-import { ISignature, ISites, Mime } from './tokens';
+import { ISites, Mime } from './tokens';
 import { atFirstSight, check, Verdict } from './verdict';
 import { onEveryCodeCell } from './watch';
 
-const JOB_ID = /^[0-9a-f]{32}$/;
 const SAID: Verdict = { state: 'said' };
 const SEALED = new WeakMap<CodeCell, CellSeals>();
 
@@ -87,7 +86,7 @@ class CellSeals {
   }
 
   private _judge(output: IOutputModel): Verdict {
-    const first = atFirstSight(output, this._cell.model.id, this._enclave, signature => this._maker(signature));
+    const first = atFirstSight(output, this._cell.model.id, this._enclave);
     if (first) {
       return first;
     }
@@ -110,17 +109,13 @@ class CellSeals {
     if (verdict.state !== 'verified') {
       return verdict;
     }
-    const place = `${verdict.signature.site} ${verdict.signature.cell} ${verdict.signature.index}`;
+    const { site, job, index } = verdict.signature;
+    const place = `${site} ${job} ${index}`;
     if (seen.has(place)) {
       return { state: 'covered', reason: 'It is a second copy of an output that stands above.' };
     }
     seen.add(place);
     return verdict;
-  }
-
-  /** The notebook cell whose job signed an output: named in the signature, or known of the job it names. */
-  private _maker({ site, cell }: ISignature): string | undefined {
-    return JOB_ID.test(cell) ? this._sites.job(site, cell)?.origin?.cell : cell;
   }
 
   private _simulated(site: string): boolean {

@@ -34,7 +34,7 @@ function words(verdict: Verdict, simulated: boolean, openReceipt: (() => void) |
       if (release) {
         seal.append(text('span', `ε ${epsilon(release.epsilon)}`));
       } else {
-        seal.append(text('span', 'no patient’s data'));
+        seal.append(text('span', 'from the session, which holds no record'));
       }
       if (release?.receipt && openReceipt) {
         const button = text('button', `Receipt ${release.receipt.index}`, 'rapha-Button rapha-mod-plain');

@@ -107,6 +107,8 @@ export interface IRelease {
 export interface ISignature {
   site: string;
   key: string;
+  job: string;
+  /** The notebook cell that the job was sent from; empty if the kernel did not know. */
   cell: string;
   index: number;
   digest: string;

@@ -26,24 +26,14 @@ export function signatureOf(output: IOutputModel): ISignature | null {
   return signature && typeof signature === 'object' ? signature : null;
 }
 
-/**
- * What can be said of an output before its signature is checked; null if the signature decides.
- *
- * @param cell - the cell that the output stands in.
- * @param madeBy - the cell that a job was sent from, or undefined if that is not known.
- */
-export function atFirstSight(
-  output: IOutputModel,
-  cell: string,
-  enclave: boolean,
-  madeBy: (signature: ISignature) => string | undefined
-): Verdict | null {
+/** What can be said of an output in `cell` before its signature is checked; null if the signature decides. */
+export function atFirstSight(output: IOutputModel, cell: string, enclave: boolean): Verdict | null {
   const { data, type } = output;
   const signature = signatureOf(output);
   const release = Mime.release in data;
   if (signature) {
-    const maker = madeBy(signature);
-    return enclave && maker && maker !== cell ? { state: 'covered', reason: MOVED } : null;
+    const elsewhere = enclave && signature.cell && signature.cell !== cell;
+    return elsewhere ? { state: 'covered', reason: MOVED } : null;
   }
   if (!enclave) {
     return release ? { state: 'copy' } : { state: 'card' };
