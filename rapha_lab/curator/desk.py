@@ -100,7 +100,7 @@ class Desk:
         policy, cohort = self._policy(), self._cohort(ask.dataset)
         self._permit(policy, caller, ask)
         account = policy.project(caller.project)
-        question = hashlib.sha256(request + hashlib.sha256(tensors).digest()).digest()
+        question = _question(caller, request, tensors)
         if (before := self._ledger.settled(caller.job, question)) is not None:
             body, blob, receipt = before  # its reply was lost on the way; it is paid for
             return self._release(
@@ -172,7 +172,7 @@ class Desk:
 
     def sweep(self, cell: str) -> None:
         """Close the loops that a cell left open; the steps that ran stay charged."""
-        for job in [job for job in self._loops if job.startswith(f"{cell}-")]:
+        for job in [job for job in list(self._loops) if job.startswith(f"{cell}-")]:
             del self._loops[job]
             self._ledger.abandon(job, "left open")
 
@@ -256,6 +256,12 @@ class Desk:
             print(f"job {job}: {type(error).__name__}", file=sys.stderr)
             self._ledger.abandon(job, "failed")
             raise _failed(job) from None
+
+
+def _question(caller: Caller, request: bytes, tensors: bytes) -> bytes:
+    """A digest of who asked what: only to the same is a settled answer given again."""
+    parts = caller.researcher.encode(), caller.project.encode(), request, tensors
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
 def _failed(job: str) -> RefusedError:
