@@ -132,9 +132,8 @@ class Cells:
         cell = Cell(uuid.uuid4().hex, researcher, order, tensors)
         digest = hashlib.sha256(order.source.encode()).hexdigest()
         self._curator.look_up("cell", project=order.project, researcher=researcher, text=digest)
-        worker = self._spawn(
-            researcher, order.session
-        )  # takes a while: nobody waits for it with the lock held
+        # takes a while: nobody waits for it with the lock held
+        worker = self._spawn(researcher, order.session)
         with self._changed:
             session = self._session(researcher, order.session, worker)
             if sum(c.state == "queued" for c in session.cells) >= MAX_QUEUE:
