@@ -62,7 +62,11 @@ class Server:
     def serve(self) -> None:
         """Read frames until the gateway closes the pipe."""
         while (frame := messages.read_frame(self._reader)) is not None:
-            call = msgspec.json.decode(frame[0], type=Call)
+            try:
+                call = msgspec.json.decode(frame[0], type=Call)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                print("a frame of the gateway's did not read", file=sys.stderr)
+                continue
             if call.do == "cancel":
                 self._cancelled.add(call.id)
             elif call.do == "sweep":

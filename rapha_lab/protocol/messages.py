@@ -6,6 +6,7 @@ Tensors travel beside the JSON as one safetensors blob, never as a pickle.
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -172,7 +173,9 @@ def decode(data: bytes) -> ASKS:
 def malformed(error: Exception) -> RequestError:
     """What to tell the sender of a message that did not decode."""
     text = str(error)
-    field = text.rsplit("`$.", 1)[1].rstrip("`") if "`$." in text else None
+    place = re.search(r"`\$\.([^`]*)`$", text)
+    name = re.search(r"(?:unknown|required) field `([^`]*)`", text)
+    field = ".".join(found[1] for found in (place, name) if found) or None
     return RequestError(
         f"The request is malformed: {text.split(' - at')[0]}.",
         f"The field at fault is {field}." if field else "",
