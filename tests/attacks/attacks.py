@@ -4,7 +4,7 @@ An attack that comes to its end has succeeded and returns what it got; one that 
 only what is imported here, so that each can also run outside, where most of them must succeed.
 """
 
-# ruff: noqa: D103, SIM115  (an attack is named after what it tries; a file it opens is closed with its worker)
+# ruff: noqa: SIM115  (an attack is named after what it tries; a file it opens is closed with its worker)
 
 import ctypes
 import errno
@@ -642,7 +642,7 @@ def hash_of(text: str) -> int:
 @attack("leftovers")
 def inherited_descriptors(v):
     found = []
-    for fd in range(5, 1024):
+    for fd in range(v.get("first", 5), 1024):
         try:
             fcntl.fcntl(fd, fcntl.F_GETFD)
             found.append(fd)

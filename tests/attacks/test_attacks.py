@@ -19,11 +19,16 @@ def results() -> Results:
                     suite.assault(battle, zygote)
             except SiteError:
                 assert tier == "S3"  # the others need nothing that a container lacks
+        try:
+            with Zygote("rapha_lab.session.shard:main", ("attacks", "outside"), "S3", bare=True) as zygote:
+                suite.assault_from_a_shard(battle, zygote)
+        except SiteError:
+            assert "S3" not in battle.tiers
     suite.save(battle)
     return battle
 
 
-@pytest.mark.parametrize("tier", ["S3", "S2", "S1"])
+@pytest.mark.parametrize("tier", ["S3", "S2", "S1", suite.SHARD])
 def test_no_attack_gets_through(results, tier):
     """Not one of over two hundred."""
     if tier not in results.tiers:
