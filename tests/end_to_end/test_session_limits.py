@@ -1,0 +1,164 @@
+"""Sessions at a site: how many, how long, how they end, and that none of it is another researcher's trouble."""
+
+import os
+import signal
+import threading
+import time
+
+import hospital
+import pytest
+import ward
+
+from rapha_lab.enclave import cells
+from rapha_lab.protocol.errors import CellError, SiteError
+from rapha_lab.protocol.keys import PrivateKey
+
+BOMBS = """
+import os, threading, time
+forks = 0
+until = time.monotonic() + 4
+while time.monotonic() < until:
+    try:
+        os.fork()
+        forks += 1
+    except OSError:
+        pass
+print("forks", forks)
+held = []
+while True:
+    held.append(bytearray(1 << 28))
+"""
+
+TRAIN = """
+from torch import nn
+model = nn.Linear(1, 1)
+patients.train.fit(model, nn.BCEWithLogitsLoss(), inputs=["age"], target="died", epochs=2, batch=50, epsilon=1)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A site of its own whose sessions idle for four seconds at most, and two researchers' connections."""
+    other = PrivateKey.create()
+    frame = ward.frame()
+    folder = tmp_path_factory.mktemp("limits")
+    config, key = hospital.prepare(folder, ward.SCHEMA, frame, "ward", others=[other], epsilon=100.0)
+    config.idle = 4.0
+    with hospital.running(config) as (site, url):
+        yield site, hospital.connected(url, key), hospital.connected(url, other)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(place):
+    """No test finds another's sessions."""
+    yield
+    for connection in place[1:]:
+        connection.end_sessions()
+
+
+def text(job):
+    """What a cell showed."""
+    return "\n".join(str(output["data"].get("text/plain", "")) for output in job.outputs)
+
+
+def test_a_researcher_has_a_few_sessions_and_no_more(place):
+    """The limit is per researcher: another one opens theirs."""
+    _, mine, theirs = place
+    for number in range(cells.MAX_SESSIONS):
+        mine.run("import time; time.sleep(20)", "ward", session=f"s{number}")
+    with pytest.raises(SiteError, match="sessions open"):
+        mine.run("1", "ward", session="one more")
+    theirs.run("1", "ward").wait()
+
+
+def test_a_session_takes_a_few_cells_and_no_more(place):
+    """Those beyond are refused, not lost."""
+    _, mine, _ = place
+    mine.run("import time; time.sleep(30)", "ward")
+    waiting = [mine.run("1", "ward") for _ in range(cells.MAX_QUEUE - 1)]
+    assert len({job.id for job in waiting}) == cells.MAX_QUEUE - 1
+    with pytest.raises(SiteError, match="Too many cells wait"):
+        _ = [mine.run("1", "ward") for _ in range(3)]
+
+
+def test_an_idle_session_ends_and_the_next_cell_says_so(place):
+    """Its process is gone; what it had defined too."""
+    site, mine, _ = place
+    mine.run("kept = 1", "ward").wait()
+    until = time.monotonic() + 30
+    while site._zygote._workers and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not site._zygote._workers
+    job = mine.run("print('kept' in dir())", "ward").wait()
+    assert "idle for long" in text(job)
+    assert "False" in text(job)
+    assert "idle" not in text(mine.run("print(1)", "ward").wait())
+
+
+def test_a_session_that_works_is_not_idle(place):
+    """However long its cell takes."""
+    _, mine, _ = place
+    job = mine.run("import time; time.sleep(6); print('worked')", "ward").wait()
+    assert "worked" in text(job)
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("import os; os._exit(3)", "Its process ended."),
+        ("import ctypes; ctypes.CDLL(None).ptrace(0, 0, 0, 0)", "It tried what the sandbox does not allow."),
+    ],
+)
+def test_a_session_that_ends_says_that_and_nothing_else(place, source, why):
+    """And the site goes on with a new one."""
+    _, mine, _ = place
+    with pytest.raises(SiteError) as ended:
+        mine.run(source, "ward").wait()
+    assert (ended.value.what, ended.value.why) == ("The session at the site ended.", why)
+    assert "4" in text(mine.run("2 + 2", "ward").wait())
+
+
+def test_bombs_in_one_session_leave_anothers_training_running(place):
+    """Forks that fail, memory to the limit: the other's job is done, and nothing was forked."""
+    _, mine, theirs = place
+    bomb = mine.run(BOMBS, "ward")
+    job = theirs.run(TRAIN, "ward").wait()
+    assert job.state == "done"
+    with pytest.raises((SiteError, CellError)) as ended:
+        bomb.wait()
+    assert "forks 0" in text(bomb)
+    assert "emory" in str(ended.value)
+
+
+def test_a_dead_zygote_is_started_again(place):
+    """Its sessions are lost; the next cell runs."""
+    site, mine, _ = place
+    job, tier = mine.run("import time; time.sleep(60)", "ward"), site.tier
+    os.killpg(site._zygote._process.pid, signal.SIGKILL)
+    until = time.monotonic() + 20
+    while (site._zygote.alive or site._zygote._workers) and time.monotonic() < until:
+        time.sleep(0.05)
+    with pytest.raises(SiteError, match="session at the site ended"):
+        job.wait()
+    assert "4" in text(mine.run("2 + 2", "ward").wait())
+    assert site.tier == tier
+
+
+def test_many_sessions_opened_and_closed_leave_nothing(place):
+    """No worker, no thread, no descriptor more than before."""
+    site, mine, _ = place
+    mine.run("1", "ward").wait()
+    mine.end_sessions()
+    before = _held()
+    for number in range(12):
+        mine.run("1", "ward", session=f"n{number}").wait()
+        mine.end_sessions()
+    until = time.monotonic() + 20
+    while (site._zygote._workers or _held() > before) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not site._zygote._workers
+    assert _held() <= before
+
+
+def _held():
+    return len(os.listdir("/proc/self/fd")) + threading.active_count()
