@@ -10,8 +10,9 @@ from rapha_lab.protocol.release import Release
 
 if TYPE_CHECKING:
     from rapha_lab.client.site import Dataset, Job, Site, connect
+    from rapha_lab.notebook.planner import plan
 
-__all__ = ["Dataset", "Job", "RaphaError", "Release", "SealedError", "Site", "connect", "errors"]
+__all__ = ["Dataset", "Job", "RaphaError", "Release", "SealedError", "Site", "connect", "errors", "plan"]
 
 _LAZY = ("Dataset", "Job", "Site", "connect")  # the enclave's processes import this package, not the client
 
@@ -21,11 +22,19 @@ def __getattr__(name: str) -> Any:
         from rapha_lab.client import site
 
         return getattr(site, name)
+    if name == "plan":
+        from rapha_lab.notebook import planner
+
+        return planner.plan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """`%load_ext rapha_lab`: gives notebooks the `%%enclave` cells."""
+    """`%load_ext rapha_lab`: gives notebooks the `%%enclave` cells, and datasets their `plan`."""
+    from rapha_lab.client.site import Dataset
     from rapha_lab.notebook.magics import EnclaveMagics
+    from rapha_lab.notebook.planner import plan
 
+    # the client may not import the notebook, so the method comes with the extension
+    Dataset.plan = plan  # type: ignore[attr-defined]
     shell.register_magics(EnclaveMagics)

@@ -8,7 +8,9 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-__all__ = ["BLOCKED", "JOB", "blocked", "dataset", "gauge", "job", "site"]
+from rapha_lab.protocol.quote import Quote, Standing
+
+__all__ = ["BLOCKED", "JOB", "blocked", "budget", "dataset", "gauge", "job", "quote", "site"]
 
 JOB = "application/vnd.rapha.job+json"
 BLOCKED = "application/vnd.rapha.blocked+json"
@@ -43,6 +45,19 @@ def gauge(budget: dict[str, Any]) -> str:
         f'<rect width="{140 * share:.1f}" height="10" rx="3" fill="{TEAL if share < 0.9 else AMBER}"/></svg> '
         f"ε {spent:.3g} of {total:g} spent, {budget['left']:.3g} left"
     )
+
+
+def budget(budgets: dict[str, Any]) -> dict[str, Any]:
+    """What is left of a dataset's budget, as a gauge for each project and split."""
+    lines = [
+        f"{project}, {split}: ε {b['spent']:.3g} of {b['epsilon']:g} spent, {b['left']:.3g} left; "
+        f"room for one more answer of ε {b['room']:.4g}"
+        for project, splits in budgets.items()
+        for split, b in splits.items()
+    ]
+    none = "No project of yours has a budget here."
+    html = f"<b>Privacy budget, per patient</b>{_budgets(budgets) or f'<div>{none}</div>'}"
+    return {"text/html": _box(TEAL, html), "text/plain": "\n".join(lines) or none}
 
 
 def _budgets(budgets: dict[str, Any]) -> str:
@@ -173,3 +188,85 @@ def blocked(error: dict[str, Any]) -> dict[str, Any]:
     )
     parts = [f"[blocked] {error['what']}{where}", error.get("why"), error.get("instead")]
     return {BLOCKED: error, "text/html": html, "text/plain": "\n".join(part for part in parts if part)}
+
+
+_KINDS = {"count": "Number of patients", "fit": "Training", "evaluate": "Evaluation"}
+
+
+def quote(quote: Quote) -> dict[str, Any]:
+    """A quote's card: the error to expect, the noise, and where the budget would stand."""
+    title = quote_title(quote)
+    figures = quote_figures(quote)
+    notes = quote_notes(quote)
+    rows = "".join(
+        f'<tr><td style="text-align:left">{escape(name)}</td><td style="text-align:right">{escape(value)}</td></tr>'
+        for name, value in figures
+    )
+    gauges = "".join(
+        f'<tr><td style="text-align:left">{escape(split)}</td><td style="text-align:left">{gauge_after(account)}</td></tr>'
+        for split, account in quote.accounts.items()
+    )
+    html = _box(
+        TEAL if quote.fits else AMBER,
+        f"<b>Quote: {escape(title)}</b> · ε {quote.epsilon:.4g}, δ {quote.delta:g} per patient · nothing was spent"
+        f"<table>{rows}</table><table>{gauges}</table>"
+        + "".join(f'<div style="{_MUTED}">{escape(note)}</div>' for note in notes),
+    )
+    plain = [f"Quote: {title} at ε {quote.epsilon:.4g}, δ {quote.delta:g} per patient; nothing was spent"]
+    plain += [f"  {name:<60} {value}" for name, value in figures]
+    plain += [f"  {split}: {after(account)}" for split, account in quote.accounts.items()]
+    return {"text/html": html, "text/plain": "\n".join(plain + [f"  {note}" for note in notes])}
+
+
+def quote_title(quote: Quote) -> str:
+    """What a quote is for, in a few words."""
+    title = _KINDS.get(quote.kind) or f"{quote.kind.capitalize()} of {quote.column}"
+    return title + (f" on {quote.split}" if quote.split != "all" else "")
+
+
+def quote_figures(quote: Quote) -> list[tuple[str, str]]:
+    """A quote's figures by name, as they are shown."""
+    noise = [("noise multiplier", f"{quote.noise:.4g}")]
+    if quote.kind == "evaluate":
+        return [
+            (f"standard error of {name}", f"{value:.4g}") for name, value in quote.figures.items()
+        ] + noise
+    most = ", at most" if quote.kind == "mean" else ""
+    error = f"{quote.error:.4g} {quote.unit}".strip() if quote.error is not None else ""
+    figures = [(f"standard error to expect{most}", error)] if error else []
+    return figures + noise + [(name, f"{value:,.4g}") for name, value in quote.figures.items()]
+
+
+def quote_notes(quote: Quote) -> list[str]:
+    """What a quote's figures assume, in sentences."""
+    if not quote.hypothetical:
+        return quote.notes
+    return [f"Hypothetical: as if {quote.patients:,} patients were declared.", *quote.notes]
+
+
+def after(account: Standing) -> str:
+    """Where an account would stand after a request, in words."""
+    if account.fits:
+        return f"fits: ε {account.before:.3g} → {account.spent:.3g} of {account.epsilon:g} spent, {account.left:.3g} left"
+    fits = (
+        f"it would fit with ε {account.largest:.4g}"
+        if account.largest
+        else "nothing of this kind fits any more"
+    )
+    return f"does not fit: ε {account.before:.3g} of {account.epsilon:g} is spent; {fits}"
+
+
+def gauge_after(account: Standing, width: int = 180) -> str:
+    """A budget as a bar: what is spent, and outlined what a request would add."""
+    ends = [width * min(1.0, part / account.epsilon) for part in (account.before, account.spent)]
+    added = (
+        f'<rect x="{ends[0]:.1f}" y="1" width="{max(ends[1] - ends[0], 2):.1f}" height="10" fill="{TEAL}" fill-opacity=".3" '
+        f'stroke="currentColor" stroke-dasharray="3 2"/>'
+        if account.fits
+        else ""
+    )
+    return (
+        f'<svg width="{width}" height="12" role="img" aria-label="{escape(after(account))}" style="vertical-align:middle">'
+        f'<rect y="1" width="{width}" height="10" rx="3" fill="currentColor" fill-opacity=".15"/>'
+        f'<rect y="1" width="{ends[0]:.1f}" height="10" rx="3" fill="{TEAL}"/>{added}</svg> {escape(after(account))}'
+    )

@@ -25,12 +25,13 @@ from rapha_lab.curator.noise import SystemNoise
 from rapha_lab.curator.plans import plan_of
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.messages import Split
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
-from rapha_lab.session import interpreter, parcels, shard
+from rapha_lab.session import interpreter, parcels, recipe, shard
 from rapha_lab.session.patients import Patients
 
-__all__ = ["Rehearsal", "encoded"]
+__all__ = ["Rehearsal", "encoded", "training"]
 
 PATIENTS, STEPS, BATCH, SHARDS, DELTA = 400, 3, 64, 3, 1e-5
 
@@ -174,3 +175,15 @@ def encoded(schema: Schema, patients: polars.DataFrame, columns: str | list[str]
     rows = patients.with_columns(polars.int_range(polars.len()).alias(schema.patient))
     part = msgspec.structs.replace(schema, columns=asked, patients=None)
     return Cohort(part, rows, salt=bytes(16)).view("all").tensor(columns)
+
+
+def training(
+    schema: Schema, split: Split, *, epochs: float | None, batch: int | None, clip: float | None
+) -> dict[str, Any]:
+    """Steps, batch and clip of a training, as the session at the site would choose what is not given.
+
+    Raises:
+        RequestError: naming what is out of range, or if no number of patients is declared.
+    """
+    part = Patients(schema, lambda ask, tensors: ({}, b""), split=split)
+    return recipe.steps(part._expected(), epochs=epochs, batch=batch, clip=clip)

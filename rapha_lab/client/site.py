@@ -17,9 +17,11 @@ from rapha_lab.client.appraisal import AppraisalPolicy, Endorsements
 from rapha_lab.client.channel import Channel
 from rapha_lab.client.home import home, read, write
 from rapha_lab.client.mock import mock
+from rapha_lab.client.quotes import Budget, Quote, inquiry
 from rapha_lab.client.witness import witness
 from rapha_lab.protocol.errors import CellError, RaphaError, RequestError, SiteError, from_wire
 from rapha_lab.protocol.keys import PrivateKey
+from rapha_lab.protocol.quote import Inquiries, Inquiry
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
 
@@ -258,11 +260,48 @@ class Dataset:
         return self.schema.name
 
     @property
-    def budget(self) -> dict[str, dict[str, dict[str, float]]]:
-        """By project and split: epsilon, delta, spent, left, and room for one more answer."""
+    def budget(self) -> Budget:
+        """By project and split: epsilon, delta, spent, left, and room for one more answer; shown as gauges."""
         self.site.refresh()
         told = next(d for d in self.site._card["datasets"] if d["name"] == self.name)
-        return dict(told["budget"])
+        return Budget(told["budget"])
+
+    def quote(
+        self,
+        what: str | torch.nn.Module,
+        *,
+        epsilon: float | None = None,
+        error: float | None = None,
+        split: str | None = None,
+        epochs: float | None = None,
+        batch: int | None = None,
+        clip: float | None = None,
+        patients: int | None = None,
+        **settings: Any,
+    ) -> Quote:
+        """What a question would cost and how exact its answer would be: free, and no record is looked at.
+
+        Args:
+            what: "count", "mean:COLUMN", "histogram:COLUMN", "evaluate:METRIC,METRIC", "fit", or a model to fit.
+            epsilon: its price; or
+            error: the standard error wished, of which the quote says the ε.
+            split: train for a fit, test for an evaluation, else all patients, if not given.
+            epochs, batch, clip: of a fit or of a training loop, chosen as `fit` does if not given.
+            patients: another number of patients than the declared one; such a quote is hypothetical.
+            settings: `bins` of a histogram; `prevalence` and `auroc` to assume of an evaluation.
+
+        Raises:
+            RequestError: naming what is missing or out of range.
+            PolicyError: the policy does not let it be asked.
+        """
+        fit = {"epochs": epochs, "batch": batch, "clip": clip}
+        given = settings | fit | {"split": split, "patients": patients}
+        return self.quotes([inquiry(self.schema, what, epsilon=epsilon, error=error, **given)])[0]
+
+    def quotes(self, asks: Collection[Inquiry]) -> list[Quote]:
+        """Several quotes at once, each as if its question were the next and only one."""
+        asked = Inquiries(dataset=self.name, project=self.site.project, asks=list(asks))
+        return msgspec.convert(self.site._channel.call("quote", asked)[0], list[Quote])
 
     def mock(self, patients: int = 200, seed: int = 0) -> polars.DataFrame:
         """Made-up patients, drawn from the schema alone; no record was looked at."""
@@ -282,7 +321,7 @@ class Dataset:
     def card(self) -> dict[str, Any]:
         """The dataset as its card shows it."""
         public = msgspec.to_builtins(self.schema)
-        return public | {"budget": self.budget, "site": self.site.name, "simulated": self.site.simulated}
+        return public | {"budget": dict(self.budget), "site": self.site.name, "simulated": self.site.simulated}
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return cards.dataset(self.card())

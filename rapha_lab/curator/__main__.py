@@ -13,9 +13,10 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from rapha_lab.curator.cohort import Cohort
-from rapha_lab.curator.desk import Desk
+from rapha_lab.curator.desk import Caller, Desk
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.noise import SystemNoise
+from rapha_lab.curator.quotes import quotes
 from rapha_lab.curator.server import Call, Server
 from rapha_lab.curator.workers import EnclaveWorkers
 from rapha_lab.protocol import messages
@@ -121,6 +122,13 @@ def _free(ledger: Ledger, policy: Callable[[], Policy], cohorts: dict[str, Cohor
         entries = [body.decode() for body in ledger.log.entries(call.start)[:1000]]
         return {"entries": entries, "checkpoint": ledger.log.checkpoint()}
 
+    schemas = {name: cohort.schema for name, cohort in cohorts.items()}
+
+    def quote(call: Call) -> Any:
+        if call.quote is None:
+            raise RequestError("The frame asks for no quote.", field="quote")
+        return quotes(call.quote, policy(), Caller(call.researcher, call.project, call.id), schemas, ledger)
+
     def extends(call: Call) -> Any:
         size = ledger.log.size()
         proof = [part.hex() for part in ledger.log.consistency(min(call.start, size), size)]
@@ -131,6 +139,7 @@ def _free(ledger: Ledger, policy: Callable[[], Policy], cohorts: dict[str, Cohor
         "cell": cell,
         "log": log,
         "extends": extends,
+        "quote": quote,
         "checkpoint": lambda call: ledger.log.checkpoint(),
     }
 

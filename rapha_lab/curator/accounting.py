@@ -33,6 +33,7 @@ __all__ = [
     "encode_loss",
     "epsilon_of",
     "largest_epsilon",
+    "least_epsilon",
     "noise_for",
     "order_for",
     "units",
@@ -286,7 +287,7 @@ def noise_for(make: Callable[[float], Curve], epsilon: float, delta: float) -> f
             raise RequestError(
                 f"No amount of noise gives epsilon={epsilon:g} at delta={delta:g}.",
                 "It is smaller than Rényi accounting can certify at this delta.",
-                f"Ask for at least epsilon={_least_epsilon(delta):.2g}.",
+                f"Ask for at least epsilon={least_epsilon(delta):.2g}.",
                 field="epsilon",
             )
         high *= 2
@@ -303,7 +304,8 @@ def noise_for(make: Callable[[float], Curve], epsilon: float, delta: float) -> f
         high = solved
 
 
-def _least_epsilon(delta: float) -> float:
+def least_epsilon(delta: float) -> float:
+    """About the least ε that noise can reach at this δ."""
     return 1.1 * max(1e-6, min(_overhead(order, delta) for order in ORDERS))
 
 
@@ -321,6 +323,8 @@ def _smallest(holds: Callable[[float], bool], high: float) -> float:
 def largest_epsilon(make: Callable[[float], Loss], alpha: int, left: int, delta: float) -> float:
     """The largest ε, to about 4 digits, at which `make` calibrated by `noise_for` costs at most `left`.
 
+    A `Pure` loss is asked for by its own ε, so that is the one meant.
+
     Args:
         make: the loss of the mechanism at a noise multiplier.
         alpha: the order of the account.
@@ -334,10 +338,17 @@ def largest_epsilon(make: Callable[[float], Loss], alpha: int, left: int, delta:
     if units(make(_NOISIEST), alpha) > left:
         return 0.0
     noise = _smallest(lambda noise: make(noise).rdp(alpha) * UNIT <= left, _NOISIEST)
-    exact = epsilon_of(make(noise), delta)
+    found = make(noise)
+
+    def asked(epsilon: float) -> Loss:
+        return Pure(epsilon) if isinstance(found, Pure) else make(noise_for(make, epsilon, delta))
+
+    exact, least = (
+        (found.epsilon, 0.0) if isinstance(found, Pure) else (epsilon_of(found, delta), least_epsilon(delta))
+    )
     for rounding in (ROUND_HALF_EVEN, ROUND_DOWN):
         epsilon = float(Context(prec=4, rounding=rounding).create_decimal(exact))
-        if epsilon > _least_epsilon(delta) and units(make(noise_for(make, epsilon, delta)), alpha) <= left:
+        if epsilon > least and units(asked(epsilon), alpha) <= left:
             return epsilon
     return 0.0
 

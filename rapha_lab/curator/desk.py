@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,9 @@ from rapha_lab.protocol.messages import Ask
 from rapha_lab.protocol.policy import Policy, Project
 from rapha_lab.protocol.program import Program
 from rapha_lab.protocol.release import Release, statement
+from rapha_lab.protocol.schema import Schema
 
-__all__ = ["Caller", "Cancelled", "Desk"]
+__all__ = ["Caller", "Cancelled", "Desk", "permit"]
 
 LANES = {"fit": "train", "open": "train", "evaluate": "evaluate", "shards": "shards"}
 
@@ -207,24 +208,8 @@ class Desk:
         return self._cohorts[dataset]
 
     def _permit(self, policy: Policy, caller: Caller, ask: Ask, program: Program | None = None) -> None:
-        lane = LANES.get(_op(ask), "aggregate")
-        metrics = getattr(ask, "metrics", ())
-        release = policy.allows(caller.researcher, caller.project, ask.dataset, lane, metrics=metrics)
-        if release != "auto":
-            raise PolicyError(
-                f"Answers of the lane {lane} are released here by {release}.",
-                "This version of the site cannot collect a custodian's release yet, so it does not ask the records.",
-                'Ask the custodians to sign release = "auto" for this lane, if they agree to that.',
-            )
-        smallest = policy.project(caller.project).smallest_cohort
-        expected = self._cohort(ask.dataset).schema.expected(ask.split)
-        if expected is not None and expected < smallest:
-            raise PolicyError(
-                f"The split {ask.split} of {ask.dataset} is too small.",
-                f"About {expected:.0f} patients are expected; the policy asks for {smallest} or more.",
-                "Ask about a larger split.",
-                field="split",
-            )
+        schema, metrics = self._cohort(ask.dataset).schema, getattr(ask, "metrics", ())
+        permit(policy, caller, LANES.get(_op(ask), "aggregate"), schema, ask.split, metrics)
         program = ask.program if isinstance(ask, messages.Fit) else program
         if program is not None:
             policy.project(caller.project).within_size(program)
@@ -262,6 +247,27 @@ def _question(caller: Caller, request: bytes, tensors: bytes) -> bytes:
     """A digest of who asked what: only to the same is a settled answer given again."""
     parts = caller.researcher.encode(), caller.project.encode(), request, tensors
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
+
+
+def permit(
+    policy: Policy, caller: Caller, lane: str, schema: Schema, split: str, metrics: Iterable[str]
+) -> None:
+    """Raise PolicyError unless the policy lets the caller's questions of this lane be answered."""
+    release = policy.allows(caller.researcher, caller.project, schema.name, lane, metrics=metrics)
+    if release != "auto":
+        raise PolicyError(
+            f"Answers of the lane {lane} are released here by {release}.",
+            "This version of the site cannot collect a custodian's release yet, so it does not ask the records.",
+            'Ask the custodians to sign release = "auto" for this lane, if they agree to that.',
+        )
+    smallest, expected = policy.project(caller.project).smallest_cohort, schema.expected(split)
+    if expected is not None and expected < smallest:
+        raise PolicyError(
+            f"The split {split} of {schema.name} is too small.",
+            f"About {expected:.0f} patients are expected; the policy asks for {smallest} or more.",
+            "Ask about a larger split.",
+            field="split",
+        )
 
 
 def _failed(job: str) -> RefusedError:

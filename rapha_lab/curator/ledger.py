@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -28,6 +28,7 @@ from rapha_lab.curator.log import SCHEMA as LOG_SCHEMA
 from rapha_lab.curator.log import Kind, Log
 from rapha_lab.protocol.checkpoint import Receipt, open_checkpoint
 from rapha_lab.protocol.errors import BudgetError, PolicyError, RequestError, SiteError
+from rapha_lab.protocol.quote import Standing
 
 __all__ = ["Ledger", "Statement"]
 
@@ -311,6 +312,36 @@ class Ledger:
         room = accounting.largest_epsilon(Gaussian, account.alpha, left, account.delta)
         return Statement(account.epsilon, account.delta, spent, account.epsilon - spent, room, jobs)
 
+    def quote(self, project: str, dataset: str, split: str, loss: Loss) -> Standing:
+        """What `statement` would say after a job of this loss; reserves nothing and logs nothing.
+
+        Binding as long as no other job is reserved meanwhile, since `reserve` compares the same numbers.
+
+        Raises:
+            PolicyError: if there is no such account.
+            RequestError: if the loss has no price.
+        """
+        with self._lock:
+            account = self._account(project, dataset, split)
+            price = units(loss, account.alpha)
+            before = self._spent(account)[0]
+            fits = account.spent + price <= account.budget
+            spent = self._spent(account, loss)[0] if fits else before
+        left = account.budget - account.spent
+
+        def largest(make: Callable[[float], Loss], left: int) -> float:
+            return accounting.largest_epsilon(make, account.alpha, left, account.delta)
+
+        return Standing(
+            epsilon=account.epsilon,
+            before=before,
+            fits=fits,
+            spent=spent,
+            left=account.epsilon - spent,
+            room=largest(Gaussian, left - price if fits else left),
+            largest=None if fits else largest(loss.with_noise, left),
+        )
+
     def record(self, kind: Kind, **fields: object) -> int:
         """Log what is no charge, such as a policy or a cell's hash; its index in the log."""
         with self._transaction() as db:
@@ -355,19 +386,21 @@ class Ledger:
         ).fetchall()
         return [(self._numbered(number), price) for number, price in rows]
 
-    def _spent(self, account: _Account) -> tuple[float, int]:
-        """The account's composed guarantee as an ε, and how many jobs it has paid for."""
+    def _spent(self, account: _Account, further: Loss | None = None) -> tuple[float, int]:
+        """The account's composed guarantee as an ε, with a `further` loss if given, and how many jobs it paid for."""
         rows = self._db.execute(
             "SELECT loss, CASE state WHEN 'reserved' THEN NULL ELSE touched END AS ran, count(*) FROM charge"
             " JOIN job ON name = job WHERE account = ? AND state <> 'void' GROUP BY loss, ran",
             (account.number,),
         ).fetchall()
-        if not rows:
-            return 0.0, 0
         losses = [(decode_loss(loss), ran, times) for loss, ran, times in rows]
+        if further is not None:
+            losses.append((further, None, 1))
+        if not losses:
+            return 0.0, 0
         total = _Sum([(loss if ran is None else loss.part(ran), times) for loss, ran, times in losses])
         epsilon = accounting.epsilon_of(total, account.delta)
-        return min(account.epsilon, epsilon), sum(times for *_, times in rows)
+        return min(account.epsilon, epsilon), sum(times for *_, times in losses)
 
     def _open_job(self, job: str) -> tuple[Loss, int]:
         row = self._db.execute("SELECT state, loss, touched FROM job WHERE name = ?", (job,)).fetchone()

@@ -20,6 +20,7 @@ import msgspec
 from rapha_lab.curator.desk import Caller, Cancelled, Desk
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RaphaError, RefusedError
+from rapha_lab.protocol.quote import Inquiries
 from rapha_lab.protocol.release import Release
 
 __all__ = ["Server"]
@@ -39,6 +40,7 @@ class Call(msgspec.Struct, forbid_unknown_fields=True):
     project: str = ""
     start: int = 0
     text: str = ""
+    quote: Inquiries | None = None
 
 
 class Server:
@@ -58,6 +60,7 @@ class Server:
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="ask")
         # long trainings must keep nobody from the site's evidence, its log or their budget
         self._quick = ThreadPoolExecutor(1, thread_name_prefix="look-up")
+        self._pricing = ThreadPoolExecutor(1, thread_name_prefix="quote")
 
     def serve(self) -> None:
         """Read frames until the gateway closes the pipe."""
@@ -71,6 +74,8 @@ class Server:
                 self._cancelled.add(call.id)
             elif call.do == "sweep":
                 self._quick.submit(self._desk.sweep, call.id)
+            elif call.do == "quote":
+                self._pricing.submit(self._look_up, call)
             elif call.do != "ask":
                 self._quick.submit(self._look_up, call)
             elif (request := messages.read_frame(self._reader)) is not None:

@@ -24,6 +24,7 @@ from rapha_lab.enclave.cells import Cells, Order
 from rapha_lab.protocol import messages, sealing
 from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
+from rapha_lab.protocol.quote import Inquiries
 
 __all__ = ["Gateway"]
 
@@ -60,6 +61,7 @@ class Gateway:
         card: what the site says of itself to a researcher, by their public key.
         log: entries of the log from an index on.
         extends: proof that the log of today begins with that of an earlier size.
+        quote: prices questions of a researcher, free, without a record.
         evidence: attestation evidence for a nonce, as JSON.
         sealing_key, signing_key: of this enclave; both are bound in the evidence.
         identity: hash of the binding in the evidence; requests must have been sealed for it.
@@ -73,6 +75,7 @@ class Gateway:
         card: Callable[[str], Any],
         log: Callable[[int], Any],
         extends: Callable[[int], Any],
+        quote: Callable[[str, Inquiries], Any],
         evidence: Callable[[bytes], Any],
         sealing_key: PrivateKey,
         signing_key: PrivateKey,
@@ -91,6 +94,7 @@ class Gateway:
             "end": self._end,
             "log": lambda who, header, blob: (self._log(_read(header, Start).start), b""),
             "extends": lambda who, header, blob: (extends(_read(header, Start).start), b""),
+            "quote": lambda who, header, blob: (quote(who, _read(header, Inquiries)), b""),
         }
 
     def app(self) -> Starlette:

@@ -24,6 +24,7 @@ from rapha_lab.protocol.errors import PolicyError, RequestError
 from rapha_lab.protocol.evidence import Binding, Evidence
 from rapha_lab.protocol.keys import PrivateKey
 from rapha_lab.protocol.policy import Policy, Signed
+from rapha_lab.protocol.quote import Inquiries
 from rapha_lab.protocol.release import canonical, output_statement
 
 __all__ = ["Config", "Site", "serve"]
@@ -105,6 +106,7 @@ class Site:
             card=self.card,
             log=lambda start: self._curator.look_up("log", start=start),
             extends=lambda size: self._curator.look_up("extends", start=size),
+            quote=self._quote,
             evidence=self.evidence,
             sealing_key=self.sealing_key,
             signing_key=self.signing_key,
@@ -158,6 +160,10 @@ class Site:
             "Say which: connect(..., project=...)." if mine else "Ask the custodians to add you.",
             field="project",
         )
+
+    def _quote(self, researcher: str, asked: Inquiries) -> Any:
+        project = self._project_of(researcher, asked.project, asked.dataset)
+        return self._curator.look_up("quote", researcher=researcher, project=project, quote=asked)
 
     def _binding(self, nonce: bytes, checkpoint: bytes) -> Binding:
         return Binding(

@@ -16,14 +16,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn, Protocol
 
 import msgspec
 from msgspec import Meta
 
 from rapha_lab.protocol.errors import PolicyError, RequestError
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
-from rapha_lab.protocol.program import Program
 
 __all__ = ["Custodian", "Dataset", "Head", "Lane", "Policy", "Project", "Signed", "Statement", "state"]
 
@@ -63,6 +62,15 @@ class Lane(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     release: Release = "one custodian"
 
 
+class Sized(Protocol):
+    """What has so many numbers to train."""
+
+    @property
+    def size(self) -> int:
+        """How many."""
+        ...
+
+
 class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Who may ask, of what, how much: `epsilon` and `delta` are per patient, for the whole project."""
 
@@ -76,7 +84,7 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     metrics: list[Name] = []
     lanes: dict[LaneName, Lane] = {}
 
-    def within_size(self, program: Program) -> None:
+    def within_size(self, program: Sized) -> None:
         """Raise PolicyError if `program` has more parameters than `largest_model`."""
         if program.size > self.largest_model:
             _refuse(

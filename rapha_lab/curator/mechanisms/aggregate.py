@@ -22,7 +22,18 @@ from rapha_lab.curator.mechanisms import Answer, Plan, Progress
 from rapha_lab.protocol.messages import Count, Histogram, Mean
 from rapha_lab.protocol.schema import SPLITS, Column, Schema
 
-__all__ = ["Question", "count", "gaussian", "histogram", "laplace", "mean", "plan", "touched"]
+__all__ = [
+    "Question",
+    "count",
+    "errors_of_mean",
+    "gaussian",
+    "histogram",
+    "laplace",
+    "mean",
+    "plan",
+    "price",
+    "touched",
+]
 
 dp.enable_features("contrib")
 
@@ -56,13 +67,7 @@ def plan(ask: Count | Mean | Histogram, schema: Schema, delta: float) -> Plan:
     Raises:
         RequestError: for an unknown column, one that has no mean, or an epsilon out of range.
     """
-    if isinstance(ask, Count):
-        question = count()
-    elif isinstance(ask, Mean):
-        question = mean(schema.column(ask.column))
-    else:
-        question = histogram(schema.column(ask.column), ask.bins)
-    loss = Gaussian(noise_for(Gaussian, ask.epsilon, delta))
+    question, loss = price(ask, schema, delta)
     sd = loss.noise * question.sensitivity
     add_noise = gaussian(sd)
 
@@ -71,6 +76,21 @@ def plan(ask: Count | Mean | Histogram, schema: Schema, delta: float) -> Plan:
         return Answer(question.read(add_noise(question.exact(view)), sd))
 
     return Plan(loss, 1, touched(ask.split), run)
+
+
+def price(ask: Count | Mean | Histogram, schema: Schema, delta: float) -> tuple[Question, Gaussian]:
+    """What is asked as integers, and the privacy loss of answering it at the asked (epsilon, delta).
+
+    Raises:
+        RequestError: for an unknown column, one that has no mean, or an epsilon out of range.
+    """
+    if isinstance(ask, Count):
+        question = count()
+    elif isinstance(ask, Mean):
+        question = mean(schema.column(ask.column))
+    else:
+        question = histogram(schema.column(ask.column), ask.bins)
+    return question, Gaussian(noise_for(Gaussian, ask.epsilon, delta))
 
 
 def touched(split: str) -> tuple[str, ...]:
@@ -134,6 +154,20 @@ def mean(column: Column) -> Question:
         }
 
     return Question(exact, math.nextafter(math.hypot(weight, GRID), math.inf), read)
+
+
+def errors_of_mean(column: Column, noise: float, patients: float) -> tuple[float, float]:
+    """Standard error of a mean in the middle of its bounds and at one of them, as `mean` will release it.
+
+    Args:
+        column: a column with limits.
+        noise: the noise multiplier.
+        patients: how many are expected to have a value.
+    """
+    half = (column.limits[1] - column.limits[0]) / 2
+    middle = noise * mean(column).sensitivity / GRID / max(patients, 1.0)
+    # at a bound the noise of the count, of which the weight is GRID / sqrt(3), counts in full
+    return half * min(middle, 1.0), half * min(2 * middle, 1.0)
 
 
 def _fieller(total: float, sd_total: float, number: float, sd_number: float) -> tuple[float, float]:

@@ -30,7 +30,7 @@ from rapha_lab.protocol.errors import ProgramError, RequestError
 from rapha_lab.protocol.messages import Evaluate
 from rapha_lab.protocol.schema import Schema
 
-__all__ = ["bounded", "cells", "edges_between", "logits", "plan", "share_for_placing", "utilities"]
+__all__ = ["bounded", "cells", "edges_between", "logits", "plan", "price", "share_for_placing", "utilities"]
 
 LARGEST = 8.0
 """Scores are clamped to this many logits; beyond, a probability is within 0.0004 of 0 or 1."""
@@ -74,9 +74,8 @@ def plan(ask: Evaluate, tensors: bytes, schema: Schema, delta: float) -> Plan:
             field="target",
         )
     score = logits(ask, tensors, schema)
-    placing = share_for_placing(schema.expected(ask.split), ask.epsilon)
-    find = _finder(placing * ask.epsilon)
-    scale = UP / ((1 - 2 * placing) * ask.epsilon)
+    loss, placing, scale = price(ask.epsilon, schema.expected(ask.split))
+    find = _finder(placing)
     add_noise = laplace(scale)
 
     def run(view: View, progress: Progress) -> Answer:
@@ -90,7 +89,13 @@ def plan(ask: Evaluate, tensors: bytes, schema: Schema, delta: float) -> Plan:
         patients = _totals(noisy, metrics.spread(scale))
         return Answer({"kind": "evaluation", "target": target.name, "patients": patients, **judged})
 
-    return Plan(Pure(ask.epsilon), 1, touched(ask.split), run)
+    return Plan(loss, 1, touched(ask.split), run)
+
+
+def price(epsilon: float, expected: float | None) -> tuple[Pure, float, float]:
+    """The privacy loss at `epsilon`; the part of it that each of the two quantiles takes; the histogram's noise scale."""
+    placing = share_for_placing(expected, epsilon)
+    return Pure(epsilon), placing * epsilon, UP / ((1 - 2 * placing) * epsilon)
 
 
 def share_for_placing(expected: float | None, epsilon: float) -> float:

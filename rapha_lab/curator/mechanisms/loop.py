@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from safetensors.torch import save
 from torch import Tensor
 
-from rapha_lab.curator.accounting import SampledGaussian, noise_for
+from rapha_lab.curator.accounting import SampledGaussian
 from rapha_lab.curator.cohort import View
 from rapha_lab.curator.lift import Lifted, lift
 from rapha_lab.curator.mechanisms import Answer, Progress, train
@@ -99,6 +99,5 @@ def plan(ask: Open, schema: Schema, delta: float) -> Loop:
     Raises:
         RequestError: naming the field that is out of range.
     """
-    rate = train.rate_of(ask.batch, schema.expected(ask.split))
-    sigma = noise_for(lambda sigma: SampledGaussian(rate, sigma, ask.steps), ask.epsilon, delta)
-    return Loop(ask, schema, rate, sigma, SPLITS if ask.split == "all" else (ask.split,))
+    loss = train.price(ask, schema, delta)
+    return Loop(ask, schema, loss.rate, loss.noise, SPLITS if ask.split == "all" else (ask.split,))

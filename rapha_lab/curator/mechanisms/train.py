@@ -20,7 +20,7 @@ from rapha_lab.curator.lift import Lifted, lift
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress
 from rapha_lab.curator.noise import Noise, on_grid
 from rapha_lab.protocol.errors import ProgramError, RefusedError, RequestError
-from rapha_lab.protocol.messages import Columns, Fit, Optimizer
+from rapha_lab.protocol.messages import Columns, Fit, Open, Optimizer
 from rapha_lab.protocol.program import Program
 from rapha_lab.protocol.schema import MISSING, SPLITS, Schema
 
@@ -31,6 +31,7 @@ __all__ = [
     "fits",
     "optimizer_for",
     "plan",
+    "price",
     "private",
     "rate_of",
     "slack",
@@ -56,8 +57,8 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
     lifted = lift(ask.program)
     parameters, constants = lifted.tensors(tensors)
     fits(ask.program, ask.inputs, schema)
-    rate = rate_of(ask.batch, schema.expected(ask.split))
-    sigma = noise_for(lambda sigma: SampledGaussian(rate, sigma, ask.steps), ask.epsilon, delta)
+    loss = price(ask, schema, delta)
+    rate, sigma = loss.rate, loss.noise
     optimizer_for(ask.optimizer, {name: t.clone() for name, t in parameters.items()})
 
     def run(view: View, progress: Progress) -> Answer:
@@ -68,7 +69,7 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
         return Answer({"kind": "fit", **values}, save(weights))
 
     touches = SPLITS if ask.split == "all" else (ask.split,)
-    return Plan(SampledGaussian(rate, sigma, ask.steps), ask.steps, touches, run)
+    return Plan(loss, ask.steps, touches, run)
 
 
 def train(
@@ -121,6 +122,17 @@ def prepare(lifted: Lifted, parameters: Tensors, constants: Tensors, microbatche
     seconds = lifted.selftest(parameters, constants)
     if seconds * microbatches > WORTH and lifted.compile(parameters, constants):
         lifted.selftest(parameters, constants)
+
+
+def price(ask: Fit | Open, schema: Schema, delta: float) -> SampledGaussian:
+    """The privacy loss of all steps of a training, its noise solved from the asked (epsilon, delta).
+
+    Raises:
+        RequestError: naming the field that is out of range.
+    """
+    rate = rate_of(ask.batch, schema.expected(ask.split))
+    sigma = noise_for(lambda sigma: SampledGaussian(rate, sigma, ask.steps), ask.epsilon, delta)
+    return SampledGaussian(rate, sigma, ask.steps)
 
 
 def rate_of(batch: int, expected: float | None) -> float:

@@ -1,0 +1,111 @@
+"""Asking for a price: from what a researcher writes to an inquiry, and how a quote and a budget look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from rapha_lab.client import cards
+from rapha_lab.protocol import messages, quote
+from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.quote import Inquiry
+from rapha_lab.protocol.schema import Schema
+
+__all__ = ["Budget", "Quote", "inquiry"]
+
+_SPLITS = {"fit": "train", "evaluate": "test"}
+
+
+class Quote(quote.Quote, kw_only=True, frozen=True):
+    """What a question would cost and how exact its answer would be; nothing was spent for it.
+
+    `float(quote)` is its ε; `fits`, `spent`, `left` and `room` are of the split that would have least left.
+    """
+
+    def __float__(self) -> float:
+        return self.epsilon
+
+    def __repr__(self) -> str:
+        return str(cards.quote(self)["text/plain"])
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        return cards.quote(self)
+
+
+class Budget(dict[str, dict[str, dict[str, float]]]):
+    """By project and split: epsilon, delta, spent, left, and room for one more answer. Shown as gauges."""
+
+    def __repr__(self) -> str:
+        return str(cards.budget(self)["text/plain"])
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        return cards.budget(self)
+
+
+def inquiry(
+    schema: Schema,
+    what: Any,
+    *,
+    split: str | None = None,
+    epochs: float | None = None,
+    batch: int | None = None,
+    clip: float | None = None,
+    patients: int | None = None,
+    **settings: Any,
+) -> Inquiry:
+    """The question that `what` stands for, with the settings that a cell would choose where none are given.
+
+    Args:
+        schema: of the dataset.
+        what: "count", "mean:COLUMN", "histogram:COLUMN", "evaluate:METRIC,METRIC", "fit", or a model to fit.
+        split: train for a fit, test for an evaluation, else all patients, if not given.
+        epochs, batch, clip: of a fit.
+        patients: another number of patients than the declared one.
+        settings: other fields of an `Inquiry`.
+
+    Raises:
+        RequestError: naming what is malformed.
+    """
+    kind, rest = _parsed(what)
+    fields = (
+        settings | rest | {"kind": kind, "split": split or _SPLITS.get(kind, "all"), "patients": patients}
+    )
+    asked = _checked(fields)
+    if kind != "fit":
+        return asked
+    from rapha_lab.client.rehearsal import training
+
+    assumed = schema if patients is None else msgspec.structs.replace(schema, patients=patients)
+    return _checked(fields | training(assumed, asked.split, epochs=epochs, batch=batch, clip=clip))
+
+
+def _parsed(what: Any) -> tuple[str, dict[str, Any]]:
+    if callable(getattr(what, "parameters", None)):
+        size = sum(p.numel() for p in what.parameters() if p.requires_grad)
+        if not size:
+            raise RequestError(
+                "The model has nothing to train.", "No parameter requires a gradient.", field="model"
+            )
+        return "fit", {"size": size}
+    kind, _, rest = what.partition(":") if isinstance(what, str) else ("", "", "")
+    rest = rest.strip()
+    if (kind in ("count", "fit") and not rest) or (kind == "evaluate" and not rest):
+        return kind, {}
+    if kind in ("mean", "histogram") and rest:
+        return kind, {"column": rest}
+    if kind == "evaluate":
+        return kind, {"metrics": [name.strip() for name in rest.split(",")]}
+    raise RequestError(
+        f"{what!r} is no question that has a price.",
+        "It is one of count, mean:COLUMN, histogram:COLUMN, evaluate:METRIC, fit, or a model to fit.",
+        'Say "mean:age", for instance.',
+        field="what",
+    )
+
+
+def _checked(fields: dict[str, Any]) -> Inquiry:
+    try:
+        return msgspec.convert({k: v for k, v in fields.items() if v is not None}, Inquiry)
+    except msgspec.ValidationError as error:
+        raise messages.malformed(error) from None
