@@ -35,9 +35,9 @@ _PERSONAL = {
     "place": r"post_?code|^zip|address|^lsoa|^town$|^city$|^county$",
     "contact": r"phone|e?mail$|mobile",
     "origin": r"ethnic|^race$",
-    "time": r"(admi|disch|visit|encounter|diagnos|death|died|operation|sample|event|start|end|chart|intime|outtime).*"
-    r"(date|time|year|yr)?$|_(date|time|at|on)$|^(date|futime|follow_?up)",
-    "clinical": r"diag|icd|^dx|^drug|medic|^dose$|creatinine|hba1c|glucose|sodium|potassium|haemoglobin|hemoglobin|"
+    "time": r"(admi|disch|visit|encounter|diagnos|death|died|operation|sample|event|start|end|chart|in|out).*"
+    r"(date|time|year|yr)$|_(date|time|at|on)$|^(date|futime|follow_?up)",
+    "clinical": r"diag|icd|^dx|^drug|medic|^dose$|creatinine|hba1c|glucose|sodium|potassium|ha?emoglobin|"
     r"platelet|lactate|cholesterol|bmi|weight|height|blood|systolic|diastolic|^s?bp|^dbp|heart_rate|^hr$|spo2|"
     r"temperature|smok|stage|tumou?r|grade|biopsy|kappa|lambda|mgus|flc|egfr|troponin|crp|albumin|wbc|symptom|"
     r"treatment|outcome|survival|mortality|^note|comorbid|allerg|ward|los$",
@@ -49,6 +49,7 @@ _SUMMARY = re.compile(
     r"batch|seed|fold|threshold|fpr|tpr|importance|shap|gain|dtype|type|bounds|missing|non_null|null_count|unique|nunique|"
     r"bin|bins|model|metric|value|score|param|parameter|setting|unit|description|categories)(_|$|\d)"
 )
+_RATES = re.compile(r"(heart|pulse|respiratory|resp|filtration)_rate")
 _DESCRIBE = {
     "count",
     "mean",
@@ -129,11 +130,13 @@ def _reason(table: Table) -> str:
         return ""
     if kind := _direct_identifiers(table):
         return f"it holds {kind}."
-    if _is_summary(table, names):
+    if _is_statistics(table, names):
         return ""
     for index, name in enumerate(names):
         if _IDENTIFIER.fullmatch(name) and _is_distinct(table.column(index)):
             return f"its column {table.header[index]} looks like an identifier of patients."
+    if any(_SUMMARY.search(_RATES.sub("", name)) for name in names):
+        return ""
     traits = {trait for name in names for trait, pattern in _PERSONAL.items() if re.search(pattern, name)}
     if "id" in names and traits and _is_distinct(table.column(names.index("id"))):
         return "its column id looks like an identifier of patients."
@@ -163,14 +166,15 @@ def _is_nhs_number(text: str) -> bool:
     return check % 11 == int(digits[9])
 
 
-def _is_summary(table: Table, names: list[str]) -> bool:
-    """Whether rows are groups, statistics, epochs or settings, by the labels of either edge."""
+def _is_statistics(table: Table, names: list[str]) -> bool:
+    """Whether rows are statistics of columns, by the labels of the left edge."""
     labels = {row[0].strip().lower() for row in table.rows if row}
     if len(labels & _DESCRIBE) >= 3:
         return True
-    if labels - {""} and {_plain(label) for label in labels} & set(names[1:]) and len(table.rows) > 1:
-        return True  # a matrix of columns by columns: correlation, confusion
-    return any(_SUMMARY.search(name) for name in names)
+    if len(table.rows) == 1 and all(re.fullmatch(r"[\d.,]*", cell) for cell in table.rows[0]):
+        return True  # one row of counts, such as of missing values
+    # a matrix of columns by columns: correlation, confusion
+    return len(table.rows) > 1 and bool(({_plain(label) for label in labels} - {""}) & set(names[1:]))
 
 
 def _is_distinct(values: list[str]) -> bool:

@@ -175,7 +175,12 @@ def _delimited(lines: list[str]) -> Table | None:
 
 
 def _aligned(lines: list[str]) -> Table | None:
-    """A frame printed by pandas: columns ended by their right edges, the index first and without a name."""
+    """A frame printed by pandas, its index first and without a name; a line of prose may stand above it."""
+    found = (_aligned_from(lines[start:]) for start in range(min(3, len(lines))))
+    return next((table for table in found if table is not None), None)
+
+
+def _aligned_from(lines: list[str]) -> Table | None:
     lines = [line for line in lines if not re.match(r"\s*\[\d+ rows x \d+ columns\]|shape: ", line)]
     if len(lines) < 2:
         return None

@@ -152,7 +152,12 @@ async def test_a_malformed_request_names_the_missing_fields(jp_fetch):
 async def test_rows_are_found_through_the_endpoint(jp_fetch):
     """The check of a notebook's cells comes back with cell, output and reason."""
     table = "patient_id,age,sex\n1,50,F\n2,61,M\n3,47,F\n"
-    cell = {"id": "c", "cell_type": "code", "source": "", "outputs": [{"output_type": "stream", "text": table}]}
+    cell = {
+        "id": "c",
+        "cell_type": "code",
+        "source": "",
+        "outputs": [{"output_type": "stream", "text": table}],
+    }
     response = await jp_fetch("rapha-lab", "check", method="POST", body=json.dumps({"cells": [cell]}))
     (found,) = json.loads(response.body)
     assert (found["cell"], found["index"]) == ("c", 0)

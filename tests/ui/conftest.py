@@ -50,10 +50,10 @@ def page_of_the_run(server: Server, opened: Browser) -> Lab:
 
 
 @pytest.fixture
-def lab(page_of_the_run: Lab) -> Iterator[Lab]:
+def lab(page_of_the_run: Lab) -> Lab:
     """The page with nothing open, in the light theme."""
     page_of_the_run.close_all()
-    yield page_of_the_run
+    return page_of_the_run
 
 
 @pytest.fixture

@@ -61,10 +61,15 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         if not (BUILT / "package.json").exists():
-            raise RuntimeError("The extension is not built: cd extensions/rapha-lab && jlpm install && jlpm build")
+            raise RuntimeError(
+                "The extension is not built: cd extensions/rapha-lab && jlpm install && jlpm build"
+            )
         self.folder, self.files = folder, folder / "files"
         self.files.mkdir(parents=True, exist_ok=True)
-        self.environment = os.environ | {"RAPHA_LAB_HOME": str(folder / "rapha"), "IPYTHONDIR": str(folder / "ipython")}
+        self.environment = os.environ | {
+            "RAPHA_LAB_HOME": str(folder / "rapha"),
+            "IPYTHONDIR": str(folder / "ipython"),
+        }
         for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR"):
             self.environment[f"JUPYTER_{name}"] = str(folder / name.lower())
         for name in ("SETTINGS_DIR", "WORKSPACES_DIR"):
@@ -96,7 +101,13 @@ class Server:
             f"--port={self.port}",
             f"--ServerApp.root_dir={self.files}",
             "--ServerApp.jpserver_extensions={'rapha_lab.notebook.server': True}",
-            *["--no-browser", "--allow-root", "--ip=127.0.0.1", "--ServerApp.port_retries=0", "--IdentityProvider.token="],
+            *[
+                "--no-browser",
+                "--allow-root",
+                "--ip=127.0.0.1",
+                "--ServerApp.port_retries=0",
+                "--IdentityProvider.token=",
+            ],
             *["--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"],
         ]
         with (self.folder / "lab.log").open("ab") as log:
@@ -150,7 +161,9 @@ class Lab:
 
     def command(self, name: str, **args: Any) -> None:
         """Start a command of the front end; does not wait for its end, which may wait for the user."""
-        self.page.evaluate("([id, args]) => { void window.jupyterapp.commands.execute(id, args); }", [name, args])
+        self.page.evaluate(
+            "([id, args]) => { void window.jupyterapp.commands.execute(id, args); }", [name, args]
+        )
 
     def theme(self, name: str) -> None:
         """Change to a theme and wait until it is drawn."""
@@ -165,7 +178,11 @@ class Lab:
         made = []
         for cell in cells:
             given = nbformat.from_dict({"source": cell} if isinstance(cell, str) else cell)
-            make = nbformat.v4.new_markdown_cell if given.get("cell_type") == "markdown" else nbformat.v4.new_code_cell
+            make = (
+                nbformat.v4.new_markdown_cell
+                if given.get("cell_type") == "markdown"
+                else nbformat.v4.new_code_cell
+            )
             made.append(make(**given))
         kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
         notebook = nbformat.v4.new_notebook(cells=made, metadata={"kernelspec": kernel})
@@ -199,7 +216,7 @@ class Lab:
     def close_all(self) -> None:
         """Close every document without asking."""
         self.page.evaluate("""() => {
-            document.querySelectorAll('.jp-Dialog .jp-Dialog-close-button').forEach(button => button.click());
+            document.querySelectorAll('.jp-Dialog-close-button').forEach(button => button.click());
             for (const widget of Array.from(window.jupyterapp.shell.widgets('main'))) {
                 if (widget.context) { widget.context.model.dirty = false; }
                 widget.close();
@@ -225,7 +242,8 @@ class Lab:
     def run(self, index: int, *, wait: bool = True) -> None:
         """Run a cell; unless told not to, wait until the kernel has answered."""
         before = self.page.evaluate(
-            "index => window.jupyterapp.shell.currentWidget.content.widgets[index].model.executionCount", index
+            "index => window.jupyterapp.shell.currentWidget.content.widgets[index].model.executionCount",
+            index,
         )
         self.select(index)
         self.command("notebook:run-cell")

@@ -98,7 +98,9 @@ class TestSeal:
         expect(covers.first).to_contain_text("Run the cell again")
         expect(covers.get_by_role("button")).to_have_count(0)
 
-    def test_a_signed_output_is_covered_in_another_cell_and_when_doubled(self, lab: Lab, executed: Path) -> None:
+    def test_a_signed_output_is_covered_in_another_cell_and_when_doubled(
+        self, lab: Lab, executed: Path
+    ) -> None:
         """A release stands where it was made, once."""
 
         def move(cells: list[dict]) -> None:
@@ -138,7 +140,14 @@ class TestBlocked:
 
     def test_the_suggestion_becomes_a_new_cell_below(self, lab: Lab) -> None:
         """The button inserts the suggested code under the refused cell, and runs nothing."""
-        card = {"what": "No.", "why": "Rows.", "instead": "Ask.", "suggestion": MEAN, "line": 2, "kind": "SealedError"}
+        card = {
+            "what": "No.",
+            "why": "Rows.",
+            "instead": "Ask.",
+            "suggestion": MEAN,
+            "line": 2,
+            "kind": "SealedError",
+        }
         outputs = [_display({"application/vnd.rapha.blocked+json": card})]
         source = "%%enclave flchain\npatients.head()"
         lab.write("suggest.ipynb", {"source": source, "outputs": outputs, "execution_count": 1}, "last = 1")
@@ -152,7 +161,9 @@ class TestBlocked:
     def test_a_hostile_card_is_text_and_nothing_else(self, lab: Lab) -> None:
         """Markup in a card's fields is shown as it is written."""
         evil = "<img src=x onerror='window.hacked = true'>"
-        outputs = [_display({"application/vnd.rapha.blocked+json": {"what": evil, "why": evil, "instead": evil}})]
+        outputs = [
+            _display({"application/vnd.rapha.blocked+json": {"what": evil, "why": evil, "instead": evil}})
+        ]
         lab.write("evil.ipynb", {"source": MEAN, "outputs": outputs, "execution_count": 1})
         lab.open("evil.ipynb", kernel=False)
         expect(lab.cell(0).locator(".rapha-Blocked-what")).to_have_text(evil)

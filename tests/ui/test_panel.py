@@ -9,8 +9,23 @@ from lab import Lab
 from playwright.sync_api import expect
 
 OURS = ".rapha-Panel, .rapha-Strip, .rapha-Seal, .rapha-Output, .rapha-Status"
-BLOCKED = {"what": "No.", "why": "Rows.", "instead": "Ask.", "suggestion": MEAN, "line": 2, "kind": "SealedError"}
-JOB = {"id": "gone", "site": "demo", "dataset": "flchain", "state": "running", "step": 7, "steps": 20, "epsilon": 1.0}
+BLOCKED = {
+    "what": "No.",
+    "why": "Rows.",
+    "instead": "Ask.",
+    "suggestion": MEAN,
+    "line": 2,
+    "kind": "SealedError",
+}
+JOB = {
+    "id": "gone",
+    "site": "demo",
+    "dataset": "flchain",
+    "state": "running",
+    "step": 7,
+    "steps": 20,
+    "epsilon": 1.0,
+}
 JOB |= {"spent": 0.35, "seconds_left": 9, "started": 0, "simulated": True, "source_line": "fit()"}
 
 
@@ -31,7 +46,15 @@ def test_the_sidebar_needs_no_kernel(lab: Lab) -> None:
     """With no notebook open it shows the site with its verdict and policy, the budgets and the jobs."""
     lab.command("rapha-lab:open-panel")
     panel = lab.page.locator(".rapha-Panel")
-    for said in ("demo", "answers", "simulated enclave", "Attestation", "Demo policy", "Ada Example", "Expires"):
+    for said in (
+        "demo",
+        "answers",
+        "simulated enclave",
+        "Attestation",
+        "Demo policy",
+        "Ada Example",
+        "Expires",
+    ):
         expect(panel.locator(".rapha-Site")).to_contain_text(said)
     for said in ("flchain", "one patient, by patient", "Budget of tutorial", "left"):
         expect(panel.locator(".rapha-Dataset")).to_contain_text(said)
@@ -134,7 +157,9 @@ class TestRows:
     def test_saving_rows_warns_and_saves_all_the_same(self, lab: Lab) -> None:
         """The output is marked, the warning offers to show and to clear it, the file is written: help, not a wall."""
         output = {"output_type": "stream", "name": "stdout", "text": self.ROWS}
-        path = lab.write("rows.ipynb", {"source": "print(df)", "outputs": [output], "execution_count": 1}, "x = 1")
+        path = lab.write(
+            "rows.ipynb", {"source": "print(df)", "outputs": [output], "execution_count": 1}, "x = 1"
+        )
         lab.open("rows.ipynb", kernel=False)
         lab.cell(1).locator(".cm-content").click()
         lab.page.keyboard.type("0")
@@ -148,7 +173,11 @@ class TestRows:
 
     def test_saving_aggregates_warns_of_nothing(self, lab: Lab) -> None:
         """A table of groups with counts is what a notebook is for."""
-        output = {"output_type": "stream", "name": "stdout", "text": "sex,count,mean_age\nF,4350,64.9\nM,3524,63.7\n"}
+        output = {
+            "output_type": "stream",
+            "name": "stdout",
+            "text": "sex,count,mean_age\nF,4350,64.9\nM,3524,63.7\n",
+        }
         lab.write("groups.ipynb", {"source": "print(g)", "outputs": [output], "execution_count": 1})
         lab.open("groups.ipynb", kernel=False)
         lab.command("rapha-lab:check-outputs")

@@ -24,7 +24,7 @@ function ReleaseCard({ data }: { data: IRelease }): JSX.Element {
   const rows = data.rows ?? [];
   return (
     <section className="rapha-Card rapha-Release" aria-label="Release">
-      <h4>{data.title || data.op}</h4>
+      <p className="rapha-Release-title">{data.title || data.op}</p>
       {rows.length > 0 && <Rows rows={rows} />}
       {rows.length > MOST && <p className="rapha-Note">{rows.length - MOST} more rows in the value itself.</p>}
       <p className="rapha-Release-price">
