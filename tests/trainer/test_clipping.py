@@ -51,7 +51,7 @@ def test_the_sum_is_that_of_clipped_gradients(name: str) -> None:
     it, parameters, constants, batch = batch_for(name, 10)
     mask = torch.arange(10) != 3
     rows = it.gradients(parameters, constants, batch)
-    expected = {n: torch.zeros_like(t) for n, t in parameters.items()}
+    expected = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in parameters.items()}
     for i in mask.nonzero().flatten().tolist():
         one = {n: t[i] for n, t in rows.items()}
         for n, t in one.items():

@@ -29,7 +29,7 @@ __all__ = ["TABLE", "Lifted", "Limits", "lift"]
 
 Tensors = Mapping[str, Tensor]
 # one fixed shape of batch keeps a patient's rounding apart from the neighbours'; below 8 rows kernels differ
-SMALLEST, LARGEST = 8, 128
+SMALLEST, LARGEST = 8, 512
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Lifted:
     ) -> dict[str, Tensor]:
         found = gradients.parts(self.graph, self.paths, parameters, constants, inputs)
         sums = gradients.clipped_sum(found, mask, clip)
-        return {name: sums.get(name, torch.zeros_like(t)) for name, t in parameters.items()}
+        return {n: sums.get(n, torch.zeros_like(t, dtype=torch.float64)) for n, t in parameters.items()}
 
     def compile(self, parameters: Tensors, constants: Tensors, backend: str = "inductor") -> bool:
         """Compile the clipped sum for its one shape, or leave it as it is; whether it was compiled."""

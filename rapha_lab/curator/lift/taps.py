@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from rapha_lab.curator.lift.shapes import clamped
 from rapha_lab.protocol.program import Ref
 
-__all__ = ["TAPS", "Outer", "Part", "Rows", "Stored", "Use", "squared"]
+__all__ = ["GROUP", "TAPS", "Outer", "Part", "Rows", "Stored", "Use", "squared"]
 
 
 class Part(Protocol):
@@ -30,7 +31,7 @@ class Part(Protocol):
         ...
 
     def total(self, scale: Tensor, counts: Tensor) -> Tensor:
-        """The sum of the counting patients' gradients times their scales, in the parameter's shape."""
+        """The sum of the counting patients' gradients times their scales, float64 in the parameter's shape."""
         ...
 
     def dense(self) -> Tensor:
@@ -53,6 +54,16 @@ def counting(values: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts.reshape(-1, *[1] * (values.dim() - 1)), values, 0)
 
 
+GROUP = 128
+"""Patients added up in float32; groups of them are added in float64, so that rounding does not grow with the batch."""
+
+
+def in_groups(add: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
+    """The sum of `add` over groups of patients, float64."""
+    pairs = zip(first.split(GROUP), second.split(GROUP), strict=True)
+    return reduce(torch.add, (add(one, other).double() for one, other in pairs))
+
+
 @dataclass(frozen=True)
 class Stored:
     """Materialised gradients, `(patients, *shape)`."""
@@ -67,7 +78,7 @@ class Stored:
     def total(self, scale: Tensor, counts: Tensor) -> Tensor:
         """One vector by matrix product."""
         rows = flat(counting(self.rows, counts))
-        return (scale.to(rows.dtype) @ rows).reshape(self.rows.shape[1:])
+        return in_groups(torch.matmul, scale.to(rows.dtype), rows).reshape(self.rows.shape[1:])
 
     def dense(self) -> Tensor:
         """Themselves."""
@@ -89,7 +100,7 @@ class Outer:
     def total(self, scale: Tensor, counts: Tensor) -> Tensor:
         """One matrix product."""
         out = counting(self.out, counts) * scale.to(self.out.dtype)[:, None]
-        return out.T @ counting(self.inp, counts)
+        return in_groups(lambda one, other: one.T @ other, out, counting(self.inp, counts))
 
     def dense(self) -> Tensor:
         """The products."""
@@ -114,7 +125,7 @@ class Rows:
 
     def total(self, scale: Tensor, counts: Tensor) -> Tensor:
         """Scaled rows added to their places."""
-        rows = counting(self.rows, counts) * scale.to(self.rows.dtype)[:, None, None]
+        rows = (counting(self.rows, counts) * scale.to(self.rows.dtype)[:, None, None]).double()
         table = rows.new_zeros(self.length, rows.shape[-1])
         return table.index_add(0, self.index.flatten(), rows.flatten(0, 1))
 

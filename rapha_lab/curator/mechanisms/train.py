@@ -17,6 +17,7 @@ from torch import Tensor
 from rapha_lab.curator.accounting import SampledGaussian, noise_for
 from rapha_lab.curator.cohort import BESIDES, EXCESS, View
 from rapha_lab.curator.lift import Lifted, lift
+from rapha_lab.curator.lift.taps import GROUP
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress
 from rapha_lab.curator.noise import Noise, on_grid
 from rapha_lab.protocol.errors import ProgramError, RefusedError, RequestError
@@ -206,10 +207,11 @@ def slack(microbatch: int) -> float:
 
     Adding n numbers in float32 in any order errs by at most (n + 2) 2^-24 times the sum of their sizes
     (Higham 2002, section 4.2; products and scales included). With and without a patient the others keep their
-    slots, so that only the sum of one microbatch of n patients rounds differently: twice (n + 2) 2^-24 nC.
-    Microbatches are added in float64, which 1e-5 covers along with the rounding of the scales.
+    slots, so that only the sum of one group of n patients rounds differently: twice (n + 2) 2^-24 nC.
+    Groups are added in float64, which 1e-5 covers along with the rounding of the scales.
     """
-    return 2 * microbatch * (microbatch + 2) * 2.0**-24 + 1e-5
+    group = min(microbatch, GROUP)
+    return 2 * group * (group + 2) * 2.0**-24 + 1e-5
 
 
 def fits(program: Program, inputs: dict[str, Columns], schema: Schema) -> None:
