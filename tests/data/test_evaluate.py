@@ -70,10 +70,10 @@ class TestPrivacy:
     @pytest.mark.parametrize(
         ("old", "new"),
         [
-            ("UP / ((1 - 2 * placing) * ask.epsilon)", "UP / ask.epsilon"),
-            ("UP / ((1 - 2 * placing) * ask.epsilon)", "UP / ((1 - placing) * ask.epsilon)"),
+            ("UP / ((1 - 2 * placing) * epsilon)", "UP / epsilon"),
+            ("UP / ((1 - 2 * placing) * epsilon)", "UP / ((1 - placing) * epsilon)"),
             ("scale=UP * 2 * REACH / epsilon", "scale=UP * REACH / epsilon"),
-            ("_finder(placing * ask.epsilon)", "_finder(2 * placing * ask.epsilon)"),
+            ("Pure(epsilon), placing * epsilon", "Pure(epsilon), 2 * placing * epsilon"),
         ],
     )
     def test_mutants_that_overspend_are_caught(self, monkeypatch, mutant, old, new):
