@@ -1,0 +1,227 @@
+"""Enclave cells in a real kernel, as a notebook runs them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from rapha_lab.client import releases
+
+pytest.importorskip("sksurv", reason="the demonstration data are in the demo extra")
+
+CONNECT = """
+import rapha_lab as rapha
+%load_ext rapha_lab
+site = rapha.connect("demo")
+cohort = site.dataset("flchain")
+"""
+
+
+class Notebook:
+    """A kernel that runs one cell after another."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._book = nbformat.v4.new_notebook()
+        self._client = NotebookClient(self._book, timeout=120, allow_errors=True)
+        self._client.extra_arguments = ["--log-level=40"]
+        self._kernel = self._client.setup_kernel(env={**os.environ, "RAPHA_LAB_HOME": str(home)})
+
+    def __enter__(self) -> Notebook:
+        self._kernel.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._kernel.__exit__(*raised)  # type: ignore[arg-type]
+
+    def run(self, source: str) -> list[nbformat.NotebookNode]:
+        """The outputs of one cell."""
+        cell = nbformat.v4.new_code_cell(source)
+        self._book.cells.append(cell)
+        self._client.execute_cell(cell, len(self._book.cells) - 1)
+        return cell.outputs
+
+    def value(self, expression: str) -> object:
+        """What an expression is in the kernel, through JSON."""
+        outputs = self.run(f"import json; print(json.dumps({expression}))")
+        return json.loads(outputs[-1]["text"])
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notebook]:
+    """A notebook connected to a demo site of its own."""
+    home = tmp_path_factory.mktemp("home")
+    with Notebook(home) as book:
+        assert not [o for o in book.run(CONNECT) if o["output_type"] == "error"]
+        yield book
+
+
+@pytest.fixture
+def known(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process knows the sites that the notebook's user knows."""
+    monkeypatch.setenv("RAPHA_LAB_HOME", str(notebook.home))
+
+
+def errors(outputs: list[nbformat.NotebookNode]) -> list[str]:
+    """Names of the errors among outputs."""
+    return [output["ename"] for output in outputs if output["output_type"] == "error"]
+
+
+def bundles(outputs: list[nbformat.NotebookNode], kind: str) -> list[dict]:
+    """The bundles of one MIME type."""
+    return [output["data"][kind] for output in outputs if kind in output.get("data", {})]
+
+
+def test_an_aggregate_shows_a_release_once(notebook: Notebook) -> None:
+    """Value, error bar, price and receipt; the last expression does not show it again."""
+    outputs = notebook.run("%%enclave flchain\npatients.mean('age', epsilon=0.2)")
+    (card,) = bundles(outputs, "application/vnd.rapha.release+json")
+    assert len(outputs) == 1
+    assert 55 < card["rows"][0]["value"] < 75
+    assert card["epsilon"] == 0.2
+    assert card["receipt"]["index"] > 0
+    assert {"text/html", "text/plain"} < set(outputs[0]["data"])
+
+
+def test_a_blocked_cell_shows_a_card_and_one_line(notebook: Notebook) -> None:
+    """What, why, what to ask instead, and a cell to insert; in three forms."""
+    outputs = notebook.run("%%enclave flchain\nx = 1\npatients.head()")
+    (card,) = bundles(outputs, "application/vnd.rapha.blocked+json")
+    assert card["line"] == 2
+    assert card["suggestion"].startswith("%%enclave flchain\n")
+    assert errors(outputs) == ["SealedError"]
+    assert "[blocked]" in bundles(outputs, "text/plain")[0]
+
+
+def test_a_typo_is_caught_before_anything_is_sent(notebook: Notebook) -> None:
+    """The rehearsal fails, the site has no job of it, and no budget is spent."""
+    before = notebook.value("[len(site.jobs()), cohort.budget['tutorial']['train']['spent']]")
+    outputs = notebook.run("%%enclave flchain\npatients.train.mean('agee', epsilon=0.1)")
+    assert errors(outputs) == ["RequestError"]
+    assert "age" in str(bundles(outputs, "text/plain"))
+    assert notebook.value("[len(site.jobs()), cohort.budget['tutorial']['train']['spent']]") == before
+
+
+def test_without_rehearsal_the_site_itself_refuses(notebook: Notebook) -> None:
+    """The same error comes from there, and nothing is charged."""
+    before = notebook.value("cohort.budget['tutorial']['train']['spent']")
+    outputs = notebook.run("%%enclave flchain --no-rehearsal\npatients.train.mean('agee', epsilon=0.1)")
+    assert errors(outputs) == ["RequestError"]
+    assert notebook.value("cohort.budget['tutorial']['train']['spent']") == before
+
+
+def test_rehearse_only_shows_made_up_results_and_sends_nothing(notebook: Notebook) -> None:
+    """It prints what it would, and the site has no new job."""
+    before = notebook.value("len(site.jobs())")
+    outputs = notebook.run("%%enclave flchain --rehearse-only\nprint('here')\npatients.count(epsilon=0.1)")
+    assert "here" in str(outputs)
+    assert "Nothing was sent" in str(outputs)
+    assert notebook.value("len(site.jobs())") == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "flchain --epsilon nan",
+        "flchain --epsilon 0",
+        "flchain --epsilon x",
+        "flchain -o 1a",
+        "flchain --wat",
+        "'",
+    ],
+)
+def test_a_malformed_line_says_how_to_write_it(notebook: Notebook, line: str) -> None:
+    """No traceback of ours, but the usage."""
+    outputs = notebook.run(f"%%enclave {line}\n1")
+    assert errors(outputs) == ["RequestError"]
+    assert "%%enclave DATASET" in str(outputs)
+
+
+def test_values_come_back_as_ordinary_objects_and_go_there(notebook: Notebook) -> None:
+    """A module's weights are loaded into the rehearsed module; what goes with -i is there."""
+    notebook.run("columns = ['age', 'sex']")
+    source = """%%enclave flchain --epsilon 1 -i columns -o model,history,note
+import torch
+model = torch.nn.Linear(len(columns), 1)
+history = patients.train.fit(model, inputs=columns, target='death', epochs=2)
+note = {'columns': columns, 'tensor': torch.arange(3), 'inf': float('inf')}"""
+    assert not errors(notebook.run(source))
+    assert notebook.value(
+        "[type(model).__name__, list(model.weight.shape), note['columns'], note['inf'] > 1e300]"
+    ) == [
+        "Linear",
+        [1, 2],
+        ["age", "sex"],
+        True,
+    ]
+    assert notebook.value("[history.op, history.steps > 1, bool((model.weight != 0).all())]") == [
+        "fit",
+        True,
+        True,
+    ]
+
+
+def test_an_error_of_the_cell_reads_as_a_local_one(notebook: Notebook) -> None:
+    """Type, message and the line of the cell; no frame of ours."""
+    outputs = notebook.run("%%enclave flchain --no-rehearsal\nx = 1\ny = x / 0")
+    (error,) = [output for output in outputs if output["output_type"] == "error"]
+    text = "\n".join(error["traceback"])
+    assert "ZeroDivisionError" in text
+    assert "line 2" in text
+    assert "rapha_lab" not in text
+
+
+@pytest.mark.usefixtures("known")
+def test_outputs_verify_and_edited_ones_do_not(notebook: Notebook) -> None:
+    """A print, a rich value and a release; then one character of each is changed."""
+    outputs = notebook.run("%%enclave flchain\nprint('plain words')\npatients.count(epsilon=0.1)")
+    assert len(outputs) == 2
+    for output in outputs:
+        good, why = releases.verify_output(output["data"], output["metadata"])
+        assert good, why
+        edited = copy.deepcopy(output["data"])
+        edited["text/plain"] = edited["text/plain"].replace("p", "q", 1)
+        assert not releases.verify_output(edited, output["metadata"])[0]
+        moved = copy.deepcopy(output["metadata"])
+        moved["rapha"]["index"] += 1
+        assert not releases.verify_output(output["data"], moved)[0]
+    assert not releases.verify_output(outputs[0]["data"], {})[0]
+
+
+def test_connecting_again_gives_the_same_site(notebook: Notebook) -> None:
+    """One demo site for one user, however often it is connected to."""
+    assert notebook.value("[rapha.connect('demo') is site, rapha.connect('demo').url == site.url]") == [
+        True,
+        True,
+    ]
+
+
+def test_a_job_can_be_attached_to_by_its_number(notebook: Notebook) -> None:
+    """Jobs live at the site; attaching gives their outputs anew."""
+    notebook.run("%%enclave flchain\nprint('still here')")
+    assert notebook.value(
+        "[o['data']['text/plain'] for o in site.attach(site.jobs()[-1]['id']).wait().outputs]"
+    ) == ["still here"]
+
+
+def test_the_sites_processes_end_with_the_kernel(tmp_path: Path) -> None:
+    """Gateway, curator and sessions are gone some seconds after the last kernel that held them."""
+    with Notebook(tmp_path) as book:
+        book.run(CONNECT)
+        pid = json.loads((tmp_path / "demo" / "site.json").read_text())["pid"]
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        assert children
+    until = time.monotonic() + 30
+    alive = [pid, *map(int, children)]
+    while time.monotonic() < until and any(Path(f"/proc/{each}").exists() for each in alive):
+        time.sleep(0.2)
+    assert not [each for each in alive if Path(f"/proc/{each}").exists()]
