@@ -144,8 +144,9 @@ def _widget(planned: Plan) -> Any:
         if "batch" in sliders and planned.quote.patients:
             # a batch is drawn from the cohort, so it ends where that does
             expected = _expected(planned.quote) / planned.quote.patients * sliders["patients"].value
-            sliders["batch"].max = math.log10(max(expected, 2))
-        planned.step(**{name: _value(name, slider.value) for name, slider in sliders.items()})
+            batch = sliders["batch"]
+            batch.value = max(each for _, each in batch.options if each <= max(min(batch.value, expected), 1))
+        planned.step(**{name: slider.value for name, slider in sliders.items()})
         picture_of.value = planned.to_html()
 
     def curve() -> None:
@@ -161,29 +162,31 @@ def _sliders(planned: Plan) -> dict[str, Any]:
     """One for each setting that has a say in the quote, from where the plan stands."""
     import ipywidgets
 
-    def slider(name: str, value: float, low: float, high: float, tip: str, form: str = ",.0f") -> Any:
-        return ipywidgets.FloatLogSlider(
+    def slider(name: str, value: float, low: float, high: float, tip: str) -> Any:
+        choices = _choices(value, low, high)
+        return ipywidgets.SelectionSlider(
+            options=[(f"{each:,}" if isinstance(each, int) else f"{each:g}", each) for each in choices],
             value=value,
-            min=math.log10(min(low, value)),
-            max=math.log10(max(high, value)),
-            step=0.01,
             description=LABELS[name],
             tooltip=tip,
-            readout_format=form,
             style={"description_width": "7em"},
             layout={"width": "34em"},
         )
 
     quote, kind = planned.quote, planned.quote.kind
-    made = {"epsilon": slider("epsilon", quote.epsilon, 0.01, 10, "privacy loss, logarithmic", ".3g")}
+    made = {
+        "epsilon": slider("epsilon", float(quote.epsilon), 0.01, 10, "privacy loss, on a logarithmic scale")
+    }
     if kind == "fit":
-        size, expected = quote.figures[BATCH], _expected(quote)
-        passes = quote.figures["steps"] * size / expected
-        made["epochs"] = slider("epochs", max(1, round(passes)), 1, 1000, "passes over the patients")
+        size, expected = round(quote.figures[BATCH]), _expected(quote)
+        passes = max(1, round(quote.figures["steps"] * size / expected))
+        made["epochs"] = slider("epochs", passes, 1, 1000, "passes over the patients")
         made["batch"] = slider("batch", size, 1, max(expected, 2), "patients expected in a step")
     if kind in ("fit", "mean", "evaluate") and quote.patients:
         top = max(100_000, 10 * quote.patients)
-        made["patients"] = slider("patients", quote.patients, 10, top, "other than declared is hypothetical")
+        made["patients"] = slider(
+            "patients", quote.patients, 10, top, "another than declared is hypothetical"
+        )
     return made
 
 
@@ -192,8 +195,12 @@ def _expected(quote: Quote) -> float:
     return quote.figures[BATCH] / quote.figures[RATE]
 
 
-def _value(name: str, value: float) -> float | int:
-    return float(f"{value:.3g}") if name == "epsilon" else max(1, round(value))
+def _choices(value: float, low: float, high: float) -> list[float]:
+    """Where a slider may stand: forty places a decade, whole if `value` is, and `value` itself to the digit."""
+    places = range(math.floor(40 * math.log10(low)), math.ceil(40 * math.log10(high)) + 1)
+    grid = {float(f"{10 ** (n / 40):.3g}") for n in places}
+    made = {round(each) for each in grid} if isinstance(value, int) else grid
+    return sorted({value, *(each for each in made if low <= each <= high)})
 
 
 class _Rested:

@@ -116,14 +116,26 @@ class TestWidgets:
         assert [slider.value for slider in sliders] == [0.8, 7, 100, ward.PATIENTS]
         assert len(rapha_lab.plan(cohort, "count").widget.children) == 2
 
+    def test_sliders_begin_at_the_declared_figures_to_the_digit(self, cohort):
+        """So that showing them changes nothing: what is planned first is the declared cohort."""
+        plan = rapha_lab.plan(cohort, "fit")
+        first = plan.quote
+        *sliders, cohort_size, _ = plan.widget.children
+        assert cohort_size.value == ward.PATIENTS
+        for slider in sliders:
+            slider.index, kept = 0, slider.index
+            slider.index = kept
+        assert plan.quote == first
+        assert not plan.quote.hypothetical
+
     def test_without_an_event_loop_a_slider_redraws_at_once(self, cohort):
         """As in a script."""
         plan = rapha_lab.plan(cohort, model())
         *sliders, picture = plan.widget.children
         before = picture.value
-        sliders[1].value = 60
+        sliders[1].value = 100
         assert picture.value != before
-        assert plan.quote.figures["steps"] == 300
+        assert plan.quote.figures["steps"] == 500
 
     def test_a_smaller_cohort_takes_the_batch_with_it(self, cohort):
         """So that sliders alone cannot ask for a batch above the cohort."""
@@ -151,9 +163,9 @@ class Kernel:
         assert reply["content"]["status"] == "ok", reply["content"]
         return said
 
-    def slide(self, comm: str, value: float) -> None:
+    def slide(self, comm: str, index: int) -> None:
         """Move a slider, as its view does."""
-        data = {"method": "update", "state": {"value": value}, "buffer_paths": []}
+        data = {"method": "update", "state": {"index": index}, "buffer_paths": []}
         content = {"comm_id": comm, "data": data}
         self.client.shell_channel.send(self.client.session.msg("comm_msg", content))
 
@@ -208,10 +220,10 @@ cohort = site.dataset("ward")
         }
         slider = next(id for id, state in opened.items() if state.get("description") == "ε")
         picture = next(id for id, state in opened.items() if state.get("_model_name") == "HTMLModel")
-        for value in (0.6, 0.7, 1.25):
-            kernel.slide(slider, value)
-        html = kernel.updates(picture, "ε 1.25:")
+        for label in ("0.631", "0.708", "1.26"):
+            kernel.slide(slider, opened[slider]["_options_labels"].index(label))
+        html = kernel.updates(picture, "ε 1.26:")
         cohort = hospital.connected(url, key).dataset("ward")
-        assert f"{cohort.quote('mean:age', epsilon=1.25).error:.4g} years" in html
+        assert f"{cohort.quote('mean:age', epsilon=1.26).error:.4g} years" in html
         said = kernel.run("print(plan.quote.epsilon, type(plan).__name__)")
-        assert "1.25 Plan" in "".join(m["content"].get("text", "") for m in said)
+        assert "1.26 Plan" in "".join(m["content"].get("text", "") for m in said)
