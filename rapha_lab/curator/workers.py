@@ -83,14 +83,21 @@ class EnclaveWorkers:
             return told
 
     def _pace(self) -> float:
-        """Seconds a wave needs besides its work, tried with workers that are given nothing."""
+        """Seconds a wave needs besides its work, tried with workers that are given nothing.
+
+        Raises:
+            SiteError: if they do not come, or take too long for anything to be answered.
+        """
         slowest = 0.0
         for trial in range(1, TRIALS + 1):
             begun = time.monotonic()
             self._wave([b""] * self._cores, -trial, 0, begun + MOST)
             self._say({"do": "clear"})
             slowest = max(slowest, time.monotonic() - begun)
-        return min(max(TIMES * slowest, LEAST), MOST)
+        if TIMES * slowest > MOST:
+            why = "Its shards would run out of time and count as the default."
+            raise SiteError("The site is too busy for a function on shards.", why, "Try again later.")
+        return max(TIMES * slowest, LEAST)
 
     def _wave(self, jobs: list[bytes], wave: int, size: int, until: float) -> list[bytes]:
         self._say({"do": "spawn", "wave": wave, "count": len(jobs)})

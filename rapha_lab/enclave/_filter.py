@@ -20,7 +20,7 @@ _FREE = """
     rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending sigaltstack restart_syscall pause
     nanosleep gettimeofday time times getrusage
     getpid gettid getppid getuid geteuid getgid getegid getresuid getresgid getrandom
-""".split()  # noqa: SIM905
+""".split()
 
 _FATAL = """
     ptrace process_vm_readv process_vm_writev process_madvise kcmp pidfd_getfd
@@ -28,7 +28,7 @@ _FATAL = """
     add_key request_key keyctl mount umount2 pivot_root move_mount open_tree fsopen fsmount mount_setattr
     unshare setns open_by_handle_at init_module finit_module delete_module kexec_load kexec_file_load
     reboot swapon swapoff acct quotactl iopl ioperm modify_ldt lookup_dcookie vhangup syslog
-""".split()  # noqa: SIM905
+""".split()
 
 _MAP_PRIVATE, _MAP_TYPE, _MAP_GROWSDOWN, _MAP_HUGETLB = 0x02, 0x0F, 0x0100, 0x40000
 _THREAD = 0x100 | 0x800 | 0x10000  # CLONE_VM | CLONE_SIGHAND | CLONE_THREAD

@@ -46,12 +46,12 @@ LIBRARIES = """
     matplotlib.style matplotlib.animation matplotlib.gridspec matplotlib.dates matplotlib.patheffects
     mpl_toolkits.mplot3d mpl_toolkits.axes_grid1 stack_data executing pygments.lexers.python
     pygments.formatters.terminal256 pygments.formatters.html
-""".split()  # noqa: SIM905
+""".split()
 """Modules beside the standard library; one that is not installed is passed over."""
 
 WALKED = """
     torch.nn torch.fx torch._export torch.export torch._higher_order_ops torch.utils polars pygments.styles
-""".split()  # noqa: SIM905
+""".split()
 """Packages that import their own parts at first use: all of these are loaded."""
 
 _PASSED_OVER = ("test", "tensorboard", "hipify", "benchmark", "onnx", "bundled", "__main__")

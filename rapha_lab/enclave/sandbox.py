@@ -199,7 +199,7 @@ class Zygote:
         self, entry: str, preload: Sequence[str] = (), tier: str | None = None, *, bare: bool = False
     ) -> None:
         self._lock, self._workers, self._count = threading.Lock(), dict[int, Worker](), 0
-        self._gate, self._still = threading.Lock(), threading.Event()
+        self._gate, self._still, self._closed = threading.Lock(), threading.Event(), False
         self._reasons: list[str] = []
         self._entry, self._preload = entry, list(preload)
         self._config = {
@@ -225,7 +225,7 @@ class Zygote:
                 report = self._prove()
                 if report.tier == "S3":
                     return report
-                self.close()
+                self._end()
                 missing = _NEEDS["S3"] - {name for name, on in report.layers.items() if on}
                 raise SiteError("Namespaces did not help.", f"Not enforced: {', '.join(sorted(missing))}.")
             except SiteError as error:
@@ -262,7 +262,7 @@ class Zygote:
             first = {}
         if first.get("is") != "ready":
             why = self._why(first)
-            self.close()
+            self._end()
             raise SiteError("The sandbox did not start.", why, "See its message for what is missing.")
         threading.Thread(target=self._listen, name="rapha-zygote", daemon=True).start()
 
@@ -277,10 +277,10 @@ class Zygote:
             with self._spawn(Limits(wall_seconds=60)) as worker:
                 report = Report(worker.tier, worker.layers, self._reasons)
         except SiteError:
-            self.close()
+            self._end()
             raise
         if report.tier == "S0":
-            self.close()
+            self._end()
             missing = ", ".join(sorted(name for name in _NEEDS["S1"] if not report.layers[name]))
             raise SiteError(
                 "This machine cannot hold foreign code.",
@@ -315,10 +315,12 @@ class Zygote:
         """Start the process again if it died; its workers died with it.
 
         Raises:
-            SiteError: if it no longer reaches its tier.
+            SiteError: if it no longer reaches its tier, or was closed.
         """
+        if self._closed:
+            raise SiteError("No worker could be started.", "The site is stopping.")
         if not self.alive:
-            self.close()
+            self._end()
             self.report = self._start(self.tier)
 
     @contextlib.contextmanager
@@ -412,7 +414,11 @@ class Zygote:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End the zygote and every worker of it."""
+        """End the zygote and every worker of it, for good."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
         try:

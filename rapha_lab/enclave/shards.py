@@ -80,6 +80,7 @@ class ShardWorkers:
         """The shards' own zygote, started when first asked for: most sites' days pass without."""
         if self._zygote is None:
             self._zygote = Zygote("rapha_lab.session.shard:main", tier=self._tier)
+        self._zygote.revive()
         return self._zygote
 
     def _spawn(self, wave: int, core: int, channel: socket.socket) -> None:

@@ -182,7 +182,7 @@ def test_each_worker_draws_its_own_random_numbers(zygote):
     source = (
         "import random, numpy, torch\nresult = [random.random(), numpy.random.rand(), torch.rand(1).item()]"
     )
-    from conftest import Cell
+    from snippets import Cell
 
     with zygote.spawn() as one, zygote.spawn() as two:
         drawn = [Cell(worker).run(source) for worker in (one, two)]

@@ -116,6 +116,17 @@ class TestTheClock:
         told(workers, "return 1.0", started=lambda: order.append("touched"))
         assert order == ["pace", "touched"]
 
+    def test_a_site_without_workers_says_so_before_a_record_is_touched(self, monkeypatch):
+        """Else every shard would count as the default, and nobody would be told."""
+        monkeypatch.setattr(curators, "MOST", 0.2)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.send(b'{"open": true}')
+        touched = []
+        with pytest.raises(SiteError, match="too busy"):
+            told(curators.EnclaveWorkers(theirs.detach(), 1), "return 1.0", started=lambda: touched.append(1))
+        ours.close()
+        assert touched == []
+
     def test_beats_once_a_wave_and_ends_where_that_raises(self, workers):
         """So a cancelled job ends at a time that no shard moves, and the next one is answered."""
         beats = list[int]()
