@@ -141,39 +141,38 @@ class TestTheClock:
         assert told(workers, "return 1.0") == [np.float64(1.0).tobytes()]
 
 
-def stamps(worker, until):
-    """The times a counting session noted, up to the first after `until`."""
-    found = [0.0]
-    while found[-1] <= until:
-        found.append(float(worker.reader.readline()))
-    return found[1:]
+def noted_meanwhile(sessions, workers, monkeypatch):
+    """The moments a counting session noted from the first shard to the last, and whether it noted any before."""
+    say, clock = workers._say, dict[str, float]()
+
+    def timed(message):
+        clock.setdefault(message["do"], time.monotonic())
+        say(message)
+
+    with sessions.spawn(Limits()) as session:
+        session.writer.write(b"!")
+        session.writer.flush()
+        first = float(session.reader.readline())
+        with monkeypatch.context() as patch:
+            patch.setattr(workers, "_say", timed)
+            told(workers, "return 1.0", started=lambda: clock.__setitem__("started", time.monotonic()))
+        stamps = [first]
+        while stamps[-1] <= clock["close"]:
+            stamps.append(float(session.reader.readline()))
+    assert first < clock["started"]
+    return [stamp for stamp in stamps if clock["started"] < stamp < clock["close"]]
 
 
 class TestSessions:
-    def test_stand_still_while_shards_run(self, sessions, workers):
+    def test_stand_still_while_shards_run(self, sessions, workers, monkeypatch):
         """Not one moment of a session lies between the first shard and the last."""
-        with sessions.spawn(Limits()) as session:
-            session.writer.write(b"!")
-            session.writer.flush()
-            begun = list[float]()
-            told(workers, "return 1.0", started=lambda: begun.append(time.monotonic()))
-            ended = time.monotonic() - 0.01
-            noted = stamps(session, time.monotonic())
-        assert any(stamp < begun[0] for stamp in noted)
-        assert [stamp for stamp in noted if begun[0] < stamp < ended] == []
+        assert noted_meanwhile(sessions, workers, monkeypatch) == []
 
     def test_mutant_sessions_that_run_on_would_be_seen(self, sessions, workers, monkeypatch):
         """Were they not stopped, a session would note hundreds of moments."""
         monkeypatch.setattr(type(sessions), "_say", _deaf(type(sessions)._say))
         monkeypatch.setattr(sessions._still, "wait", lambda seconds: True)
-        with sessions.spawn(Limits()) as session:
-            session.writer.write(b"!")
-            session.writer.flush()
-            begun = list[float]()
-            told(workers, "return 1.0", started=lambda: begun.append(time.monotonic()))
-            ended = time.monotonic() - 0.01
-            noted = stamps(session, time.monotonic())
-        assert [stamp for stamp in noted if begun[0] < stamp < ended]
+        assert noted_meanwhile(sessions, workers, monkeypatch)
 
     def test_none_starts_meanwhile(self, sessions, workers):
         """It is told to come again."""
