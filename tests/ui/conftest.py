@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lab import Lab, Server, browser
+from lab import BUILT, Lab, Server, browser, chromium
 from playwright.sync_api import Browser
 
 CONNECT = 'import rapha_lab as rapha\n%load_ext rapha_lab\nsite = rapha.connect("demo")\ncohort = site.dataset("flchain")'
@@ -22,7 +22,11 @@ patients.train.fit(model, nn.BCEWithLogitsLoss(), inputs=["age", "creatinine"], 
 
 @pytest.fixture(scope="session")
 def opened() -> Iterator[Browser]:
-    """A headless Chromium."""
+    """A headless Chromium; without one the folder is skipped, and the reason says how to get it."""
+    try:
+        chromium()
+    except RuntimeError as error:
+        pytest.skip(str(error))
     with browser() as made:
         yield made
 
@@ -30,6 +34,8 @@ def opened() -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """JupyterLab with the extension of this tree."""
+    if not (BUILT / "package.json").exists():
+        pytest.skip("The extension is not built: cd extensions/rapha-lab && jlpm install && jlpm build")
     running = Server(tmp_path_factory.mktemp("lab"))
     running.start()
     yield running

@@ -12,7 +12,7 @@ from conftest import CONNECT, FIT
 from lab import Lab
 from playwright.sync_api import Locator, expect
 
-LONG = FIT.format(epochs=4000)
+LONG = FIT.format(epochs=1000)
 
 
 @pytest.fixture
@@ -27,21 +27,31 @@ def training(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Locator]:
     lab.run(0)
     lab.run(1, wait=False)
     card = lab.cell(1).locator(".rapha-Job")
-    expect(card.locator(".rapha-Job-figures")).to_contain_text("step", timeout=90_000)
+    expect(card.locator(".rapha-Job-figures")).to_contain_text(re.compile(r"step [1-9]"), timeout=90_000)
     yield card
     _cancel_all(lab)
     lab.kernel = shared
 
 
 def _cancel_all(lab: Lab) -> None:
-    lab.page.evaluate("""async () => {
-        const jobs = await (await fetch('/rapha-lab/jobs')).json();
+    """Cancel whatever runs at the site, and wait for its end: a block of steps is always finished."""
+    lab.page.evaluate(
+        """async () => {
         const xsrf = (document.cookie.match(/_xsrf=([^;]*)/) || [])[1];
-        for (const job of jobs.filter(({state}) => ['queued', 'running'].includes(state))) {
-            await fetch(`/rapha-lab/jobs/${job.site}/${job.id}/cancel`,
-                {method: 'POST', body: '{}', headers: {'X-XSRFToken': xsrf}});
+        const init = {method: 'POST', body: '{}', headers: {'X-XSRFToken': xsrf}};
+        for (let tries = 0; tries < 120; tries++) {
+            const jobs = await (await fetch('/rapha-lab/jobs')).json();
+            const live = jobs.filter(({state}) => ['queued', 'running'].includes(state));
+            if (!live.length) { return; }
+            for (const job of tries ? [] : live) {
+                const reply = await fetch(`/rapha-lab/jobs/${job.site}/${job.id}/cancel`, init);
+                if (!reply.ok) { throw new Error(await reply.text()); }
+            }
+            await new Promise(resolve => setTimeout(resolve, 500));
         }
-    }""")
+        throw new Error('a job did not end');
+    }"""
+    )
 
 
 def _step(card: Locator) -> int:
