@@ -417,7 +417,7 @@ class TestStopping:
         """The next question gets its own answer, not the one that was left over."""
         for _ in range(6):
             job = site.run("while True: patients.count(epsilon=0.01)", "ward", session=fresh)
-            until(lambda: job.poll(0.1) is not None and len(job.outputs) > 1)
+            until(lambda job=job: job.poll(0.1) is not None and len(job.outputs) > 1)
             job.cancel()
             with pytest.raises(RaphaError):
                 job.wait()
