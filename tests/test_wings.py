@@ -96,6 +96,26 @@ def test_the_import_rules_have_teeth(tmp_path: Path) -> None:
         assert wings_of(path) == {"curator"}
 
 
+def test_no_module_is_longer_than_a_sitting() -> None:
+    """Six hundred lines at most."""
+    long = {str(path): n for path in PACKAGE.rglob("*.py") if (n := len(path.read_text().splitlines())) > 600}
+    assert long == {}
+
+
+def test_beside_the_records_nothing_runs_or_resolves_what_was_sent() -> None:
+    """No pickle, no `torch.load`, no exec, eval or import by name in the curator or in what it reads with."""
+    for path in [*(PACKAGE / "curator").rglob("*.py"), *(PACKAGE / "protocol").rglob("*.py")]:
+        used = {name.split(".")[0] for name in imports(path)}
+        assert not used & {"pickle", "marshal", "shelve", "importlib", "runpy", "subprocess"}, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("exec", "eval", "compile", "__import__", "open_code"), (
+                    f"{path}: {called}"
+                )
+                assert called not in ("torch.load", "np.load", "numpy.load", "os.system"), f"{path}: {called}"
+
+
 def test_the_public_names_are_complete_and_there() -> None:
     """`rapha_lab.__all__` is sorted and every name of it can be had."""
     assert rapha_lab.__all__ == sorted(rapha_lab.__all__)
