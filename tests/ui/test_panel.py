@@ -58,7 +58,7 @@ def test_the_sidebar_needs_no_kernel(lab: Lab) -> None:
         expect(panel.locator(".rapha-Site")).to_contain_text(said)
     for said in ("flchain", "one patient, by patient", "Budget of tutorial", "left"):
         expect(panel.locator(".rapha-Dataset")).to_contain_text(said)
-    expect(panel.locator(".rapha-Job").first).to_contain_text("Done")
+    expect(panel.locator(".rapha-Job").filter(has_text="Done").first).to_be_visible()
 
 
 def test_the_status_bar_says_what_is_left_for_the_notebook(lab: Lab) -> None:

@@ -63,7 +63,9 @@ export function Job({ job, cancel, showCell, note }: IJobProps): JSX.Element {
             Show its cell
           </button>
         )}
-        <span className="rapha-Job-id">{job.id}</span>
+        <span className="rapha-Job-id" title={job.id}>
+          {job.id.slice(0, 8)}
+        </span>
       </footer>
     </article>
   );

@@ -9,12 +9,12 @@ interface IJobsProps {
   showCell: (job: IJob) => void;
 }
 
-/** Jobs, the running ones first; they live at their site, whatever the kernel does. */
+/** Jobs, the running ones first, then the newest; they live at their site, whatever the kernel does. */
 export function Jobs({ jobs, cancel, showCell }: IJobsProps): JSX.Element {
   if (!jobs.length) {
     return <p className="rapha-Empty">No jobs yet.</p>;
   }
-  const sorted = [...jobs].sort((a, b) => Number(isLive(b)) - Number(isLive(a)));
+  const sorted = [...jobs].reverse().sort((a, b) => Number(isLive(b)) - Number(isLive(a)));
   return (
     <>
       {sorted.map(job => (

@@ -42,36 +42,40 @@ function ReleaseCard({ data }: { data: IRelease }): JSX.Element {
 
 function Rows({ rows }: { rows: Row[] }): JSX.Element {
   const scale = whiskers(rows);
+  const errors = rows.some(({ error, interval }) => error || interval);
   return (
     <table>
       <thead>
         <tr>
           <th scope="col">Name</th>
           <th scope="col">Value</th>
-          <th scope="col">Error</th>
-          <th scope="col">95 % interval</th>
+          {errors && <th scope="col">Error</th>}
+          {errors && <th scope="col">95 % interval</th>}
           {scale && <td />}
         </tr>
       </thead>
       <tbody>
         {rows.slice(0, MOST).map((row, index) => (
-          <ReleaseRow key={index} row={row} scale={scale} />
+          <ReleaseRow key={index} row={row} errors={errors} scale={scale} />
         ))}
       </tbody>
     </table>
   );
 }
 
-function ReleaseRow({ row, scale }: { row: Row; scale: [number, number] | null }): JSX.Element {
+function ReleaseRow(props: { row: Row; errors: boolean; scale: [number, number] | null }): JSX.Element {
+  const { row, errors, scale } = props;
   const { name, value: shown, error, interval } = row;
   return (
     <tr>
       <th scope="row">{name}</th>
       <td className="rapha-mod-number">{value(shown, error)}</td>
-      <td className="rapha-mod-number">{error ? `± ${value(error, error)}` : ''}</td>
-      <td className="rapha-mod-number">
-        {interval && `${value(interval[0], error)} to ${value(interval[1], error)}`}
-      </td>
+      {errors && <td className="rapha-mod-number">{error ? `± ${value(error, error)}` : ''}</td>}
+      {errors && (
+        <td className="rapha-mod-number">
+          {interval && `${value(interval[0], error)} to ${value(interval[1], error)}`}
+        </td>
+      )}
       {scale && (
         <td className="rapha-Whiskers">
           {interval && typeof shown === 'number' && (
