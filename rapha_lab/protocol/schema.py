@@ -198,6 +198,8 @@ class Schema(_Public, frozen=True):
         Raises:
             RequestError: if there is none; names what was probably meant.
         """
+        if not isinstance(name, str):
+            raise RequestError(f"{name!r:.64} is no column.", "A column is named by a text.", field="column")
         if name in self._by_name:
             return self._by_name[name]
         near = difflib.get_close_matches(name[:64], self._by_name, n=3, cutoff=0.5)
@@ -236,8 +238,12 @@ class Schema(_Public, frozen=True):
         return names
 
     def find(self, name: str) -> tuple[Column, bool]:
-        """The column that `name` speaks of, and whether it asks only if that column is missing."""
-        if name.endswith(MISSING):
+        """The column that `name` speaks of, and whether it asks only if that column is missing.
+
+        Raises:
+            RequestError: as for `column`.
+        """
+        if isinstance(name, str) and name.endswith(MISSING):
             return self.column(name.removesuffix(MISSING)), True
         return self.column(name), False
 

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import msgspec
 import torch
@@ -24,6 +24,8 @@ from rapha_lab.session.sealed import PATIENTS, Batch
 __all__ = ["Patients"]
 
 Ask = Callable[[messages.ASKS, bytes], tuple[dict[str, Any], bytes]]
+
+METRICS = get_args(messages.Metric)
 
 # what a model was last fitted on, so that evaluate(model) need not be told again
 _fitted: weakref.WeakKeyDictionary[torch.nn.Module, tuple[messages.Inputs, str]] = weakref.WeakKeyDictionary()
@@ -131,6 +133,7 @@ class Patients:
             BudgetError, PolicyError: the site refuses; nothing was touched.
         """
         named = self._inputs(inputs)
+        _module(model)
         common = self._common(epsilon)
         chosen = recipe.choose(
             self._expected(), common["epsilon"], model, optimizer, epochs=epochs, batch=batch, clip=clip
@@ -186,7 +189,7 @@ class Patients:
 
         `inputs` and `target` are those of the model's last fit if not given.
         """
-        known = _fitted.get(model)
+        known = _fitted.get(_module(model))
         if known is None and (inputs is None or target is None):
             raise RequestError(
                 "This model was not fitted in this session, so its inputs are not known.",
@@ -198,6 +201,10 @@ class Patients:
         goal = target if target is not None else known[1] if known else ""
         self.schema.column(goal)
         metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+        if unknown := [metric for metric in metrics if metric not in METRICS]:
+            raise RequestError(
+                f"{unknown[0]!r:.64} is no metric.", f"There are {', '.join(METRICS)}.", field="metrics"
+            )
         traced = tracing.score_program(model, self._examples(named))
         asked = {"inputs": named, "target": goal, "metrics": metrics, **self._common(epsilon)}
         return self._release(_made(messages.Evaluate, program=traced.program, **asked), traced.blob)
@@ -244,7 +251,11 @@ class Patients:
             default = [default] if isinstance(default, (int, float)) else list(default)
         asked: dict[str, Any] = {"source": source, "name": function.__name__, "columns": names}
         asked |= {"bounds": pairs, "default": default}
-        asked |= {"shape": [shape] if isinstance(shape, int) else list(shape), "k": k, "seconds": float(seconds)}
+        asked |= {
+            "shape": [shape] if isinstance(shape, int) else list(shape),
+            "k": k,
+            "seconds": float(seconds),
+        }
         return self._release(_made(messages.Shards, **asked, **self._common(epsilon)))
 
     # -- what they need -------------------------------------------------------------------------------
@@ -282,6 +293,13 @@ class Patients:
 
     def _inputs(self, inputs: Columns | Mapping[str, Columns]) -> dict[str, Columns]:
         named = dict(inputs) if isinstance(inputs, Mapping) else {"x": inputs}
+        if not named or not all(isinstance(v, str | list | tuple) and v for v in named.values()):
+            raise RequestError(
+                f"inputs is {inputs!r:.64}.",
+                "It must be a column, a list of columns, or {argument of the model: columns}.",
+                'Say inputs=["age"], say.',
+                field="inputs",
+            )
         named = {key: value if isinstance(value, str) else list(value) for key, value in named.items()}
         for columns in named.values():
             self.schema.layout(columns)
@@ -389,6 +407,17 @@ _ROWS = frozenset(
     tolist to_list iterrows itertuples to_pandas to_numpy to_dict to_csv write_csv to_parquet write_parquet to_json
     to_dicts""".split()
 )
+
+
+def _module(model: Any) -> torch.nn.Module:
+    if not isinstance(model, torch.nn.Module):
+        raise RequestError(
+            f"The model is a {type(model).__name__}.",
+            "What is trained or judged is an nn.Module.",
+            "Make one: model = nn.Linear(1, 1), say.",
+            field="model",
+        )
+    return model
 
 
 def _positive(field: str, value: Any, *, whole: bool = False) -> Any:

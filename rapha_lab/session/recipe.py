@@ -44,14 +44,23 @@ def choose(
     Raises:
         RequestError: naming the argument that is out of range.
     """
-    if not any(p.requires_grad for p in model.parameters()):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
         raise RequestError(
             "The model has nothing to train.", "No parameter requires a gradient.", field="model"
         )
     chosen = steps(expected, epochs=epochs, batch=batch, clip=clip)
     if optimizer is not None:
+        held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if {id(p) for p in held} != {id(p) for p in trained}:
+            raise RequestError(
+                "The optimizer does not hold the model's parameters.",
+                "fit() trains every parameter of the model that requires a gradient, and only those.",
+                "Make it from model.parameters(); freeze others with requires_grad_(False).",
+                field="optimizer",
+            )
         return chosen | {"optimizer": described(optimizer)}
-    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    numbers = sum(p.numel() for p in trained)
     drowned = 0.25 * epsilon * expected / (chosen["steps"] * chosen["clip"] * math.sqrt(numbers))
     lr = min(0.25 / chosen["clip"], drowned)
     return chosen | {"optimizer": Optimizer(name="sgd", settings={"lr": lr, "momentum": MOMENTUM})}
@@ -96,13 +105,14 @@ def described(optimizer: torch.optim.Optimizer) -> Optimizer:
             field="optimizer",
         )
     group = optimizer.param_groups[0]
-    kept = {k: v for k, v in group.items() if k not in ("params", *_EXECUTION) and v is not None}
+    implied = ("decoupled_weight_decay",) if name == "adamw" else ()
+    kept = {k: v for k, v in group.items() if k not in ("params", *_EXECUTION, *implied) and v is not None}
     settings = {k: [float(x) for x in v] if isinstance(v, (tuple, list)) else v for k, v in kept.items()}
     return Optimizer(name=name, settings=settings)  # type: ignore[arg-type]
 
 
 # how torch runs an update, not what it computes
-_EXECUTION = ("foreach", "fused", "differentiable", "capturable", "initial_lr", "decoupled_weight_decay")
+_EXECUTION = ("foreach", "fused", "differentiable", "capturable", "initial_lr")
 
 
 def loss_for(target: Column) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -101,6 +101,11 @@ def loss_program(model: nn.Module, loss: Callable[..., Tensor], inputs: Tensors,
     if "target" in inputs:
         raise ProgramError("An input is named target.", "That is the target's name.", "Rename the input.")
     refuse_modules(model)
+    for name, t in model.state_dict().items():
+        if t.is_floating_point() and not t.isfinite().all():
+            raise ProgramError(
+                f"{name} is not finite.", "It holds NaN or infinity.", "Make the model anew.", field=name
+            )
 
     def compute(both: _Both, batch: dict[str, Tensor]) -> Tensor:
         target = batch["target"]
@@ -225,6 +230,7 @@ def refuse_mixing(function: Callable[[dict[str, Tensor]], Tensor], inputs: Tenso
         together = _run(function, batch)
     if reduced:
         losses = torch.stack([t.double().reshape(()) for t in alone])
+        refuse_nan(losses)
         same = together.numel() == 1 and any(
             _close(together, whole) for whole in (losses.mean(), losses.sum())
         )
@@ -239,6 +245,17 @@ def refuse_mixing(function: Callable[[dict[str, Tensor]], Tensor], inputs: Tenso
             'A loss with class weights is a sum over patients with reduction="sum".',
             field="model",
         )
+
+
+def refuse_nan(losses: Tensor, line: int | None = None) -> None:
+    """Raise ProgramError if the loss of a made-up patient is no finite number: at the site he would add nothing."""
+    if not losses.isfinite().all():
+        raise ProgramError(
+            "The loss of a made-up patient is NaN or infinite.",
+            "A patient whose loss or gradient is no number adds nothing to the training.",
+            "Keep logarithms, roots and quotients in their domain, with clamp(min=1e-6) say.",
+            field="loss", line=line,
+        )  # fmt: skip
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

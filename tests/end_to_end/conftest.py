@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import hospital
 import pytest
 import ward
+from ward import Ward
 
-from rapha_lab.client.site import Site as Connected
-from rapha_lab.enclave.site import Site
 from rapha_lab.protocol.keys import PrivateKey
-
-
-@dataclass(frozen=True)
-class Ward:
-    """The running site, and two researchers of one project."""
-
-    site: Site
-    url: str
-    key: PrivateKey
-    other: PrivateKey
-    folder: Path
-
-    def connect(self, key: PrivateKey | None = None) -> Connected:
-        """A new connection."""
-        return hospital.connected(self.url, key or self.key)
-
-    def spent(self) -> dict[str, int]:
-        """Of each account, in the ledger's own units."""
-        return hospital.spent(self.folder)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,7 @@ from typing import Any
 
 import msgspec
 import torch
-from conftest import Ward
-from ward import FEATURES
+from ward import FEATURES, Ward
 
 from rapha_lab.enclave.curator import Curator
 from rapha_lab.protocol import messages

@@ -17,11 +17,11 @@ import msgspec
 import pytest
 import torch
 import ward
-from conftest import Ward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipe import Pipe, piped, requests
 from safetensors.torch import load, save
+from ward import Ward
 
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RequestError

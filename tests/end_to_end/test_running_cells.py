@@ -14,7 +14,7 @@ import polars
 import pytest
 import torch
 import ward
-from conftest import Ward
+from ward import Ward
 
 from rapha_lab.client.site import Job, Site
 from rapha_lab.enclave import cells as cells_module

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
+import hospital
 import numpy as np
 import polars
+
+from rapha_lab.client.site import Site as Connected
+from rapha_lab.enclave.site import Site
+from rapha_lab.protocol.keys import PrivateKey
 
 PATIENTS = 1200
 CHAPTERS = ["infections", "neoplasms", "blood", "endocrine", "nervous", "circulatory", "respiratory"]
@@ -87,3 +95,22 @@ def frame(seed: int = 0) -> polars.DataFrame:
             "died": rng.random(PATIENTS) < 1 / (1 + np.exp(-risk)),
         }
     )
+
+
+@dataclass(frozen=True)
+class Ward:
+    """The running site, and two researchers of one project."""
+
+    site: Site
+    url: str
+    key: PrivateKey
+    other: PrivateKey
+    folder: Path
+
+    def connect(self, key: PrivateKey | None = None) -> Connected:
+        """A new connection."""
+        return hospital.connected(self.url, key or self.key)
+
+    def spent(self) -> dict[str, int]:
+        """Of each account, in the ledger's own units."""
+        return hospital.spent(self.folder)
