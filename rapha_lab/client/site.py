@@ -112,7 +112,12 @@ def _key(key: PrivateKey | str | Path | None, passphrase: str | None) -> Private
 
 
 def _remember(site: Site, where: str, key: str | Path | None) -> None:
-    told: dict[str, Any] = {"where": where, "url": site.url, "key": str(key) if key else "", "site_key": str(site.key)}
+    told: dict[str, Any] = {
+        "where": where,
+        "url": site.url,
+        "key": str(key) if key else "",
+        "site_key": str(site.key),
+    }
     told |= {"project": site.project, "simulated": site.simulated, "name": site.name}
     write(home() / "sites" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', site.name)}.json", told)
 
@@ -210,7 +215,12 @@ class Site:
     ) -> Job:
         """Send a cell to run in one of your sessions there; returns at once."""
         parcel, blob = inputs or ({}, b"")
-        order: dict[str, Any] = {"session": session, "dataset": dataset, "source": source, "project": self.project}
+        order: dict[str, Any] = {
+            "session": session,
+            "dataset": dataset,
+            "source": source,
+            "project": self.project,
+        }
         order |= {"epsilon": epsilon, "outputs": list(outputs), "inputs": parcel, "origin": origin or {}}
         return self.attach(self._channel.call("run", order, blob)[0]["cell"])
 
@@ -321,7 +331,11 @@ class Dataset:
     def card(self) -> dict[str, Any]:
         """The dataset as its card shows it."""
         public = msgspec.to_builtins(self.schema)
-        return public | {"budget": dict(self.budget), "site": self.site.name, "simulated": self.site.simulated}
+        return public | {
+            "budget": dict(self.budget),
+            "site": self.site.name,
+            "simulated": self.site.simulated,
+        }
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return cards.dataset(self.card())

@@ -36,9 +36,7 @@ def witness(channel: Channel) -> Checkpoint:
     return now
 
 
-def _extended(
-    channel: Channel, seen: Checkpoint, key: Ed25519PublicKey
-) -> tuple[Checkpoint, dict[str, Any]]:
+def _extended(channel: Channel, seen: Checkpoint, key: Ed25519PublicKey) -> tuple[Checkpoint, dict[str, Any]]:
     told = channel.call("extends", {"start": seen.size})[0]
     now = open_checkpoint(told["checkpoint"], key, seen.origin)
     try:

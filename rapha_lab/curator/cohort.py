@@ -90,7 +90,9 @@ class Cohort:
         )
         rows = {name: torch.tensor(np.flatnonzero(splits == code)) for code, name in enumerate(SPLITS)}
         self._rows = rows | {"all": torch.arange(len(patients))}
-        self._points = torch.tensor([_point(patient, salt, b"shard") >> 32 for patient in patients], dtype=torch.int64)
+        self._points = torch.tensor(
+            [_point(patient, salt, b"shard") >> 32 for patient in patients], dtype=torch.int64
+        )
 
     @classmethod
     def open(cls, schema: Schema, folder: str | Path, salt: bytes, opt_outs: Collection[str] = ()) -> Cohort:

@@ -14,7 +14,12 @@ __all__ = ["plan_of"]
 
 
 def plan_of(
-    ask: messages.ASKS, tensors: bytes, schema: Schema, delta: float, noise: Noise, workers: Workers | None = None
+    ask: messages.ASKS,
+    tensors: bytes,
+    schema: Schema,
+    delta: float,
+    noise: Noise,
+    workers: Workers | None = None,
 ) -> Plan:
     """What answering `ask` would do and cost; no record is touched.
 

@@ -150,7 +150,11 @@ def _evaluate(asked: Inquiry, epsilon: float, schema: Schema, delta: float) -> t
         }
     errors = _expected_errors(asked.metrics, round(expected), epsilon, asked.prevalence, asked.auroc)
     assumed = f"Simulated on made-up scores: {asked.prevalence:.3g} of the patients positive, AUROC {asked.auroc:g}."
-    notes = [assumed, "Sampling of the patients and noise together, as the release will state it."] if errors else []
+    notes = (
+        [assumed, "Sampling of the patients and noise together, as the release will state it."]
+        if errors
+        else []
+    )
     return loss, told | {"error": errors.get(asked.metrics[0]), "figures": errors, "notes": notes}
 
 

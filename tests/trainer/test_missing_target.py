@@ -14,7 +14,14 @@ def test_a_patient_without_a_target_is_not_learned_from() -> None:
     """A missing outcome is no outcome of 0: the patient is left out of the training."""
     died = Column(name="died", type="boolean", meaning="m", public="p", missing="possible")
     schema = Schema(
-        name="d", title="t", citation="c", licence="l", patient="id", source="d.csv", columns=(died,), patients=4
+        name="d",
+        title="t",
+        citation="c",
+        licence="l",
+        patient="id",
+        source="d.csv",
+        columns=(died,),
+        patients=4,
     )
     frame = polars.DataFrame({"id": ["a", "b", "c", "d"], "died": [True, None, False, None]})
     view = Cohort(schema, frame, salt=bytes(16)).view("all")

@@ -66,7 +66,9 @@ class Loop:
         progress(1)
         self.done += 1
         rows = self._inputs(ask.inputs, view)
-        drawn = train.draw(len(view), self.rate, train.capacity(train.most(batch, self.rate), lifted.microbatch), noise)
+        drawn = train.draw(
+            len(view), self.rate, train.capacity(train.most(batch, self.rate), lifted.microbatch), noise
+        )
         total = train.clipped_sum(lifted, parameters, constants, rows, drawn, clip)
         deviation = self.sigma * clip * (1 + train.slack(lifted.microbatch))
         share = batch if ask.reduction == "mean" else 1
@@ -89,7 +91,9 @@ class Loop:
     def _inputs(self, inputs: dict[str, Columns], view: View) -> dict[str, Tensor]:
         key = repr(sorted(inputs.items()))
         if key not in self._rows:
-            self._rows = {key: train.with_absent({name: view.tensor(columns) for name, columns in inputs.items()})}
+            self._rows = {
+                key: train.with_absent({name: view.tensor(columns) for name, columns in inputs.items()})
+            }
         return self._rows[key]
 
 
