@@ -6,18 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lab import BUILT, Lab, Server, browser, chromium
+from lab import BUILT, CONNECT, MEAN, Lab, Server, browser, chromium
 from playwright.sync_api import Browser
 
-CONNECT = 'import rapha_lab as rapha\n%load_ext rapha_lab\nsite = rapha.connect("demo")\ncohort = site.dataset("flchain")'
-MEAN = '%%enclave flchain\npatients.mean("age", epsilon=0.01)'
-FIT = """%%enclave flchain --epsilon 0.05 -o model
-import torch
-from torch import nn
-model = nn.Linear(2, 1)
-patients.train.fit(model, nn.BCEWithLogitsLoss(), inputs=["age", "creatinine"], target="death",
-                   batch=256, epochs={epochs})
-"""
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the browser's tests last: its event loop stays, and tests that bring their own cannot follow."""
+    items.sort(key=lambda item: item.path.parent == HERE)
 
 
 @pytest.fixture(scope="session")

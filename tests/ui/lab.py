@@ -24,6 +24,15 @@ FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --force-color-profile=srgb"
 )
+CONNECT = 'import rapha_lab as rapha\n%load_ext rapha_lab\nsite = rapha.connect("demo")\ncohort = site.dataset("flchain")'
+MEAN = '%%enclave flchain\npatients.mean("age", epsilon=0.01)'
+FIT = """%%enclave flchain --epsilon 0.05 -o model
+import torch
+from torch import nn
+model = nn.Linear(2, 1)
+patients.train.fit(model, nn.BCEWithLogitsLoss(), inputs=["age", "creatinine"], target="death",
+                   batch=256, epochs={epochs})
+"""
 OVERRIDES = {
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
     "@jupyterlab/docmanager-extension:plugin": {"autosave": False},

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conftest import MEAN
-from lab import Lab
+from lab import MEAN, Lab
 from playwright.sync_api import expect
 
 

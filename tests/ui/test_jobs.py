@@ -8,8 +8,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from conftest import CONNECT, FIT
-from lab import Lab
+from lab import CONNECT, FIT, Lab
 from playwright.sync_api import Locator, expect
 
 LONG = FIT.format(epochs=1000)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import MEAN
-from lab import Lab
+from lab import MEAN, Lab
 from playwright.sync_api import expect
 
 OURS = ".rapha-Panel, .rapha-Strip, .rapha-Seal, .rapha-Output, .rapha-Status"
