@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -50,7 +50,7 @@ class Name(msgspec.Struct, forbid_unknown_fields=True):
 class Start(msgspec.Struct, forbid_unknown_fields=True):
     """Asks for log entries from an index on."""
 
-    start: int = 0
+    start: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
 
 
 class Gateway:

@@ -23,6 +23,7 @@ from IPython.core.formatters import DisplayFormatter
 
 from rapha_lab.protocol.errors import CellError, RaphaError
 from rapha_lab.protocol.release import canonical
+from rapha_lab.session import tracing
 
 __all__ = ["Screen", "cell_error", "run"]
 
@@ -121,8 +122,8 @@ class _Stream(io.TextIOBase):
 
 
 @contextmanager
-def _captured(screen: Screen) -> Iterator[None]:
-    """Streams, display and plt.show go to the screen while the cell runs."""
+def _captured(screen: Screen, name: str) -> Iterator[None]:
+    """Streams, display and plt.show go to the screen while the cell of that name runs."""
     import IPython.core.display_functions as functions
     import IPython.display as public
 
@@ -131,9 +132,11 @@ def _captured(screen: Screen) -> Iterator[None]:
     sys.stdout, sys.stderr = screen.streams = streams
     functions.display = public.display = screen.show
     pyplot.show = lambda *_, **__: screen.figures()
+    cell = tracing.CELL.set(name)
     try:
         yield
     finally:
+        tracing.CELL.reset(cell)
         screen.streams = ()
         for stream in streams:
             stream.send()
@@ -151,7 +154,7 @@ def run(source: str, namespace: dict[str, Any], screen: Screen, name: str = "<ce
     namespace.setdefault("__name__", "__main__")
     namespace["display"] = screen.show
     screen.released.clear()
-    with _captured(screen):
+    with _captured(screen, name):
         try:
             body, last = _compile(source, name)
             exec(body, namespace)  # noqa: S102 - running the cell is what this process is for

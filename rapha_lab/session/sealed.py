@@ -240,7 +240,7 @@ def _mapped(value: Any, change: Callable[[SealedTensor], Any]) -> Any:
 def _line() -> int | None:
     """The line of the cell that is running."""
     for frame in reversed(traceback.extract_stack()):
-        if not tracing._OURS.search(frame.filename):
+        if tracing.authors(frame.filename):
             return frame.lineno
     return None
 

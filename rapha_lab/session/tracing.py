@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,9 @@ _STORAGE = {"device", "layout", "pin_memory", "memory_format"}
 # frames that are not the author's
 _OURS = re.compile(r"[\\/](torch|rapha_lab)[\\/]|site-packages|[\\/]lib[\\/]python3|<frozen|<string>")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+CELL: ContextVar[str | None] = ContextVar("cell", default=None)
+"""The file name of the cell that runs: a line of another cell would only mislead."""
 
 
 @dataclass(frozen=True)
@@ -369,18 +373,23 @@ def _spec(name: str, tensor: Tensor) -> TensorSpec:
     return TensorSpec(name, dtype, list(tensor.shape))  # type: ignore[arg-type]
 
 
+def authors(file: str) -> bool:
+    """Whether a frame's file is the author's, and of the cell that runs."""
+    return CELL.get() in (None, file) and not _OURS.search(file)
+
+
 def _place(meta: dict[str, Any]) -> tuple[int | None, str]:
     """The author's line that made a node, and the path of its module."""
-    frames = [(f, int(n)) for f, n in _FRAME.findall(meta.get("stack_trace") or "") if not _OURS.search(f)]
+    lines = [int(n) for f, n in _FRAME.findall(meta.get("stack_trace") or "") if authors(f)]
     stack = meta.get("nn_module_stack") or {}
     paths = [path.removeprefix("it.") for path, _ in stack.values() if path not in ("", "it")]
-    return (frames[-1][1] if frames else None), (paths[-1] if paths else "")
+    return (lines[-1] if lines else None), (paths[-1] if paths else "")
 
 
 def _untraceable(error: Exception, patients: int = 1) -> ProgramError:
     if isinstance(error, ProgramError):
         return error
-    frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if not _OURS.search(f.filename)]
+    frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if authors(f.filename)]
     line = frames[-1] if frames else None
     kind = type(error).__name__
     if "DataDependent" in kind:

@@ -52,7 +52,7 @@ class Notebook:
     def value(self, expression: str) -> object:
         """What an expression is in the kernel, through JSON."""
         outputs = self.run(f"import json; print(json.dumps({expression}))")
-        return json.loads(outputs[-1]["text"])
+        return json.loads("".join(output.get("text", "") for output in outputs))
 
 
 @pytest.fixture(scope="module")
