@@ -487,9 +487,10 @@ def _bubblewrap(modules: Sequence[str]) -> list[str]:
         )
     for name in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
         command += ["--ro-bind-try", name, name]
+    command += ["--proc", "/proc", "--dev", "/dev", "--size", str(64 << 20), "--tmpfs", "/tmp"]  # noqa: S108
+    # after /tmp, since the project itself may lie there
     for path in sorted(_homes(modules)):
         command += ["--ro-bind", path, path]
-    command += ["--proc", "/proc", "--dev", "/dev", "--size", str(64 << 20), "--tmpfs", "/tmp"]  # noqa: S108
     return [*command, "--remount-ro", "/", "--chdir", "/", "--"]
 
 
