@@ -86,7 +86,7 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
         for column, found in cohorts[schema.name].findings.items():
             if found.clamped or found.unlisted or found.missing:
                 print(f"{schema.name}.{column}: {found}", file=sys.stderr)
-    ledger = Ledger(Path(config.ledger), key, origin=config.log)
+    ledger = Ledger(Path(config.ledger), key, origin=config.log, about={"tier": config.tier})
     for project in policy.projects:
         for dataset in project.datasets:
             for split in SPLITS:

@@ -109,12 +109,20 @@ class Ledger:
         path: the database file; its directory must exist.
         key: signs the log's checkpoints.
         origin: the log's name.
+        about: labels that every charge carries, such as the sandbox's tier.
 
     Raises:
         SiteError: if another process has it open, or it cannot be read or written.
     """
 
-    def __init__(self, path: Path, key: Ed25519PrivateKey, origin: str = "rapha-lab") -> None:
+    def __init__(
+        self,
+        path: Path,
+        key: Ed25519PrivateKey,
+        origin: str = "rapha-lab",
+        about: Mapping[str, str] | None = None,
+    ) -> None:
+        self._about = dict(about or {})
         self._lock = threading.RLock()
         self._key = key
         self._held = _hold(path)
@@ -248,7 +256,7 @@ class Ledger:
                 )
             self._charge(job, loss.part(touched))
             digest = hashlib.sha256(release).hexdigest()
-            entry = self._record("charge", job, release=digest, steps=touched)
+            entry = self._record("charge", job, release=digest, steps=touched, **self._about)
             db.execute(
                 "UPDATE job SET state = 'settled', release = ?, tensors = ?, entry = ? WHERE name = ?",
                 (release, tensors, entry, job),

@@ -101,3 +101,13 @@ def test_the_first_entry_that_does_not_add_up_is_named(bundle: Path) -> None:
 
     with pytest.raises(LogError, match="Entry 4 is the first"):
         verify(rewritten(bundle, cheaper), PUBLIC)
+
+
+def test_every_receipt_carries_the_sites_labels(tmp_path: Path) -> None:
+    """The tier of the sandbox stands in the entry that the receipt proves."""
+    ledger = Ledger(tmp_path / "ledger.sqlite", KEY, origin="ward", about={"tier": "S3"})
+    ledger.open_account("p", "d", "train", 3.0, 1e-5)
+    ledger.reserve("job", "p", "d", ["train"], Gaussian(20.0), bytes(32))
+    ledger.touch("job", 1)
+    assert json.loads(ledger.settle("job", b"release").entry)["tier"] == "S3"
+    ledger.close()
