@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,11 +112,15 @@ def loss_program(model: nn.Module, loss: Callable[..., Tensor], inputs: Tensors,
                 f"{name} is not finite.", "It holds NaN or infinity.", "Make the model anew.", field=name
             )
 
-    def compute(both: _Both, batch: dict[str, Tensor]) -> Tensor:
-        target = batch["target"]
-        return both.loss(*_matched(both.loss, _call(both.model, batch, without="target"), target))
+    def compute(both: _Both, batch: dict[str, Tensor], squeeze: bool = True) -> Tensor:
+        prediction = _call(both.model, batch, without="target")
+        return both.loss(*_matched(both.loss, prediction, batch["target"], squeeze))
 
-    return _program(_Both(model, loss), compute, {**inputs, "target": target}, training=True)
+    both, examples = _Both(model, loss), {**inputs, "target": target}
+    # a loss of one's own may squeeze by itself, which fails on one patient if it was done before
+    alone = partial(compute, squeeze=False)
+    works = [_works(partial(way, both), examples) for way in (compute, alone)]
+    return _program(both, alone if works == [False, True] else compute, examples, training=True)
 
 
 def score_program(model: nn.Module, inputs: Tensors) -> Traced:
@@ -175,10 +180,21 @@ def _call(model: nn.Module, batch: dict[str, Tensor], without: str = "") -> Tens
     return output
 
 
-def _matched(loss: Any, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _works(function: Callable[[dict[str, Tensor]], Tensor], inputs: Tensors) -> bool:
+    """Whether it runs on one made-up patient."""
+    with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            function({name: made_up(example, 1) for name, example in inputs.items()})
+        except Exception:
+            return False
+    return True
+
+
+def _matched(loss: Any, prediction: Tensor, target: Tensor, squeeze: bool = True) -> tuple[Tensor, Tensor]:
     """The prediction in the target's shape if only trailing ones differ, the target in the loss's dtype."""
     if (
-        prediction.dim() == target.dim() + 1
+        squeeze
+        and prediction.dim() == target.dim() + 1
         and prediction.shape[-1] == 1
         and prediction.shape[:-1] == target.shape
     ):

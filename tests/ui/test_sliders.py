@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from lab import Lab
+from collections.abc import Iterator
+
+import pytest
+from lab import CONNECT, Lab
 from playwright.sync_api import expect
 
 
-def test_moving_the_slider_by_keyboard_changes_the_figures_and_spends_nothing(lab: Lab) -> None:
+@pytest.fixture
+def lab_of_its_own(lab: Lab) -> Iterator[Lab]:
+    """The page, with a fresh kernel: widgets of a kernel that other documents have left do not draw."""
+    shared, lab.kernel = lab.kernel, None
+    yield lab
+    lab.kernel = shared
+
+
+def test_moving_the_slider_by_keyboard_changes_the_figures_and_spends_nothing(lab_of_its_own: Lab) -> None:
     """A larger ε gives a smaller error, drawn anew after the slider rests; the budget stays as it was."""
+    lab = lab_of_its_own
     left = "print('left', cohort.budget['tutorial']['train']['left'])"
-    lab.write("planner.ipynb", left, 'cohort.plan("mean:age", epsilon=0.1)', left)
+    lab.write("planner.ipynb", f"{CONNECT}\n{left}", 'cohort.plan("mean:age", epsilon=0.1)', left)
     lab.open("planner.ipynb")
     lab.run(0)
     lab.run(1)
