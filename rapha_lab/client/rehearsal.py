@@ -18,7 +18,7 @@ import msgspec
 import polars
 import torch
 
-from rapha_lab.client.mock import mock
+from rapha_lab.client.mock import mock, mock_tables
 from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.mechanisms import Plan, loop, shards
 from rapha_lab.curator.noise import SystemNoise
@@ -114,7 +114,8 @@ class Rehearsal:
     def _cohort(self, schema: Schema) -> Cohort:
         known = schema.to_json()
         if known not in self._cohorts:
-            self._cohorts[known] = Cohort(schema, mock(schema, PATIENTS, seed=0), salt=bytes(16))
+            tables = mock_tables(schema, PATIENTS, seed=0)
+            self._cohorts[known] = Cohort(schema, mock(schema, PATIENTS, seed=0), bytes(16), tables=tables)
         return self._cohorts[known]
 
     def take(self, values: dict[str, Any], blob: bytes, also: dict[str, Any]) -> dict[str, Any]:
@@ -172,8 +173,11 @@ def encoded(schema: Schema, patients: polars.DataFrame, columns: str | list[str]
     """Local patients as a program's input, by the very code that does it at the site."""
     names = [columns] if isinstance(columns, str) else list(columns)
     asked = tuple({column.name: column for column, _ in map(schema.find, names)}.values())
+    if any(schema.table_of(name) for name in names):
+        what, why = "Rows of a table cannot be encoded here.", "A frame has one row a patient."
+        raise RequestError(what, why, "Name columns of the patients.", field="columns")
     rows = patients.with_columns(polars.int_range(polars.len()).alias(schema.patient))
-    part = msgspec.structs.replace(schema, columns=asked, patients=None)
+    part = msgspec.structs.replace(schema, columns=asked, tables=(), patients=None)
     return Cohort(part, rows, salt=bytes(16)).view("all").tensor(columns)
 
 

@@ -16,7 +16,7 @@ from rapha_lab.client import cards, demo
 from rapha_lab.client.appraisal import AppraisalPolicy, Endorsements
 from rapha_lab.client.channel import Channel
 from rapha_lab.client.home import home, read, write
-from rapha_lab.client.mock import mock
+from rapha_lab.client.mock import mock, mock_tables
 from rapha_lab.client.quotes import Budget, Quote, inquiry
 from rapha_lab.client.witness import witness
 from rapha_lab.protocol.errors import CellError, RaphaError, RequestError, SiteError, from_wire
@@ -313,9 +313,11 @@ class Dataset:
         asked = Inquiries(dataset=self.name, project=self.site.project, asks=list(asks))
         return msgspec.convert(self.site._channel.call("quote", asked)[0], list[Quote])
 
-    def mock(self, patients: int = 200, seed: int = 0) -> polars.DataFrame:
-        """Made-up patients, drawn from the schema alone; no record was looked at."""
-        return mock(self.schema, patients, seed)
+    def mock(self, patients: int = 200, seed: int = 0, table: str | None = None) -> polars.DataFrame:
+        """Made-up patients, or their rows in a table, drawn from the schema alone; no record was looked at."""
+        if table is None:
+            return mock(self.schema, patients, seed)
+        return mock_tables(self.schema, patients, seed)[self.schema.table(table).name]
 
     def inputs(self, patients: polars.DataFrame, columns: str | list[str]) -> torch.Tensor:
         """Your own patients as a model's input: scaled and coded as the site does it, (n, *shape).

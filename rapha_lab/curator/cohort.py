@@ -1,4 +1,4 @@
-"""The records, one row a patient, held in the curator's memory and seen only through a split's `View`.
+"""The records, held in the curator's memory by patient and seen only through a split's `View`.
 
 Opening validates for the custodian and may fail; the messages name columns and never hold a value. Once a
 cohort is open every accessor is total: whatever the records say, it answers in the public shape.
@@ -8,39 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
+from rapha_lab.curator.columns import Findings, Values, bounded, identifiers, present
+from rapha_lab.curator.tables import Rows
 from rapha_lab.protocol.errors import RequestError
-from rapha_lab.protocol.schema import SPLITS, Column, Schema
+from rapha_lab.protocol.schema import MISSING, SPLITS, Schema
 
 __all__ = ["BESIDES", "EXCESS", "Cohort", "Findings", "View", "split_of"]
 
 EXCESS, BESIDES = 1.1, 40
 """A split may hold this many times its expected patients, and this many more, before the schema is refused."""
-
-_TRUTHS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What the custodian should know of one column, and nobody else: patients in whom a value ...
-
-    Attributes:
-        clamped: lay outside the public bounds and is treated as the nearest bound.
-        unlisted: is in no public category and is treated as missing.
-        missing: is missing although the schema says it never is.
-    """
-
-    clamped: int = 0
-    unlisted: int = 0
-    missing: int = 0
 
 
 def split_of(patient: str, salt: bytes, schema: Schema) -> str:
@@ -64,27 +49,41 @@ class Cohort:
         frame: one row a patient, with the schema's columns and its patient column.
         salt: the secret key of the split; the same for every snapshot of the same patients.
         opt_outs: identifiers of patients who are left out before anything else.
+        tables: the rows of each of the schema's tables, by name.
 
     Raises:
         RequestError: for the custodian alone, naming the column that does not fit its description.
     """
 
-    def __init__(self, schema: Schema, frame: pl.DataFrame, salt: bytes, opt_outs: Collection[str] = ()):
+    def __init__(
+        self,
+        schema: Schema,
+        frame: pl.DataFrame,
+        salt: bytes,
+        opt_outs: Collection[str] = (),
+        tables: Mapping[str, pl.DataFrame] = MappingProxyType({}),
+    ) -> None:
         if len(salt) < 16:
             raise RequestError(
                 "The salt is too short.", instead="Give 16 random bytes or more.", field="salt"
             )
         self.schema = schema
         self.findings: dict[str, Findings] = {}
-        patients = _identifiers(schema, frame)
-        kept = ~patients.is_in([str(patient) for patient in opt_outs])
+        left = [str(patient) for patient in opt_outs]
+        patients = _unique(schema, identifiers(schema.patient, present(frame, schema.patient)))
+        kept = ~patients.is_in(left)
         patients, frame = patients.filter(kept), frame.filter(kept)
-        self._values: dict[str, Tensor] = {}
-        self._known: dict[str, Tensor] = {}
+        self._columns: dict[str, Values] = {}
         for column in schema.columns:
-            series = _typed(column, _present(frame, column.name))
-            values, known, self.findings[column.name] = _bounded(column, series)
-            self._values[column.name], self._known[column.name] = torch.tensor(values), torch.tensor(known)
+            found = bounded(column, present(frame, column.name))
+            self._columns[column.name], self.findings[column.name] = found
+        self._tables: dict[str, Rows] = {}
+        for table in schema.tables:
+            if table.name not in tables:
+                what = f"The records have no table {table.name}."
+                raise RequestError(what, "The schema names it.", "Give its rows.", field=table.name)
+            self._tables[table.name] = Rows(table, tables[table.name], patients, left)
+            self.findings |= self._tables[table.name].findings
         splits = np.array(
             [SPLITS.index(split_of(patient, salt, schema)) for patient in patients], dtype=np.int8
         )
@@ -102,19 +101,8 @@ class Cohort:
             RequestError: as for the class, or if the file is none of its kind.
             OSError: if there is no such file.
         """
-        path = Path(folder) / schema.source
-        with path.open("rb"):
-            pass  # a missing file keeps its plain error
-        try:
-            if path.suffix == ".parquet":
-                frame = pl.read_parquet(path, glob=False)
-            else:
-                frame = pl.read_csv(path, infer_schema=False, glob=False)
-        except pl.exceptions.PolarsError:
-            # polars quotes what it could not parse
-            what = f"The file {schema.source} cannot be read as {path.suffix[1:]}."
-            raise RequestError(what, instead="Write it again.", field="source") from None
-        cohort = cls(schema, frame, salt, opt_outs)
+        tables = {table.name: _read(folder, table.source) for table in schema.tables}
+        cohort = cls(schema, _read(folder, schema.source), salt, opt_outs, tables)
         _check_size(cohort)
         return cohort
 
@@ -141,100 +129,83 @@ class View:
 
     def frame(self, columns: Iterable[str]) -> pl.DataFrame:
         """The columns as a frame, a row a patient, null where not known."""
-        return pl.DataFrame([self._series(self.schema.column(name)) for name in columns])
+        return pl.DataFrame([self._of(self.schema.column(name).name).series() for name in columns])
 
-    def _series(self, column: Column) -> pl.Series:
-        if column.type == "category":
-            values = np.array(column.categories, dtype=object)[self.codes(column.name).numpy()]
-            series = pl.Series(column.name, values, dtype=pl.String)
-        else:
-            kind = {"integer": pl.Int64, "boolean": pl.Boolean}.get(column.type, pl.Float64)
-            series = pl.Series(column.name, self.numbers(column.name).numpy()).cast(kind)
-        known = pl.Series(self.known(column.name).numpy())
-        return pl.select(pl.when(known).then(series).alias(column.name)).to_series()
+    def table(self, name: str) -> pl.DataFrame:
+        """A table's rows that count, each with `__patient`, the patient's position in this view, and its time.
+
+        A patient's rows stand together in order of time; values are null where not known.
+        """
+        return self._cohort._tables[self.schema.table(name).name].frame(self._rows)
+
+    def _of(self, column: str) -> Values:
+        return self._cohort._columns[column].of(self._rows)
 
     def known(self, column: str) -> Tensor:
-        """In which patients a column is known: bool (n,)."""
-        return self._cohort._known[column][self._rows]
+        """In which patients a column is known: bool (n,); for a table's, whose missing rows are zeros, in all."""
+        if self.schema.table_of(column) is not None:
+            return torch.ones(len(self), dtype=torch.bool)
+        return self._cohort._columns[column].known[self._rows]
 
     def numbers(self, column: str) -> Tensor:
         """A number's or boolean's values within its limits: float64 (n,); meaningless where not known."""
-        return self._cohort._values[column][self._rows].double()
+        return self._cohort._columns[column].values[self._rows].double()
 
     def codes(self, column: str) -> Tensor:
         """A category's codes, or a boolean's 0 and 1: int64 (n,); meaningless where not known."""
-        return self._cohort._values[column][self._rows].long()
+        return self._cohort._columns[column].values[self._rows].long()
 
     def tensor(self, columns: str | Iterable[str]) -> Tensor:
         """The columns as programs see them: (n, *shape) in the shape and dtype of `Schema.layout`."""
+        columns = columns if isinstance(columns, str) else list(columns)
+        self.schema.layout(columns)
+        first = columns if isinstance(columns, str) else next(iter(columns), "")
+        table = self.schema.table_of(first)
+        if table is None:
+            return self._encoded(columns, self._of, len(self))
+        rows = self._cohort._tables[table.name]
+        index, owner = rows.of(self._rows)
+        encoded = self._encoded(columns, lambda name: rows.values(name, index), len(index))
+        return rows.padded(encoded, owner, self._rows)
+
+    def _encoded(self, columns: str | list[str], of: Callable[[str], Values], count: int) -> Tensor:
+        """The columns of `count` rows, whose values `of` gives by a column's name in its table."""
+
+        def alone(name: str) -> Tensor:
+            column, flag = self.schema.find(name)
+            if not flag:
+                return of(column.name).alone()
+            return (~of(column.name).known).float() if name.endswith(MISSING) else torch.ones(count)
+
+        def entries(name: str) -> Tensor:
+            column, flag = self.schema.find(name)
+            return alone(name)[:, None] if flag else of(column.name).entries()
+
         if isinstance(columns, str):
-            return self._scalar(columns)
-        parts = [self._entries(name) for name in columns]
-        return torch.cat(parts, dim=1) if parts else torch.zeros(len(self), 0)
-
-    def _scalar(self, name: str) -> Tensor:
-        column, missing = self.schema.find(name)
-        known = self.known(column.name)
-        if missing:
-            return (~known).float()
-        if column.type == "category":
-            return self.codes(name).where(known, 0)
-        values = self._scaled(column) if column.numeric else self.numbers(name).float()
-        return values.where(known, 0.0)
-
-    def _entries(self, name: str) -> Tensor:
-        column, missing = self.schema.find(name)
-        if missing or column.numeric:
-            return self._scalar(name)[:, None]
-        codes, known = self.codes(column.name), self.known(column.name)
-        if column.width == 1:
-            return (2.0 * codes - 1).where(known, 0.0)[:, None].float()
-        one_hot = torch.nn.functional.one_hot(codes, column.width).float()
-        return one_hot * known[:, None]
-
-    def _scaled(self, column: Column) -> Tensor:
-        low, high = column.limits
-        values = self.numbers(column.name)
-        if column.scale == "log":
-            # a logarithm of each bound, so that the bounds themselves map to -1 and 1
-            logs = torch.tensor([low, high], dtype=torch.float64).log()
-            values, low, high = values.log(), float(logs[0]), float(logs[1])
-        return ((values - low) / (high - low) * 2 - 1).clamp(-1, 1).float()
+            return alone(columns)
+        return torch.cat([entries(name) for name in columns], dim=1) if columns else torch.zeros(count, 0)
 
 
-def _present(frame: pl.DataFrame, name: str) -> pl.Series:
-    if name not in frame.columns:
-        what = f"The records have no column {name}."
-        raise RequestError(what, "The schema names it.", "Rename one of the two.", field=name)
-    return frame[name]
+def _unique(schema: Schema, patients: pl.Series) -> pl.Series:
+    if patients.n_unique() < len(patients):
+        what = f"The column {schema.patient} does not identify patients."
+        instead = "Bring each patient's records into one row."
+        raise RequestError(what, "Some occur in more than one row.", instead, field=schema.patient)
+    return patients
 
 
-def _identifiers(schema: Schema, frame: pl.DataFrame) -> pl.Series:
-    """The patients' identifiers as text.
-
-    Raises:
-        RequestError: if they are floats (which round), missing or not unique.
-    """
-
-    def fail(why: str, instead: str) -> RequestError:
-        return RequestError(
-            f"The column {schema.patient} does not identify patients.", why, instead, field=schema.patient
-        )
-
-    series = _present(frame, schema.patient)
-    integers = series.dtype.is_integer()
-    if not (integers or series.dtype in (pl.String, pl.Categorical, pl.Enum)):
-        raise fail(
-            f"It holds {series.dtype}, which may round or merge them.", "Store them as text or integers."
-        )
-    text = series.cast(pl.String)
-    if not integers and len(text) and text.str.contains(r"^-?\d+\.\d*([eE][-+]?\d+)?$").all():
-        raise fail("They are written as decimal fractions.", "Store them as text or integers.")
-    if text.null_count() or (text == "").any():
-        raise fail("Some patients have none.", "Give every patient one.")
-    if text.n_unique() < len(text):
-        raise fail("Some occur in more than one row.", "Bring each patient's records into one row.")
-    return text
+def _read(folder: str | Path, source: str) -> pl.DataFrame:
+    path = Path(folder) / source
+    with path.open("rb"):
+        pass  # a missing file keeps its plain error
+    try:
+        if path.suffix == ".parquet":
+            return pl.read_parquet(path, glob=False)
+        return pl.read_csv(path, infer_schema=False, glob=False)
+    except pl.exceptions.PolarsError:
+        # polars quotes what it could not parse
+        what = f"The file {source} cannot be read as {path.suffix[1:]}."
+        raise RequestError(what, instead="Write it again.", field="source") from None
 
 
 def _check_size(cohort: Cohort) -> None:
@@ -246,55 +217,3 @@ def _check_size(cohort: Cohort) -> None:
     if 2 * len(cohort.view("all")) < schema.patients or any(len(cohort.view(s)) > most[s] for s in SPLITS):
         what = f"The schema declares {schema.patients} patients, which is far from what the records hold."
         raise RequestError(what, instead="Correct `patients`, or leave it out.", field="patients")
-
-
-def _typed(column: Column, series: pl.Series) -> pl.Series:
-    """The column as Float64, Boolean or String, by its declared type.
-
-    Raises:
-        RequestError: naming the column if the records hold another type.
-    """
-    dtype, text = series.dtype, series.dtype in (pl.String, pl.Categorical, pl.Enum)
-    result = None
-    if dtype == pl.Null:
-        result = series.cast({"category": pl.String, "boolean": pl.Boolean}.get(column.type, pl.Float64))
-    elif column.type == "category" and (text or dtype.is_integer() or dtype == pl.Boolean):
-        result = series.cast(pl.String)
-    elif column.type == "boolean" and dtype == pl.Boolean:
-        result = series
-    elif column.type == "boolean" and (text or dtype.is_integer()):
-        lower = series.cast(pl.String).str.to_lowercase()
-        result = lower.replace_strict(_TRUTHS, default=None, return_dtype=pl.Boolean)
-    elif column.numeric and (text or dtype.is_numeric()):
-        result = series.cast(pl.String).cast(pl.Float64, strict=False) if text else series.cast(pl.Float64)
-    if result is None or result.null_count() > series.null_count() or not _whole(column, result):
-        what = f"The column {column.name} does not hold what its type {column.type} says."
-        instead = "Correct the type in the schema, or the records."
-        raise RequestError(what, f"It is stored as {dtype}.", instead, field=column.name)
-    return result
-
-
-def _whole(column: Column, series: pl.Series) -> bool:
-    if column.type != "integer":
-        return True
-    finite = series.filter(series.is_finite())
-    return bool((finite == finite.floor()).all())
-
-
-def _bounded(column: Column, series: pl.Series) -> tuple[np.ndarray, np.ndarray, Findings]:
-    """Values within the public limits, in which patients they are known, and what was mended."""
-    if column.type == "category":
-        codes = series.replace_strict(
-            column.categories, range(len(column.categories)), default=None, return_dtype=pl.Int64
-        )
-        known, values = codes.is_not_null().to_numpy(), codes.fill_null(0).to_numpy()
-        clamped, unlisted = 0, codes.null_count() - series.null_count()
-    else:
-        low, high = column.limits
-        # an infinite measurement is out of bounds on its side; NaN is none
-        raw = series.cast(pl.Float64).fill_null(float("nan")).to_numpy()
-        known = ~np.isnan(raw)
-        values = np.clip(np.where(known, raw, low), low, high)
-        clamped, unlisted = int(np.sum(known & (values != raw))), 0
-    lacking = int(np.sum(~known)) - unlisted if column.missing == "never" else 0
-    return values, known, Findings(clamped, unlisted, lacking)

@@ -11,85 +11,32 @@ import math
 import tomllib
 from collections.abc import Iterable
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
+from rapha_lab.protocol.columns import (
+    MISSING,
+    PRESENT,
+    Column,
+    Dtype,
+    Public,
+    Table,
+    Text,
+    Word,
+    check_column,
+    check_source,
+)
 from rapha_lab.protocol.errors import RequestError
 
-__all__ = ["MISSING", "SPLITS", "Column", "Dtype", "Schema", "Shares"]
-
-Dtype = Literal["float32", "int64"]
-Word = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")]
-Text = Annotated[str, Meta(min_length=1, max_length=2000)]
-Category = Annotated[str, Meta(min_length=1, max_length=200)]
+__all__ = ["MISSING", "SPLITS", "Column", "Dtype", "Schema", "Shares", "Table"]
 
 SPLITS = ("train", "validation", "test")
-MISSING = ".missing"
-"""`name + MISSING` is a column too: 1 for a patient in whom `name` is not known, else 0."""
 
 
-class _Public(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Fields that everybody may read; an unknown one is an error, so that a typo cannot pass."""
-
-
-class Column(_Public, frozen=True):
-    """One column, as publicly known.
-
-    Attributes:
-        name: what cells call it.
-        type: number, integer, boolean or category.
-        meaning: one sentence for a reader who knows medicine but not this table.
-        public: why bounds or categories are public knowledge, and not read off the records.
-        unit: of a number, as in "mg/dL".
-        bounds: of a number or integer; a value outside is treated as the nearest bound.
-        scale: how [-1, 1] is spread over the bounds; "log" for quantities spanning orders of magnitude.
-        categories: of a category, in the order of their codes.
-        missing: "possible" if a patient may lack it. Either way a program sees 0 where it lacks.
-    """
-
-    name: Word
-    type: Literal["number", "integer", "boolean", "category"]
-    meaning: Text
-    public: Text
-    unit: str = ""
-    bounds: tuple[float, float] | None = None
-    scale: Literal["linear", "log"] = "linear"
-    categories: tuple[Category, ...] = ()
-    missing: Literal["never", "possible"] = "never"
-
-    @property
-    def numeric(self) -> bool:
-        """Whether it has bounds and a unit."""
-        return self.type in ("number", "integer")
-
-    @property
-    def width(self) -> int:
-        """How many entries it fills in a list of columns."""
-        return len(self.categories) if len(self.categories) > 2 else 1
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """Smallest and largest value a patient can contribute: the bounds, or 0 and 1 for a boolean.
-
-        Raises:
-            RequestError: for a category.
-        """
-        if self.type == "boolean":
-            return 0.0, 1.0
-        if self.bounds is None:
-            raise RequestError(
-                f"The column {self.name} has no bounds.",
-                "It holds categories, which have no mean.",
-                f'Ask for patients.histogram("{self.name}").',
-                field=self.name,
-            )
-        return self.bounds
-
-
-class Shares(_Public, frozen=True):
+class Shares(Public, frozen=True):
     """Which part of the patients each split gets; they add up to 1."""
 
     train: Annotated[float, Meta(ge=0, le=1)] = 0.7
@@ -97,7 +44,7 @@ class Shares(_Public, frozen=True):
     test: Annotated[float, Meta(ge=0, le=1)] = 0.2
 
 
-class Schema(_Public, frozen=True):
+class Schema(Public, frozen=True):
     """A dataset's public description.
 
     Attributes:
@@ -108,6 +55,7 @@ class Schema(_Public, frozen=True):
         patient: the column that identifies a patient; never an input.
         source: the file with the records, relative to the data folder (.parquet or .csv).
         columns: what can be asked about.
+        tables: tables with many rows a patient.
         patients: a number of patients the custodians declare public, if they do.
         splits: shares of the patients in train, validation and test.
     """
@@ -119,6 +67,7 @@ class Schema(_Public, frozen=True):
     patient: Word
     source: Text
     columns: Annotated[tuple[Column, ...], Meta(min_length=1, max_length=10_000)]
+    tables: Annotated[tuple[Table, ...], Meta(max_length=100)] = ()
     patients: Annotated[int, Meta(ge=1, le=10**10)] | None = None
     splits: Shares = Shares()
 
@@ -181,12 +130,17 @@ class Schema(_Public, frozen=True):
         if abs(math.fsum(shares) - 1) > 1e-9:
             what = f"The splits add up to {math.fsum(shares):g}."
             raise RequestError(what, instead="Let train, validation and test add up to 1.", field="splits")
-        path = PurePosixPath(self.source)
-        if path.is_absolute() or ".." in path.parts or path.suffix not in (".parquet", ".csv"):
-            what = "The source is no relative path of a .parquet or .csv file."
-            raise RequestError(what, instead='Write source = "records.parquet".', field="source")
+        check_source(self.source, "source")
         for column in self.columns:
-            _check_column(column)
+            check_column(column)
+        names: set[str] = set()
+        for table in self.tables:
+            clash = [name for name in seen if name.startswith(f"{table.name}.")]
+            if table.name in seen | names or clash:
+                what = f"The name {table.name} is used twice."
+                raise RequestError(what, instead="Give every table its own name.", field=table.name)
+            names.add(table.name)
+            table.check()
 
     @property
     def _by_name(self) -> dict[str, Column]:
@@ -216,36 +170,89 @@ class Schema(_Public, frozen=True):
         Where a value is missing all its entries are 0; `"name.missing"` is one entry, 0 or 1.
 
         A single name is a scalar: a scaled number or a boolean as 0 or 1 in float32, a category's code in
-        int64. Where the value is missing it is 0.
+        int64. Where the value is missing it is 0. A text is its token ids (tokens,) in int64, an image float32
+        in its public shape, pixels scaled to [-1, 1].
+
+        Names of a table, as in `"labs.value"`, give all that `most` times: a row of the tensor for each of the
+        patient's rows in order of time, the last one last, zeros before them. `"labs.present"` is 1 where
+        there is a row; `"labs.time"` is a number, the days before the patient's last row.
 
         Raises:
-            RequestError: for an unknown column.
+            RequestError: for an unknown column, or names of several tables in one list.
         """
         if isinstance(columns, str):
-            column, missing = self.find(columns)
-            return (), "int64" if column.type == "category" and not missing else "float32"
-        return (
-            sum(1 if missing else column.width for column, missing in map(self.find, columns)),
-        ), "float32"
+            rows = self.rows(columns)
+            column, flag = self.find(columns)
+            shape, dtype = ((), "float32") if flag else column.alone
+            return (*rows, *shape), dtype
+        names = list(columns)
+        width = sum(1 if flag else column.width for column, flag in map(self.find, names))
+        return (*self.rows(*names), width), "float32"
+
+    def rows(self, *names: str) -> tuple[int, ...]:
+        """How many rows `names` give one patient: (most,) if they are of a table, () if of the patients.
+
+        Raises:
+            RequestError: if they are not of the same table.
+        """
+        tables = {table.name if (table := self.table_of(name)) else "": table for name in names}
+        if len(tables) > 1:
+            where = " and ".join(sorted(name or "the patients" for name in tables))
+            what = "These columns are not of one table."
+            raise RequestError(
+                what, f"They are of {where}.", "Make them inputs of their own.", field="inputs"
+            )
+        (table,) = tables.values() or (None,)
+        return () if table is None else (table.most,)
 
     def feature_names(self, columns: str | Iterable[str]) -> list[str]:
         """A name for each entry of the vector that `layout` describes, as in "age" or "chapter=Skin"."""
         names: list[str] = []
         for name in [columns] if isinstance(columns, str) else columns:
-            column, missing = self.find(name)
-            one_hot = not missing and column.width > 1
+            column, flag = self.find(name)
+            one_hot = not flag and len(column.categories) > 2
             names += [f"{name}={category}" for category in column.categories] if one_hot else [name]
         return names
 
+    def table(self, name: str) -> Table:
+        """The table of that name.
+
+        Raises:
+            RequestError: if there is none.
+        """
+        for table in self.tables:
+            if table.name == name:
+                return table
+        known = ", ".join(table.name for table in self.tables) or "none"
+        what = f"The dataset {self.name} has no table {name!r:.64}."
+        raise RequestError(what, f"Its tables: {known}.", field="table")
+
+    def table_of(self, name: str) -> Table | None:
+        """The table that a dotted name speaks of, if it speaks of one."""
+        first, dot, _ = name.partition(".") if isinstance(name, str) else ("", "", "")
+        return next((table for table in self.tables if dot and table.name == first), None)
+
     def find(self, name: str) -> tuple[Column, bool]:
-        """The column that `name` speaks of, and whether it asks only if that column is missing.
+        """The column that `name` speaks of, and whether it asks only if a value or row is there: 0 or 1.
 
         Raises:
             RequestError: as for `column`.
         """
-        if isinstance(name, str) and name.endswith(MISSING):
-            return self.column(name.removesuffix(MISSING)), True
-        return self.column(name), False
+        bare = name.removesuffix(MISSING) if isinstance(name, str) else name
+        table = self.table_of(name)
+        if table is None:
+            return self.column(bare), bare != name
+        within = bare.partition(".")[2]
+        if within == PRESENT and bare == name:
+            return Column(name=PRESENT, type="boolean", meaning="A row is there.", public="By design."), True
+        column = table.find(within)
+        if column is None:
+            names = [each.name for each in table.columns]
+            near = difflib.get_close_matches(within[:64], names, n=3, cutoff=0.5)
+            instead = f"Did you mean {' or '.join(f'{table.name}.{name}' for name in near)}?" if near else ""
+            what = f"The table {table.name} has no column {within[:64]!r}."
+            raise RequestError(what, "", instead or f"It has {', '.join(names[:20])}.", field=name[:64])
+        return column, bare != name
 
     def expected(self, split: str) -> float | None:
         """How many patients a split has in expectation, from the declared figure; None without one."""
@@ -256,39 +263,6 @@ class Schema(_Public, frozen=True):
 @lru_cache(maxsize=64)
 def _index(columns: tuple[Column, ...]) -> dict[str, Column]:
     return {column.name: column for column in columns}
-
-
-def _check_column(column: Column) -> None:
-    def fail(field: str, what: str, instead: str) -> RequestError:
-        return RequestError(f"The column {column.name}: {what}", "", instead, field=f"{column.name}.{field}")
-
-    if column.name.endswith(MISSING):
-        raise fail("name", "its name ends in .missing.", "That ending is reserved; choose another name.")
-    if column.numeric and column.bounds is None:
-        raise fail("bounds", "it has no bounds.", "Write bounds = [smallest, largest] from public knowledge.")
-    if not column.numeric and (column.bounds is not None or column.scale == "log" or column.unit):
-        raise fail("bounds", f"a {column.type} has no bounds, scale or unit.", "Leave them out.")
-    if column.type == "category":
-        if len(column.categories) < 2:
-            raise fail("categories", "it needs two categories or more.", "List all that are possible.")
-        if len(set(column.categories)) < len(column.categories):
-            raise fail("categories", "a category is listed twice.", "List each once.")
-    elif column.categories:
-        raise fail(
-            "categories", f"a {column.type} has no categories.", 'Leave them out or set type = "category".'
-        )
-    if column.bounds is not None:
-        low, high = column.bounds
-        if not (math.isfinite(low) and math.isfinite(high) and math.isfinite(high - low)):
-            raise fail("bounds", "they are not finite.", "Write two ordinary numbers.")
-        if low >= high:
-            raise fail("bounds", f"{low:g} is not below {high:g}.", "Write the smallest first.")
-        if column.scale == "log" and low <= 0:
-            raise fail(
-                "bounds", f"a log scale cannot begin at {low:g}.", "Raise it above 0 or use a linear one."
-            )
-        if column.type == "integer" and not (low.is_integer() and high.is_integer() and high < 2**53):
-            raise fail("bounds", "those of an integer are no integers.", "Write whole numbers.")
 
 
 def _malformed(error: msgspec.ValidationError, fields: Any) -> RequestError:
@@ -302,11 +276,13 @@ def _malformed(error: msgspec.ValidationError, fields: Any) -> RequestError:
             path = path.replace(f"columns[{index}]", str(column["name"])[:64], 1)
     if "unknown field" in what:
         unknown = what.split("`")[-2]
-        known = {field.name for kind in (Schema, Column, Shares) for field in msgspec.structs.fields(kind)}
+        known = {
+            field.name for kind in (Schema, Column, Table, Shares) for field in msgspec.structs.fields(kind)
+        }
         near = difflib.get_close_matches(unknown, known, n=1)
         path = f"{path}.{unknown}".strip(".")
         instead = f"Did you mean {near[0]}?" if near else "Leave it out."
     else:
-        instead = "Write it as documented in rapha_lab/protocol/schema.py."
+        instead = "Write it as documented in rapha_lab/protocol/schema.py and columns.py."
     at = f" (at {path})" if path else ""
     return RequestError(f"The schema is malformed{at}: {what}.", "", instead, field=path or None)

@@ -315,11 +315,11 @@ class Patients:
     def _made_up(self, columns: Columns) -> torch.Tensor:
         """Made-up values for a sealed tensor, (PATIENTS, *shape)."""
         self.schema.layout(columns)
-        names = [columns] if isinstance(columns, str) else columns
         example = tracing.made_up(self._example(columns), PATIENTS)
-        if isinstance(columns, str) and example.dtype == torch.int64:
-            example = example % len(self.schema.column(columns).categories)
-        elif not isinstance(columns, str) or self.schema.find(names[0])[0].type == "number":
+        column, flag = self.schema.find(columns) if isinstance(columns, str) else (None, False)
+        if column is not None and example.dtype == torch.int64:
+            example = example % (column.vocabulary or len(column.categories))
+        elif column is None or (column.type in ("number", "image") and not flag):
             example = example * 2 - 1
         return example
 

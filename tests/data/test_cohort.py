@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from wards import NASTY, SALT, cohort_of, rows, ward
 
 from rapha_lab.client.mock import mock
-from rapha_lab.curator import cohort as module
+from rapha_lab.curator import columns as module
 from rapha_lab.curator.cohort import Cohort, split_of
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.schema import SPLITS
@@ -56,9 +56,9 @@ class TestTensors:
     def test_a_mutant_that_does_not_clamp_is_caught(self, mutant):
         """Without the clamp a value outside reaches a sum."""
         broken = mutant(module, "np.clip(np.where(known, raw, low), low, high)", "np.where(known, raw, low)")
-        frame = mock(ward(), 1).with_columns(age=pl.lit(1e6))
-        assert Cohort(ward(), frame, SALT).view("all").numbers("age").max() == 100
-        assert broken.Cohort(ward(), frame, SALT).view("all").numbers("age").max() == 1e6
+        age, far = ward().column("age"), pl.Series([1e6])
+        assert module.bounded(age, far)[0].values.max() == 100
+        assert broken.bounded(age, far)[0].values.max() == 1e6
 
 
 class TestSplits:

@@ -32,7 +32,34 @@ FIELDS: dict[str, Any] = {
         {"name": "site", "type": "category", "categories": ["North", "East", "South"], "missing": "possible"},
     ],
 }
-for column in FIELDS["columns"]:
+TABLES: list[dict[str, Any]] = [
+    {
+        "name": "labs",
+        "meaning": "A row a blood sample.",
+        "patient": "pid",
+        "source": "labs.parquet",
+        "time": "taken",
+        "span": 100,
+        "most": 4,
+        "columns": [
+            {"name": "value", "type": "number", "bounds": [0, 10], "missing": "possible"},
+            {"name": "code", "type": "category", "categories": ["a", "b", "c"], "missing": "possible"},
+            {"name": "urgent", "type": "boolean"},
+        ],
+    },
+    {
+        "name": "notes",
+        "meaning": "A row a note or a scan, in no order of time.",
+        "patient": "pid",
+        "source": "notes.csv",
+        "most": 2,
+        "columns": [
+            {"name": "text", "type": "text", "tokens": 5, "vocabulary": 64, "missing": "possible"},
+            {"name": "scan", "type": "image", "shape": [1, 2, 3], "bounds": [0, 255], "missing": "possible"},
+        ],
+    },
+]
+for column in [*FIELDS["columns"], *(column for table in TABLES for column in table["columns"])]:
     column.update(meaning="Made up.", public="Made up.")
 
 NASTY = [0.0, -0.0, 1.0, 50.0, 1e300, -1e300, float("inf"), float("-inf"), float("nan"), 5e-324, None]
@@ -41,6 +68,11 @@ NASTY = [0.0, -0.0, 1.0, 50.0, 1e300, -1e300, float("inf"), float("-inf"), float
 def ward(**changes: Any) -> Schema:
     """The schema, with some of its fields changed."""
     return Schema.from_dict(msgspec.json.decode(msgspec.json.encode(FIELDS)) | changes)
+
+
+def hospital(**changes: Any) -> Schema:
+    """The ward with its tables."""
+    return ward(tables=msgspec.json.decode(msgspec.json.encode(TABLES)), **changes)
 
 
 def rows(size: st.SearchStrategy[int] | None = None) -> st.SearchStrategy[list[dict[str, Any]]]:

@@ -19,6 +19,7 @@ import opendp.prelude as dp
 from rapha_lab.curator.accounting import Gaussian, noise_for
 from rapha_lab.curator.cohort import View
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress
+from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.messages import Count, Histogram, Mean
 from rapha_lab.protocol.schema import SPLITS, Column, Schema
 
@@ -185,7 +186,13 @@ def histogram(column: Column, bins: int) -> Question:
 
     Bins are equal parts of the public bounds, on a log scale if the column has one; those of an integer
     hold equally many whole numbers. A category or boolean has one bin a value.
+
+    Raises:
+        RequestError: for a text or an image.
     """
+    if column.type in ("text", "image"):
+        what = f"The column {column.name} has no histogram."
+        raise RequestError(what, f"It is a {column.type}.", "Train on it, or use shards.", field=column.name)
     names = list(column.categories) or ["no", "yes"]
     edges = _edges(column, bins) if column.numeric else None
     size = len(names) if edges is None else len(edges) - 1
