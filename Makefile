@@ -23,7 +23,7 @@ $(BIN)/python:
 	@touch $@
 
 .venv/test: .venv/demo
-	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 --editable '.[lab,demo,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 --editable '.[lab,demo,demos,hospital,test]'
 	@touch $@
 
 demo: .venv/demo  ## Run the first tutorial against a simulated hospital; results in build/demo.
@@ -42,7 +42,7 @@ test: .venv/test  ## Run every test.
 	$(BIN)/pytest
 
 bench: .venv/test  ## Measure the trainer against its peers; writes benchmarks/README.md.
-	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 --editable '.[lab,demo,test,bench]'
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 --editable '.[lab,demo,demos,hospital,test,bench]'
 	$(BIN)/python benchmarks/trainer.py
 
 screenshots: .venv/test  ## Take the README's pictures anew.

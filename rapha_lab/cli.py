@@ -1,4 +1,4 @@
-"""`rapha-lab`: serve a site, make keys, sign and read policies, measure a release, check a log."""
+"""`rapha-lab`: serve a site, read its tables, make keys, sign and read policies, measure a release, check a log."""
 
 from __future__ import annotations
 
@@ -70,6 +70,15 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("subject")
         command.set_defaults(run=_state, act=act, subject="")
 
+    data = commands.add_parser("data", help="a hospital's tables").add_subparsers(required=True)
+    snapshot = data.add_parser("snapshot", help="read a PostgreSQL database into files that never change")
+    snapshot.add_argument("schema", type=Path)
+    snapshot.add_argument(
+        "--database", required=True, help="postgresql://user@host/name; the password is PGPASSWORD"
+    )
+    snapshot.add_argument("--folder", type=Path, help="the data folder; the schema's if not given")
+    snapshot.set_defaults(run=_snapshot)
+
     log = commands.add_parser("log", help="a site's transparency log").add_subparsers(required=True)
     fetch = log.add_parser("fetch", help="write the whole log to a bundle")
     fetch.add_argument("site", help='"demo" or an address')
@@ -101,6 +110,17 @@ def _verify_log(args: argparse.Namespace) -> None:
     print(*summary(verify(args.bundle, args.key)), sep="\n")
     if args.key is None:
         print("The key is the bundle's own: compare it with the one your site publishes.")
+
+
+def _snapshot(args: argparse.Namespace) -> None:
+    from rapha_lab.custodian.snapshot import take
+    from rapha_lab.protocol.schema import Schema
+
+    told = take(Schema.load(args.schema), args.database, args.folder or args.schema.parent)
+    for name, file in told.files.items():
+        print(f"{name}: {file['rows']:,} rows of {file['table']}, {len(file['columns'])} columns")
+    print(f"Snapshot {told.hash}, taken {told.made[:19]} UTC. Keep the hash; show it to custodians only.")
+    print("The site reads it when it starts again; the budget already spent stays spent.")
 
 
 def _serve(args: argparse.Namespace) -> None:

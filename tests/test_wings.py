@@ -10,7 +10,7 @@ import pytest
 import rapha_lab
 
 PACKAGE = Path(rapha_lab.__file__).parent
-WINGS = ("protocol", "session", "curator", "enclave", "client", "notebook")
+WINGS = ("protocol", "session", "curator", "enclave", "client", "notebook", "custodian")
 MAY = {
     "protocol": {"protocol"},
     "session": {"session", "protocol"},
@@ -18,6 +18,7 @@ MAY = {
     "enclave": {"enclave", "protocol", "curator", "session"},
     "client": {"client", "protocol"},
     "notebook": {"notebook", "client", "protocol"},
+    "custodian": {"custodian", "protocol", "curator"},
 }
 REHEARSAL = PACKAGE / "client" / "rehearsal.py"
 NETWORK = {

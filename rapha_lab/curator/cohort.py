@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rapha_lab.curator.columns import Findings, Values, bounded, identifiers, present
+from rapha_lab.curator.sources import Reader
 from rapha_lab.curator.tables import Rows
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.schema import MISSING, SPLITS, Schema
@@ -51,6 +53,10 @@ class Cohort:
         opt_outs: identifiers of patients who are left out before anything else.
         tables: the rows of each of the schema's tables, by name.
 
+    Attributes:
+        findings: by column or table, what the custodian should know of it.
+        digest: SHA-256 of the sources, for the custodians alone; empty if it was not opened from any.
+
     Raises:
         RequestError: for the custodian alone, naming the column that does not fit its description.
     """
@@ -68,6 +74,7 @@ class Cohort:
                 "The salt is too short.", instead="Give 16 random bytes or more.", field="salt"
             )
         self.schema = schema
+        self.digest = b""
         self.findings: dict[str, Findings] = {}
         left = [str(patient) for patient in opt_outs]
         patients = _unique(schema, identifiers(schema.patient, present(frame, schema.patient)))
@@ -95,14 +102,22 @@ class Cohort:
 
     @classmethod
     def open(cls, schema: Schema, folder: str | Path, salt: bytes, opt_outs: Collection[str] = ()) -> Cohort:
-        """Read the schema's source out of `folder`.
+        """Read the schema's sources out of `folder`.
 
         Raises:
-            RequestError: as for the class, or if the file is none of its kind.
-            OSError: if there is no such file.
+            RequestError: as for the class, or if a source is none of its kind.
+            OSError: if one is not there.
         """
-        tables = {table.name: _read(folder, table.source) for table in schema.tables}
-        cohort = cls(schema, _read(folder, schema.source), salt, opt_outs, tables)
+        reader = Reader(folder)
+        frame = reader.read(schema.source, schema.patient, schema.columns)
+        tables = {
+            t.name: reader.read(t.source, t.patient, t.columns, time=t.time, table=t.name)
+            for t in schema.tables
+        }
+        cohort = cls(schema, frame, salt, opt_outs, tables)
+        cohort.digest = reader.digest
+        for name, count in reader.unreadable.items():
+            cohort.findings[name] = replace(cohort.findings[name], unreadable=count)
         _check_size(cohort)
         return cohort
 
@@ -192,20 +207,6 @@ def _unique(schema: Schema, patients: pl.Series) -> pl.Series:
         instead = "Bring each patient's records into one row."
         raise RequestError(what, "Some occur in more than one row.", instead, field=schema.patient)
     return patients
-
-
-def _read(folder: str | Path, source: str) -> pl.DataFrame:
-    path = Path(folder) / source
-    with path.open("rb"):
-        pass  # a missing file keeps its plain error
-    try:
-        if path.suffix == ".parquet":
-            return pl.read_parquet(path, glob=False)
-        return pl.read_csv(path, infer_schema=False, glob=False)
-    except pl.exceptions.PolarsError:
-        # polars quotes what it could not parse
-        what = f"The file {source} cannot be read as {path.suffix[1:]}."
-        raise RequestError(what, instead="Write it again.", field="source") from None
 
 
 def _check_size(cohort: Cohort) -> None:

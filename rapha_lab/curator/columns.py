@@ -29,6 +29,7 @@ class Findings:
         unlisted: are in no public category, or of another shape, and are treated as missing.
         missing: are missing although the schema says they never are.
         beyond: are more than the rows of a patient that count, and are left out.
+        unreadable: are images or notes in files that cannot be read, and are treated as missing.
         strangers: are of nobody among the patients, and are left out.
     """
 
@@ -37,6 +38,7 @@ class Findings:
     missing: int = 0
     beyond: int = 0
     strangers: int = 0
+    unreadable: int = 0
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,9 @@ class Column(Public, frozen=True):
         missing: "possible" if a patient may lack it. Either way a program sees 0 where it lacks.
         tokens: of a text: how many words of it count, from its beginning.
         vocabulary: of a text: how many token ids there are; words are hashed to them.
-        shape: of an image, as in [1, 64, 64]: channels, rows, columns.
+        files: of a text: whether cells name text files instead of holding the text.
+        shape: of an image, as in [1, 64, 64]: channels, rows, columns. Cells name .npy, .png or .dcm files.
+        code: in a MEDS folder, the code of the events it speaks of; of a category, how their codes begin.
     """
 
     name: Word
@@ -63,6 +65,8 @@ class Column(Public, frozen=True):
     missing: Literal["never", "possible"] = "never"
     tokens: Annotated[int, Meta(ge=1, le=4096)] | None = None
     vocabulary: Annotated[int, Meta(ge=16, le=1 << 20)] | None = None
+    files: bool = False
+    code: Annotated[str, Meta(max_length=200)] = ""
     shape: Annotated[tuple[Annotated[int, Meta(ge=1, le=4096)], ...], Meta(max_length=4)] = ()
 
     @property
@@ -164,9 +168,11 @@ def check_source(source: str, field: str) -> None:
         RequestError: naming the field.
     """
     path = PurePosixPath(source)
-    if path.is_absolute() or ".." in path.parts or path.suffix not in (".parquet", ".csv"):
-        what = "The source is no relative path of a .parquet or .csv file."
-        raise RequestError(what, instead='Write source = "records.parquet".', field=field)
+    known = path.suffix in (".parquet", ".csv") or source.endswith("/") or path.parent.suffix == ".duckdb"
+    if path.is_absolute() or ".." in path.parts or not known:
+        what = "The source is no relative path of a kind that is read here."
+        why = 'There are "records.parquet", "records.csv", "omop.duckdb/person" and "meds/", a MEDS folder.'
+        raise RequestError(what, why, "Write one of them.", field=field)
 
 
 def check_column(column: Column, prefix: str = "") -> None:
@@ -206,6 +212,8 @@ def check_column(column: Column, prefix: str = "") -> None:
         if bool(getattr(column, field)) != (column.type == kind):
             what = f"a {column.type} has no {field}." if column.type != kind else f"it has no {field}."
             raise fail(field, what, f"Write {field} = {example}." if column.type == kind else "Leave it out.")
+    if column.files and column.type != "text":
+        raise fail("files", "only a text has files.", "Leave it out; an image always has.")
     if column.type == "image" and (column.scale == "log" or math.prod(column.shape) > 1 << 24):
         raise fail("shape", "an image has a linear scale and at most 2^24 pixels.", "Make it smaller.")
     if column.bounds is not None:

@@ -53,7 +53,8 @@ class Schema(Public, frozen=True):
         citation: the paper to cite.
         licence: under which the data may be used.
         patient: the column that identifies a patient; never an input.
-        source: the file with the records, relative to the data folder (.parquet or .csv).
+        source: where the records are in the data folder: "ward.parquet", "ward.csv", "omop.duckdb/person" for a table
+            of a DuckDB file, "omop.snapshot/person.parquet" for one of a snapshot, "meds/" for a MEDS folder.
         columns: what can be asked about.
         tables: tables with many rows a patient.
         patients: a number of patients the custodians declare public, if they do.

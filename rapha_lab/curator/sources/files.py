@@ -1,0 +1,58 @@
+"""Parquet and CSV files; one in a snapshot is checked against the hash that the snapshot was closed with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import polars as pl
+
+from rapha_lab.protocol.errors import RequestError
+
+__all__ = ["MANIFEST", "digest_of", "read"]
+
+MANIFEST = "snapshot.json"
+
+
+def read(path: Path, names: list[str], seen: Callable[[bytes], None]) -> pl.DataFrame:
+    """Those of the named columns that a file has.
+
+    Raises:
+        RequestError: if it is none of its kind, or not what its snapshot holds.
+        OSError: if there is no such file.
+    """
+    digest = digest_of(path)
+    _check_snapshot(path, digest)
+    seen(digest)
+    try:
+        if path.suffix == ".parquet":
+            there = pl.read_parquet_schema(path)
+            return pl.read_parquet(path, glob=False, columns=[name for name in names if name in there])
+        frame = pl.read_csv(path, infer_schema=False, glob=False)
+    except pl.exceptions.PolarsError:
+        # polars quotes what it could not parse
+        what = f"The file {path.name} cannot be read as {path.suffix[1:]}."
+        raise RequestError(what, instead="Write it again.", field="source") from None
+    return frame.select(name for name in names if name in frame.columns)
+
+
+def digest_of(path: Path) -> bytes:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _check_snapshot(path: Path, digest: bytes) -> None:
+    manifest = path.parent / MANIFEST
+    if path.parent.suffix != ".snapshot" and not manifest.exists():
+        return
+    try:
+        held = msgspec.json.decode(manifest.read_bytes())["files"][path.name]["sha256"]
+    except (OSError, msgspec.DecodeError, KeyError, TypeError):
+        held = ""
+    if held != digest.hex():
+        what = f"The file {path.name} is not what its snapshot was closed with."
+        why = "It, or the snapshot's own list, was changed or cut short since."
+        raise RequestError(what, why, "Take the snapshot again: rapha-lab data snapshot.", field="source")
