@@ -107,7 +107,7 @@ class Rehearsal:
             loop.plan(request, schema, DELTA)
             batch = min(request.batch, BATCH)
             self._loop = loop.plan(msgspec.structs.replace(request, steps=STEPS, batch=batch), small, DELTA)
-            return {"loop": "rehearsal"}, b""
+            return {"loop": "rehearsal", "noise": self._loop.sigma}, b""
         view = self._cohort(small).view(self._loop.ask.split)
         return {}, self._loop.gradient(request, tensors, view, SystemNoise(), lambda steps: None).tensors
 

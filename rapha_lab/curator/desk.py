@@ -135,8 +135,9 @@ class Desk:
         self._permit(self._policy(), caller, found.ask, program=ask.program)
 
         def progress(steps: int) -> None:
-            on_step(found.done, found.ask.steps)
-            self._ledger.touch(ask.loop, steps)
+            on_step(found.done, found.ask.steps if steps else 0)
+            if steps:
+                self._ledger.touch(ask.loop, steps)
 
         view = self._cohort(found.ask.dataset).view(found.ask.split)
         try:

@@ -19,6 +19,7 @@ from types import CodeType
 from typing import Any
 
 import matplotlib.pyplot as pyplot
+import torch
 from IPython.core.formatters import DisplayFormatter
 
 from rapha_lab.protocol.errors import CellError, RaphaError
@@ -134,7 +135,9 @@ def _captured(screen: Screen, name: str) -> Iterator[None]:
     pyplot.show = lambda *_, **__: screen.figures()
     cell = tracing.CELL.set(name)
     try:
-        yield
+        # a model that the cell gave to torch.compile runs as it was written: on sealed tensors there is nothing to gain
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         tracing.CELL.reset(cell)
         screen.streams = ()

@@ -167,7 +167,8 @@ class Patients:
         """
         chosen = recipe.steps(self._expected(), epochs=epochs, batch=size, clip=clip)
         opened = self._ask(_made(messages.Open, **chosen, **self._common(epsilon)), b"")[0]
-        batch = Batch(self._made_up, _Gradients(self._ask, opened["loop"]), chosen["batch"])
+        noise = opened["noise"] * chosen["clip"] / chosen["batch"]
+        batch = Batch(self._made_up, _Gradients(self._ask, opened["loop"]), chosen["batch"], noise)
         try:
             for _ in range(min(chosen["steps"], self._most_steps)):
                 yield replace(batch, _seen={})

@@ -9,7 +9,7 @@ refused because a made-up value would mislead, not because a real one could get 
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -32,6 +32,11 @@ Gradients = Callable[[Traced, dict[str, Columns], str], dict[str, Tensor]]
 
 _MISSING = "A sealed tensor stands for patients at the site; no value of theirs is here."
 _LOSS = 'Ask for a priced figure: patients.validation.evaluate(model, ["logloss"], epsilon=0.1).'
+_LBFGS = (
+    "LBFGS decides by the value of the loss.",
+    "Its line search and stopping rule look at losses of patients, which are not here.",
+    "Use torch.optim.SGD or AdamW, whose steps use gradients alone.",
+)
 _AGGREGATE = "Ask for an aggregate: patients.mean(column, epsilon=0.1) or .histogram(...)."
 _TENSORS = "Keep to tensors: torch.where instead of if, and losses left as they are."
 
@@ -92,7 +97,10 @@ class Count(int):
 
 @dataclass(eq=False)
 class Made:
-    """How a sealed tensor was made: a column, or item `index` of `function(*args, **kwargs)`."""
+    """How a sealed tensor was made: a column, or an item of `function(*args, **kwargs)`.
+
+    `grad` is False for what was made under `torch.no_grad()`, through which no gradient passes.
+    """
 
     function: Any = None
     args: tuple[Any, ...] = ()
@@ -100,6 +108,7 @@ class Made:
     columns: Columns | None = None
     batch: Any = None
     line: int | None = None
+    grad: bool = True
 
 
 class SealedTensor(Tensor):
@@ -126,7 +135,8 @@ class SealedTensor(Tensor):
         if name == "backward":
             return _backward(*args, **kwargs)
         if name == "requires_grad":
-            return bool(_Tape(args[0]).parameters)
+            return args[0]._made.grad and bool(_Tape(args[0]).parameters)
+        _refuse_norms(name, kwargs)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             before = _mapped(args, lambda t: t.as_subclass(Tensor))
             out = func(*before, **_mapped(kwargs, lambda t: t.as_subclass(Tensor)))
@@ -155,7 +165,7 @@ def _name(func: Any) -> str:
 
 
 def _remembered(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
-    made = Made(func, args, kwargs, line=_line())
+    made = Made(func, args, kwargs, line=_line(), grad=torch.is_grad_enabled())
     inplace = (name.endswith("_") and not name.endswith("__")) or name in (
         "__setitem__",
         "__iadd__",
@@ -239,15 +249,33 @@ def _mapped(value: Any, change: Callable[[SealedTensor], Any]) -> Any:
 
 def _line() -> int | None:
     """The line of the cell that is running."""
-    for frame in reversed(traceback.extract_stack()):
-        if tracing.authors(frame.filename):
-            return frame.lineno
-    return None
+    frame = sys._getframe(1)
+    while frame is not None and not tracing.authors(frame.f_code.co_filename):
+        frame = frame.f_back  # type: ignore[assignment]
+    return None if frame is None else frame.f_lineno
 
 
 def _refuse(name: str) -> NoReturn:
+    line, frame = _line(), sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("torch/optim/lbfgs.py"):
+            raise SealedError(*_LBFGS, line=line)
+        frame = frame.f_back  # type: ignore[assignment]
     what, why, instead = REFUSALS[name]
-    raise SealedError(what.format(name=name.strip("_")), why, instead, line=_line())
+    raise SealedError(what.format(name=name.strip("_")), why, instead, line=line)
+
+
+def _refuse_norms(name: str, kwargs: dict[str, Any]) -> None:
+    """Raise ProgramError for a normalisation that would take statistics over patients."""
+    mixes = kwargs.get("training") if name == "batch_norm" else kwargs.get("use_input_stats")
+    if name not in ("batch_norm", "instance_norm") or not mixes:
+        return
+    if name == "batch_norm" or kwargs.get("running_mean") is not None:
+        raise ProgramError(
+            f"{name} mixes patients.", "It keeps statistics over the patients of a batch.",
+            "Use nn.GroupNorm or nn.LayerNorm, which rapha.fix(model) puts in for BatchNorm, or model.eval().",
+            line=_line(),
+        )  # fmt: skip
 
 
 @dataclass
@@ -258,11 +286,13 @@ class Batch:
         example: gives made-up values of columns, `(PATIENTS, *shape)`.
         gradients: asks the curator for a private gradient.
         expected: how many patients a batch holds in expectation, a public number.
+        noise: the standard deviation of the noise in each number of a mean's gradient, which is public too.
     """
 
     example: Callable[[Columns], Tensor]
     gradients: Gradients
     expected: float
+    noise: float = 0.0
     _seen: dict[str, SealedTensor] = field(default_factory=dict)
 
     def __getitem__(self, columns: Columns | Sequence[str]) -> SealedTensor:
@@ -335,7 +365,7 @@ class _Tape:
                 return tuple((k, seal(v)) for k, v in sorted(value.items()))
             return (type(value).__name__, repr(value))
 
-        steps = tuple((m.function, seal(m.args), seal(m.kwargs)) for m in self.order)
+        steps = tuple((m.function, seal(m.args), seal(m.kwargs), m.grad) for m in self.order)
         return (tuple(repr(m.columns) for m in self.leaves), steps, self.of._index)
 
     def replay(
@@ -367,9 +397,17 @@ class _Tape:
                 continue
             if not random and "training" in kwargs:
                 kwargs["training"] = False
-            found[id(made)] = made.function(*args, **kwargs)
+            out = made.function(*args, **kwargs)
+            found[id(made)] = out if made.grad else _detached(out)
         out = found[id(self.of._made)]
         return out if self.of._index is None else out[self.of._index]
+
+
+def _detached(value: Any) -> Any:
+    """Tensors through which no gradient passes."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    return type(value)(map(_detached, value)) if type(value) in (tuple, list) else value
 
 
 def _narrowed(constant: Tensor, patients: int) -> Tensor:
@@ -391,62 +429,99 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-_programs: dict[tuple[Any, ...], tuple[Traced, str]] = {}
+@dataclass(frozen=True)
+class _Known:
+    """The one-patient program of a loss, its reduction over patients, and which of the tape's parameters it reaches."""
+
+    traced: Traced
+    reduction: str
+    reached: list[int]
+
+
+_programs: dict[tuple[Any, ...], _Known] = {}
 _KEPT = 64
 
 
-def _backward(loss: SealedTensor, gradient: Any = None, *args: Any, **kwargs: Any) -> None:
+def _backward(
+    loss: SealedTensor,
+    gradient: Any = None,
+    retain_graph: Any = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
     """Private gradients of a loss, added to the `.grad` of the parameters it was computed from."""
-    tape = _Tape(loss)
-    if not tape.parameters:
-        raise ProgramError(
-            "backward() found no parameter.", "The loss was computed from none that requires a gradient.",
-            "Compute it with a model whose parameters require gradients.", line=_line(),
-        )  # fmt: skip
-    batches = {id(m.batch): m.batch for m in tape.leaves}
-    if len(batches) != 1:
-        raise ProgramError(
-            "The loss was computed from several batches.", "Each batch is another random sample of patients.",
-            "Compute a loss from one batch and call backward() for each.", line=_line(),
-        )  # fmt: skip
-    (batch,) = batches.values()
+    tape = _Tape(loss if gradient is None else loss * gradient)
+    _check_backward(tape, create_graph)
     key = tape.signature()
     if key not in _programs:
         while len(_programs) >= _KEPT:
             del _programs[next(iter(_programs))]
         _programs[key] = _program(tape)
-    traced, reduction = _programs[key]
-    names = [f"p{k}" for k in range(len(tape.parameters))]
-    now = dict(zip(names, (p.detach() for p in tape.parameters), strict=True))
-    traced = Traced(traced.program, {**traced.tensors, **now})
+    known = _programs[key]
+    now = {f"p{k}": p.detach() for k, p in enumerate(tape.parameters)}
+    traced = Traced(known.traced.program, {n: now.get(n, t) for n, t in known.traced.tensors.items()})
     columns = {f"x{k}": made.columns for k, made in enumerate(tape.leaves)}
-    found = batch.gradients(traced, columns, reduction)
-    further: list[tuple[Tensor, Tensor]] = []
-    for name, p in zip(names, tape.parameters, strict=True):
-        grad = found[name].to(p.dtype)
-        if p.is_leaf:
-            p.grad = grad if p.grad is None else p.grad + grad
-        else:
-            further.append((p, grad))
-    if further:
-        torch.autograd.backward([p for p, _ in further], [grad for _, grad in further])
+    found = tape.leaves[0].batch.gradients(traced, columns, known.reduction)
+    # autograd takes them further: into .grad, through hooks, and to what a parameter was itself computed from
+    reached = [tape.parameters[k] for k in known.reached]
+    grads = [found[f"p{k}"].to(p.dtype) for k, p in zip(known.reached, reached, strict=True)]
+    torch.autograd.backward(reached, grads, inputs=inputs)
 
 
-def _program(tape: _Tape) -> tuple[Traced, str]:
-    """The one-patient program of a loss, and whether it is the mean or the sum over patients."""
+def _check_backward(tape: _Tape, create_graph: bool) -> None:
+    """Raise ProgramError for a loss that has no private gradient."""
+    wrong = None
+    if not tape.parameters or not tape.of._made.grad:
+        wrong = (
+            "backward() found no parameter.", "The loss was computed from none that requires a gradient.",
+            "Compute it with a model whose parameters require gradients, outside of torch.no_grad().",
+        )  # fmt: skip
+    elif len({id(made.batch) for made in tape.leaves}) != 1:
+        wrong = (
+            "The loss was computed from several batches.", "Each batch is another random sample of patients.",
+            "Compute a loss from one batch and call backward() for each.",
+        )  # fmt: skip
+    elif create_graph:
+        wrong = (
+            "backward(create_graph=True) was asked for.", "A private gradient is noise and sum, not a function.",
+            "Call backward() alone.",
+        )  # fmt: skip
+    if wrong:
+        raise ProgramError(*wrong, line=_line())
+
+
+def _program(tape: _Tape) -> _Known:
     made_up = [tape.values[id(m)].as_subclass(Tensor) for m in tape.leaves]
     reduction = _reduction(tape, made_up)
+    reached = _reached(tape, made_up)
 
     def function(parameters: Any, constants: Any, inputs: Any) -> Tensor:
-        outside = {id(t): parameters[f"p{k}"] for k, t in enumerate(tape.parameters)}
-        outside |= {id(t): constants[f"c{k}"] for k, t in enumerate(tape.constants)}
+        both = {**parameters, **constants}
+        outside = {id(t): both[f"p{k}"] for k, t in enumerate(tape.parameters)}
+        outside |= {id(t): both[f"c{k}"] for k, t in enumerate(tape.constants)}
         return tape.replay(1, list(inputs.values()), outside)
 
-    parameters = {f"p{k}": t for k, t in enumerate(tape.parameters)}
-    constants = {f"c{k}": t for k, t in enumerate(tape.constants)}
-    return tracing.trace(
-        function, parameters, constants, {f"x{k}": t[0] for k, t in enumerate(made_up)}
-    ), reduction
+    parameters = {f"p{k}": tape.parameters[k] for k in reached}
+    constants = {f"p{k}": t for k, t in enumerate(tape.parameters) if k not in reached}
+    constants |= {f"c{k}": t for k, t in enumerate(tape.constants)}
+    inputs = {f"x{k}": t[0] for k, t in enumerate(made_up)}
+    return _Known(tracing.trace(function, parameters, constants, inputs), reduction, reached)
+
+
+def _reached(tape: _Tape, made_up: list[Tensor]) -> list[int]:
+    """The parameters that the loss's gradient reaches: not those behind detach() or torch.no_grad()."""
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), tracing._quiet():
+        stand_ins = [p.detach().requires_grad_() for p in tape.parameters]
+        outside = {id(p): own for p, own in zip(tape.parameters, stand_ins, strict=True)}
+        loss = tape.replay(PATIENTS, made_up, outside)
+        grads = torch.autograd.grad(loss, stand_ins, allow_unused=True) if loss.requires_grad else ()
+    reached = [k for k, grad in enumerate(grads) if grad is not None]
+    if not reached:
+        raise ProgramError(
+            "backward() found no parameter.", "No gradient of the loss reaches one: detach() or no_grad() cuts it off.",
+            "Leave them out where the model is to learn.", line=_line(),
+        )  # fmt: skip
+    return reached
 
 
 def _reduction(tape: _Tape, made_up: list[Tensor]) -> str:
@@ -468,6 +543,7 @@ def _reduction(tape: _Tape, made_up: list[Tensor]) -> str:
     raise ProgramError(
         "The model or loss mixes patients.",
         "On made-up patients its value is neither the mean nor the sum of what each gives alone.",
-        "Compute every patient alone: LayerNorm or GroupNorm for BatchNorm, no statistics over the batch.",
+        "Compute every patient alone: LayerNorm or GroupNorm for BatchNorm, no statistics over the batch, and divide "
+        "a weighted sum by batch.expected. Penalties on weights go with a mean, or into weight_decay.",
         line=_line(),
     )

@@ -35,7 +35,7 @@ def curator(traced: Traced, columns: dict[str, Any], reduction: str) -> dict[str
 
 def batch() -> Batch:
     def example(columns: Any) -> Tensor:
-        return torch.rand(PATIENTS, 8) if isinstance(columns, list) else torch.ones(PATIENTS)
+        return torch.rand(PATIENTS, 8) if isinstance(columns, list) else (torch.arange(PATIENTS) % 2).float()
 
     return Batch(example, curator, expected=20)
 
@@ -129,6 +129,153 @@ def test_a_regulariser_is_part_of_every_patients_loss() -> None:
     twin.zero_grad()
     (F.mse_loss(twin(X).squeeze(-1), Y) + 0.1 * twin.weight.square().sum()).backward()
     torch.testing.assert_close(model.weight.grad, twin.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+class LowRank(nn.Module):
+    """A frozen layer with a trained correction of rank two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.head = nn.Linear(8, 16).requires_grad_(False), nn.Linear(16, 1)
+        self.a, self.b = nn.Parameter(torch.randn(2, 8) / 3), nn.Parameter(torch.randn(16, 2) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.frozen(x) + (x @ self.a.T) @ self.b.T)
+
+
+def logloss(model: nn.Module, x: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
+    return F.binary_cross_entropy_with_logits(model(x).squeeze(-1), y, **kwargs)
+
+
+def cut(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    with torch.no_grad():
+        h = model[0](x)
+    F.mse_loss(model[2](h).squeeze(-1), y).backward()
+
+
+LOOPS: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
+    "weights": lambda m, x, y: (logloss(m, x, y, reduction="none") * (1 + 2 * y)).mean().backward(),
+    "a sum over the batch's size": lambda m, x, y: (logloss(m, x, y, reduction="sum") / x.shape[0]).backward(),
+    "several losses": lambda m, x, y: (logloss(m, x, y) + 0.1 * m(x).square().mean()).backward(),
+    "several backwards": lambda m, x, y: [logloss(m, x, y).backward(), m(x).square().mean().backward()],
+    "a gradient given": lambda m, x, y: logloss(m, x, y).backward(torch.tensor(2.0)),
+    "some of the parameters": lambda m, x, y: logloss(m, x, y).backward(inputs=[m[0].weight]),
+    "detach": lambda m, x, y: F.mse_loss(m[2](m[0](x).detach()).squeeze(-1), y).backward(),
+    "no_grad": cut,
+    "weights per class": lambda m, x, y: nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0))(m(x)[:, 0], y).backward(),
+    "a closure": lambda m, x, y: torch.optim.SGD(m.parameters(), lr=0.0).step(lambda: logloss(m, x, y).backward()),
+    "a hook": lambda m, x, y: [m[0].weight.register_hook(lambda g: 3 * g), logloss(m, x, y).backward()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_what_loops_do_is_done(name: str) -> None:
+    """Each way of using a loss leaves in .grad what autograd leaves there on the records, and None where it leaves none."""
+    torch.manual_seed(2)
+    model, b = MODELS["mlp"](), batch()
+    twin = copy.deepcopy(model)
+    LOOPS[name](model, b[FEATURES], b["y"])
+    LOOPS[name](twin, X, Y)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        LowRank,
+        lambda: nn.Sequential(MODELS["mlp"](), nn.Linear(1, 1)),
+        lambda: nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)), nn.Tanh(), nn.Linear(4, 1)
+        ),
+    ],
+    ids=["low rank", "two models", "weight norm"],
+)
+def test_what_a_model_is_made_of_makes_no_difference(make: Callable[[], nn.Module]) -> None:
+    """Frozen parts, several models, and parameters computed from parameters."""
+    torch.manual_seed(3)
+    model, b = make(), batch()
+    twin = copy.deepcopy(model)
+    logloss(model, b[FEATURES], b["y"]).backward()
+    logloss(twin, X, Y).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_every_optimiser_of_torch_steps() -> None:
+    """All of torch.optim but the two that need more than a gradient."""
+    for name in dir(torch.optim):
+        kind = getattr(torch.optim, name)
+        if not isinstance(kind, type) or name in ("Optimizer", "LBFGS", "SparseAdam"):
+            continue
+        model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 1, bias=False))
+        before, optimizer, b = model[0].weight.clone(), kind(model.parameters(), lr=0.1), batch()
+        logloss(model, b[FEATURES], b["y"]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        assert not torch.equal(before, model[0].weight), name
+
+
+def test_dropout_follows_train_and_eval() -> None:
+    """The program has it in training alone."""
+    model, b = nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.5), nn.Linear(4, 1)), batch()
+    for mode in (True, False):
+        model.train(mode)
+        logloss(model, b[FEATURES], b["y"]).backward()
+        assert any("dropout" in node.op for node in asked[-1].program.nodes) == mode
+
+
+def lbfgs(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    def closure() -> Tensor:
+        loss = logloss(model, x, y)
+        loss.backward()
+        return loss
+
+    torch.optim.LBFGS(model.parameters()).step(closure)
+
+
+def evaluated(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    with torch.no_grad():
+        return ((model(x)[:, 0] > 0) == y.bool()).float().mean().item()
+
+
+def untaught(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    with torch.no_grad():
+        loss = logloss(model, x, y)
+    loss.backward()
+
+
+REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], Any], str]] = {
+    "LBFGS": (lbfgs, "SGD or AdamW"),
+    "evaluation": (evaluated, "evaluate"),
+    "the loss's value": (lambda m, x, y: logloss(m, x, y).item(), "evaluate"),
+    "a schedule by the loss": (
+        lambda m, x, y: torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD(m.parameters())).step(logloss(m, x, y)),
+        "evaluate",
+    ),
+    "a loss made without gradients": (untaught, "outside of torch.no_grad"),
+    "all detached": (lambda m, x, y: (m(x).detach() * m[2].bias).mean().detach().backward(), "Leave them out"),
+    "batch norm": (lambda m, x, y: logloss(nn.Sequential(nn.BatchNorm1d(8), m), x, y).backward(), "GroupNorm"),
+    "a weighted mean": (lambda m, x, y: ((m(x)[:, 0] * (1 + y)).sum() / (1 + y).sum()).backward(), "batch.expected"),
+    "second derivatives": (lambda m, x, y: logloss(m, x, y).backward(create_graph=True), "backward"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_private_gradient_says_what_to_do(name: str) -> None:
+    """What, why and instead, with the line; nothing is asked of the curator that was not asked before."""
+    function, instead = REFUSED[name]
+    b = batch()
+    with pytest.raises(RaphaError) as caught:
+        function(MODELS["mlp"](), b[FEATURES], b["y"])
+    assert instead in caught.value.instead
+    assert caught.value.what
+    assert caught.value.why
+    assert caught.value.line
 
 
 VALUES: dict[str, Callable[[SealedTensor], Any]] = {

@@ -2,11 +2,13 @@
 
 The loop's price is that of all its steps and reserved when it opens. A step draws its own Poisson sample, takes
 the clipped sum of the gradients of the loss as it then is, and adds noise; parameters, optimiser and even the
-loss may change in between, since the sampled Gaussian composes adaptively.
+loss may change in between, since the sampled Gaussian composes adaptively. Steps are charged in blocks of a
+fiftieth of the loop, so that a loop which ends early pays for the block that it is in.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 from safetensors.torch import save
@@ -45,6 +47,8 @@ class Loop:
     sigma: float
     touches: tuple[str, ...]
     done: int = 0
+    _ahead: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _lifted: dict[str, Lifted] = field(default_factory=dict)
     _rows: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -59,12 +63,15 @@ class Loop:
         Raises:
             ProgramError, RequestError: the step is malformed; it was not taken.
         """
+        with self._lock:  # one step at a time, however many sessions of its owner ask
+            return self._step(ask, tensors, view, noise, progress)
+
+    def _step(self, ask: Gradient, tensors: bytes, view: View, noise: Noise, progress: Progress) -> Answer:
         lifted = self._program(ask, tensors)
         parameters, constants = lifted.tensors(tensors)
         train.fits(lifted.program, ask.inputs, self.schema)
         clip, batch = self.ask.clip, self.ask.batch
-        progress(1)
-        self.done += 1
+        self._announce(progress)
         rows = self._inputs(ask.inputs, view)
         drawn = train.draw(
             len(view), self.rate, train.capacity(train.most(batch, self.rate), lifted.microbatch), noise
@@ -75,12 +82,23 @@ class Loop:
         grads = {name: train.private(t, deviation, noise).div_(share) for name, t in total.items()}
         return Answer({}, save({name: grad.to(parameters[name].dtype) for name, grad in grads.items()}))
 
+    def _announce(self, progress: Progress) -> None:
+        """One step of those announced is taken; at the first of a block the whole block is announced."""
+        ahead = self._ahead
+        if not ahead:
+            # after the last step there is one too many, which the ledger refuses
+            ahead = max(1, min(train.block(self.ask.steps), self.ask.steps - self.done))
+        progress(0 if self._ahead else ahead)
+        self._ahead = ahead - 1
+        self.done += 1
+
     def _program(self, ask: Gradient, tensors: bytes) -> Lifted:
         if ask.program is not None and ask.digest not in self._lifted:
             if digest(ask.program) != ask.digest:
                 raise ProgramError("The program is not the one its digest names.", field="digest")
             lifted = lift(ask.program)
-            lifted.selftest(*lifted.tensors(tensors))
+            slots = train.capacity(train.most(self.ask.batch, self.rate), lifted.microbatch)
+            train.prepare(lifted, *lifted.tensors(tensors), self.ask.steps * slots // lifted.microbatch)
             while len(self._lifted) >= MOST:
                 del self._lifted[next(iter(self._lifted))]
             self._lifted[ask.digest] = lifted

@@ -26,12 +26,14 @@ from rapha_lab.protocol.program import Program
 from rapha_lab.protocol.schema import MISSING, SPLITS, Schema
 
 __all__ = [
+    "block",
     "capacity",
     "clipped_sum",
     "draw",
     "fits",
     "optimizer_for",
     "plan",
+    "prepare",
     "price",
     "private",
     "rate_of",
@@ -46,6 +48,11 @@ WORTH = 300.0
 
 BLOCKS = 50
 """A run announces its steps in about this many blocks."""
+
+
+def block(steps: int) -> int:
+    """How many steps of a run are announced at once."""
+    return max(1, steps // BLOCKS)
 
 
 def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -> Plan:
@@ -92,11 +99,10 @@ def train(
     prepare(lifted, parameters, constants, ask.steps * slots // lifted.microbatch)
     rows = with_absent(inputs)
     count = len(next(iter(inputs.values())))
-    block = max(1, ask.steps // BLOCKS)
     for step in range(ask.steps):
-        if step % block == 0:
+        if step % block(ask.steps) == 0:
             _finite(weights, step)
-            progress(min(block, ask.steps - step))
+            progress(min(block(ask.steps), ask.steps - step))
         drawn = draw(count, rate, slots, noise)
         total = clipped_sum(lifted, weights, constants, rows, drawn, ask.clip)
         for name, weight in weights.items():

@@ -1,0 +1,135 @@
+"""What a training loop costs over `fit`: seconds a step of the same model on one real site, interleaved rounds.
+
+    python benchmarks/loop.py [--rounds 5] [--steps 200]
+
+Both train an MLP (8-128-128-1) at an expected batch of 512 from a cell; a loop's step is a forward pass on sealed
+tensors in the session, one request through the gateway, and torch's own optimiser. Starting is not counted: each
+figure is the difference of a long and a short run. CPU time of all the site's processes, and wall-clock time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import polars
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "end_to_end"))
+import hospital
+
+PATIENTS, BATCH, WIDTH = 8000, 512, 8
+NAMES = [f"f{k}" for k in range(WIDTH)]
+COLUMN = (
+    '[[columns]]\nname = "{0}"\ntype = "number"\nbounds = [-3, 3]\nmeaning = "Made up."\npublic = "Yes."\n'
+)
+SCHEMA = f"""
+name = "bench"
+title = "Made-up patients"
+citation = "none"
+licence = "none"
+patient = "pid"
+patients = {PATIENTS}
+source = "bench.parquet"
+{"".join(COLUMN.format(name) for name in NAMES)}
+[[columns]]
+name = "dead"
+type = "boolean"
+meaning = "Made up."
+public = "Yes."
+"""
+
+MODEL = f"""
+import torch, torch.nn.functional as F
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear({WIDTH}, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1))
+X = {NAMES!r}
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+"""
+FIT = MODEL + (
+    f"patients.train.fit(model, nn.BCEWithLogitsLoss(), inputs=X, target='dead', optimizer=optimizer,"
+    f" epsilon=0.5, batch={BATCH}, epochs=EPOCHS);"
+)
+LOOP = (
+    MODEL
+    + f"""
+for batch in patients.train.batches(size={BATCH}, epochs=EPOCHS, epsilon=0.5):
+    loss = F.binary_cross_entropy_with_logits(model(batch[X]).squeeze(-1), batch["dead"])
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+"""
+)
+
+
+def cpu() -> float:
+    """Seconds of processor that this process and its children have used."""
+    me = psutil.Process()
+    found = [me, *me.children(recursive=True)]
+    return sum(sum(p.cpu_times()[:2]) for p in found if p.is_running())
+
+
+def run(site: object, source: str, steps: int) -> tuple[float, float]:
+    """CPU and wall-clock seconds of a cell."""
+    epochs = steps * BATCH / (0.7 * PATIENTS) - 1e-6
+    began = time.perf_counter(), cpu()
+    job = site.run(source.replace("EPOCHS", repr(epochs)), "bench", session="bench")  # type: ignore[attr-defined]
+    for _ in job.follow():
+        pass
+    assert job.state == "done", job.told
+    return cpu() - began[1], time.perf_counter() - began[0]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--steps", type=int, default=200)
+    given = arguments.parse_args()
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(PATIENTS, WIDTH)).clip(-3, 3)
+    dead = rng.random(PATIENTS) < 1 / (1 + np.exp(-x.sum(1)))
+    columns = {
+        "pid": [f"p{n}" for n in range(PATIENTS)],
+        **{n: x[:, k] for k, n in enumerate(NAMES)},
+        "dead": dead,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        config, key = hospital.prepare(
+            Path(folder), SCHEMA, polars.DataFrame(columns), "bench", epsilon=1000.0
+        )
+        with hospital.running(config) as (_, url):
+            site = hospital.connected(url, key)
+            for source in (FIT, LOOP):
+                run(site, source, 10)
+            rounds = []
+            for _ in range(given.rounds):
+                spent = {}
+                for name, source in (("fit", FIT), ("loop", LOOP)):
+                    long, short = run(site, source, given.steps + 20), run(site, source, 20)
+                    spent[name] = [(a - b) / given.steps for a, b in zip(long, short, strict=True)]
+                rounds.append(spent)
+                print(
+                    *(
+                        f"{name} cpu {s[0] * 1e3:.2f} ms wall {s[1] * 1e3:.2f} ms"
+                        for name, s in spent.items()
+                    ),
+                    sep="   ",
+                    flush=True,
+                )
+    told = {
+        kind: round(statistics.median(r["loop"][k] / r["fit"][k] for r in rounds), 3)
+        for k, kind in enumerate(("cpu_ratio", "wall_ratio"))
+    }
+    print("a loop's step over fit's:", told)
+    target = Path("build/bench/loop.json")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps([{"workload": "mlp512", "engine": "loop over fit", **told}], indent=1))
+
+
+if __name__ == "__main__":
+    main()

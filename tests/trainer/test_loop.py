@@ -1,0 +1,152 @@
+"""A training loop against a real desk and ledger: what it pays, when, and that no step is free."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars
+import pytest
+import torch
+import torch.nn.functional as F
+from house import House, numbers
+from torch import nn
+
+from rapha_lab.curator.mechanisms.loop import Loop
+from rapha_lab.protocol import messages
+from rapha_lab.protocol.errors import BudgetError, RaphaError
+from rapha_lab.session.patients import _Gradients
+
+N, COLUMNS = 600, ["x0", "x1", "x2"]
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    """Six hundred patients whose outcome follows from three numbers."""
+    x = np.random.default_rng(0).uniform(-1, 1, (N, 3))
+    columns = {"pid": [f"p{n}" for n in range(N)], "y": x.sum(1) > 0}
+    frame = polars.DataFrame(columns | {name: x[:, k] for k, name in enumerate(COLUMNS)})
+    found = House(tmp_path, numbers("clinic", 3, N), frame)
+    yield found
+    found.ledger.close()
+
+
+def step(model: nn.Module, batch: Any) -> None:
+    F.binary_cross_entropy_with_logits(model(batch[COLUMNS])[:, 0], batch["y"].float()).backward()
+
+
+def test_a_loop_learns_and_pays_for_its_steps(house: House) -> None:
+    """Its release says the ε that was asked, and the ledger holds no more than that."""
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for batch in house.patients.train.batches(size=100, epochs=5, epsilon=4, clip=1.0):
+        optimizer.zero_grad()
+        step(model, batch)
+        optimizer.step()
+    x = torch.rand(500, 3) * 2 - 1
+    assert float(((model(x)[:, 0] > 0) == (x.sum(1) > 0)).float().mean()) > 0.9
+    (release,) = house.releases
+    assert release.values["steps"] == sum(house.steps) == 21
+    assert 3.9 < house.spent() <= 4.0
+
+
+def test_accumulated_gradients_are_paid_each(house: House) -> None:
+    """Two backwards on one batch are two steps; a loop that asks for more than it opened is refused before data."""
+    model, batches = nn.Linear(3, 1), house.patients.train.batches(size=100, epochs=0.7, epsilon=1)
+    with pytest.raises(BudgetError, match="more steps"):  # noqa: PT012
+        for batch in batches:
+            step(model, batch)
+            step(model, batch)
+    assert sum(house.steps) == 3
+
+
+def test_what_is_not_used_comes_back(house: House) -> None:
+    """A loop left after a few of its steps pays for the blocks begun; one left at once pays nothing."""
+    model = nn.Linear(3, 1)
+    for _ in house.patients.train.batches(size=100, epochs=50, epsilon=4):
+        break
+    assert house.spent() == 0.0
+    for number, batch in enumerate(house.patients.train.batches(size=100, epochs=50, epsilon=4)):
+        step(model, batch)
+        if number == 4:
+            break
+    assert house.steps == [4, 4]  # blocks of a fiftieth of 211 steps
+    assert 0 < house.spent() < 2
+
+
+@pytest.mark.parametrize("epochs", [0.9, 12.0, 35.3])
+def test_every_step_was_announced_before_it_ran(
+    house: House, epochs: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the loop, at each moment the ledger holds at least the steps that ran, and in the end all."""
+    ran = 0
+    original = Loop._inputs
+
+    def counting(self: Loop, *args: Any) -> Any:
+        nonlocal ran
+        ran += 1
+        assert ran <= sum(house.steps)
+        return original(self, *args)
+
+    monkeypatch.setattr(Loop, "_inputs", counting)
+    model = nn.Linear(3, 1)
+    loop = house.patients.train.batches(size=100, epochs=epochs, epsilon=4)
+    batch = None
+    for batch in loop:
+        step(model, batch)
+    assert ran == sum(house.steps)
+    with pytest.raises(RaphaError):  # the loop is closed
+        step(model, batch)
+    assert ran == sum(house.steps)
+
+
+def test_steps_at_once_are_not_free(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several threads that ask one loop together get as many gradients as it opened, and not one more."""
+    last: list[Any] = []
+    original = _Gradients.__call__
+
+    def noted(self: _Gradients, *args: Any) -> Any:
+        last[:] = args
+        return original(self, *args)
+
+    monkeypatch.setattr(_Gradients, "__call__", noted)
+    loop = house.patients.train.batches(size=100, epochs=30, epsilon=4)
+    batch = next(loop)
+    step(nn.Linear(3, 1), batch)
+    given: list[int] = []
+
+    def hammer() -> None:
+        for _ in range(60):
+            try:
+                original(batch.gradients, *last)
+            except RaphaError:
+                return
+            given.append(1)
+
+    threads = [threading.Thread(target=hammer) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 1 + len(given) == sum(house.steps) == 126
+
+
+def test_a_program_travels_once(house: House) -> None:
+    """Afterwards its digest stands for it."""
+    sent: list[bytes] = []
+    ask = house.ask
+
+    def noted(request: messages.ASKS, tensors: bytes) -> Any:
+        sent.append(messages.encode(request))
+        return ask(request, tensors)
+
+    house.ask = noted  # type: ignore[method-assign]
+    model = nn.Linear(3, 1)
+    for batch in house.patients.train.batches(size=100, epochs=1, epsilon=1):
+        step(model, batch)
+    gradients = [body for body in sent if b'"gradient"' in body]
+    assert len(gradients) == 5
+    assert [b'"nodes"' in body for body in gradients] == [True, False, False, False, False]
