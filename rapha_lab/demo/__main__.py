@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from rapha_lab.demo.build import build
+from rapha_lab.demo.build import build, built
 from rapha_lab.enclave.site import Config, Dataset, Site, serve
 from rapha_lab.protocol.errors import RaphaError
 from rapha_lab.protocol.keys import PrivateKey
@@ -89,16 +89,17 @@ def main() -> None:
 
 
 def _prepare(folder: Path, researcher: str) -> Config:
-    schema = build(folder / "data")
+    build(folder / "data")
+    schemas = built(folder / "data")
     for old in folder.glob("state/ledger.sqlite*"):
         old.unlink()  # public patients of a simulated site: each start is a new ledger
     keys = [PrivateKey.create() for _ in CUSTODIANS]
-    page = policy(researcher, keys, [schema.stem])
+    page = policy(researcher, keys, [schema.stem for schema in schemas])
     path = folder / "policy.toml"
     path.write_text(page.text)
     lines = [msgspec.json.encode(state("sign", page, key)) for key in keys]
     Path(f"{path}.signatures").write_bytes(b"\n".join(lines) + b"\n")
-    datasets = [Dataset(str(schema), str(schema.parent))]
+    datasets = [Dataset(str(schema), str(schema.parent)) for schema in schemas]
     # a new ledger is a new log, and has a name of its own
     name = f"demo-{os.urandom(8).hex()}"
     return Config("demo", str(folder / "state"), str(path), datasets, listen="127.0.0.1:0", log=name)

@@ -2,7 +2,8 @@
 
 A column of the schema names the `code` it speaks of. A number is the value of the event of that code, a boolean
 whether there is one, a text its text; a category is what follows the code's beginning, as "F" in "SEX//F".
-For a row a patient the latest event counts; for a table events of one time are one row.
+For a row a patient the latest event counts; for a table events of one time are one row. A table whose columns
+name no code holds the events themselves, of the codes that its column `code` lists.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def read(
         absent = [c.name for c in coded if c.type == "boolean"]
         frame = frame.with_columns(pl.col(name).fill_null(value=False) for name in absent)
     else:
-        frame = events
+        listed = [code for column in columns if column.name == CODE for code in column.categories]
+        frame = events.filter(pl.col(CODE).is_in(listed)) if listed else events
     names = {SUBJECT: patient} | ({TIME: time} if time else {})
     return frame.rename({old: new for old, new in names.items() if old in frame.columns and old != new})
 
