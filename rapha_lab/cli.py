@@ -7,11 +7,14 @@ import getpass
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from rapha_lab.protocol.errors import RaphaError
+from rapha_lab.protocol.errors import RaphaError, RequestError
+from rapha_lab.protocol.keys import PrivateKey
 
 __all__ = ["main"]
 
@@ -39,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
 
     measure = commands.add_parser("measure", help="what this release's enclave measures to")
+    measure.add_argument("--sign", type=Path, metavar="KEY", help="a release key: print a signed release")
+    measure.add_argument("--also", nargs="+", default=[], metavar="DIGEST", help="measurements of its images")
     measure.set_defaults(run=_measure)
 
     keys = commands.add_parser("keys", help="researchers' and custodians' keys").add_subparsers(required=True)
@@ -84,7 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("name", help="support2, rhc, nafld, eunomia, clinic or flchain")
     build.set_defaults(run=_build_demo)
 
-    log = commands.add_parser("log", help="a site's transparency log").add_subparsers(required=True)
+    _log_commands(commands.add_parser("log", help="a site's transparency log").add_subparsers(required=True))
+    witness = commands.add_parser("witness", help="check that a log extends what was seen of it, and cosign")
+    witness.add_argument("what", help='a bundle, "demo" or an address')
+    witness.add_argument("--key", type=Path, help="your key")
+    witness.add_argument("--name", default="", help="yours as a witness, such as ethics.hospital.example")
+    witness.add_argument("--out", type=Path, help="write the cosigned checkpoint to this file")
+    witness.add_argument("--allow-simulated", action="store_true")
+    witness.set_defaults(run=_witness)
+    return line
+
+
+def _log_commands(log: Any) -> None:
     fetch = log.add_parser("fetch", help="write the whole log to a bundle")
     fetch.add_argument("site", help='"demo" or an address')
     fetch.add_argument("bundle", type=Path)
@@ -96,25 +112,81 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("bundle", type=Path)
     verify.add_argument("--key", help="the site's public key as you know it from elsewhere")
+    verify.add_argument("--against", type=Path, nargs="+", default=[], help="what others hold of this log")
+    verify.add_argument("--witness", nargs="+", default=[], metavar="VKEY", help="who must have cosigned")
     verify.set_defaults(run=_verify_log)
-    return line
+    prove = log.add_parser("prove", help="write one entry of a bundle and its proof, as files of their own")
+    prove.add_argument("bundle", type=Path)
+    prove.add_argument("index", type=int)
+    prove.add_argument("entry", type=Path, help="the entry's file; the proof gets .tlog-proof appended")
+    prove.set_defaults(run=_prove_entry)
+    check = log.add_parser("check", help="check an entry against the proof beside it, offline")
+    check.add_argument("entry", type=Path)
+    check.add_argument("--key", required=True, help="the site's public key")
+    check.set_defaults(run=_check_entry)
 
 
 def _fetch_log(args: argparse.Namespace) -> None:
     from rapha_lab.client.logs import fetch
+
+    print(f"{fetch(_connected(args.site, args), args.bundle)} entries written to {args.bundle}.")
+
+
+def _connected(where: str, args: argparse.Namespace) -> Any:
     from rapha_lab.client.site import connect
 
     passphrase = _passphrase("Your passphrase: ") if args.key else None
-    site = connect(args.site, key=args.key, passphrase=passphrase, allow_simulated=args.allow_simulated)
-    print(f"{fetch(site, args.bundle)} entries written to {args.bundle}.")
+    return connect(where, key=args.key, passphrase=passphrase, allow_simulated=args.allow_simulated)
 
 
 def _verify_log(args: argparse.Namespace) -> None:
     from rapha_lab.client.logs import summary, verify
 
-    print(*summary(verify(args.bundle, args.key)), sep="\n")
+    audit = verify(args.bundle, args.key, against=args.against, witnesses=args.witness)
+    print(*summary(audit), sep="\n")
     if args.key is None:
         print("The key is the bundle's own: compare it with the one your site publishes.")
+    if not args.against:
+        print("That the site showed nobody another log is only known with --against what others hold.")
+
+
+def _prove_entry(args: argparse.Namespace) -> None:
+    from rapha_lab.client.bundles import prove
+    from rapha_lab.client.logs import verify
+    from rapha_lab.client.proofs import write_proof
+
+    verify(args.bundle)
+    proved, beside = prove(args.bundle, args.index), Path(f"{args.entry}.tlog-proof")
+    args.entry.write_bytes(proved.entry)
+    beside.write_text(write_proof(proved))
+    print(f"Written: {args.entry} and {beside}.")
+
+
+def _check_entry(args: argparse.Namespace) -> None:
+    from rapha_lab.client.proofs import open_proof
+    from rapha_lab.protocol.keys import signing_key
+
+    proof = Path(f"{args.entry}.tlog-proof").read_text()
+    head = open_proof(proof, args.entry.read_bytes(), signing_key(args.key))
+    print(f"It is in the log {head.origin} of {head.size} entries.")
+
+
+def _witness(args: argparse.Namespace) -> None:
+    from rapha_lab.client import witness
+    from rapha_lab.client.logs import cosign_bundle
+
+    if Path(args.what).is_file():
+        if args.key is None:
+            raise RequestError("A witness signs.", "No key was given.", "--key FILE", field="key")
+        key = PrivateKey.load(args.key, _passphrase("Your passphrase: "))
+        note = cosign_bundle(args.what, key, args.name)
+    else:
+        channel = _connected(args.what, args)._channel
+        key, head = channel.key, witness.witness(channel, args.name)
+        note = str(witness.last_seen(head.origin, str(channel.site_key)))
+    (args.out.write_text if args.out else print)(note)
+    name = args.name or witness.witness_name(key.public)
+    print(f"Others check your cosignature with --witness {witness.verifier_key(name, key.public)}")
 
 
 def _snapshot(args: argparse.Namespace) -> None:
@@ -147,8 +219,13 @@ def _serve(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace) -> None:
     from rapha_lab.enclave.attester import measure
+    from rapha_lab.protocol.builds import Build
 
-    print(measure())
+    if args.sign is None:
+        return print(measure())
+    key = PrivateKey.load(args.sign, _passphrase("The release key's passphrase: "))
+    build = Build.sign(metadata.version("rapha-lab"), [measure(), *args.also], key)
+    print(msgspec.json.encode(build).decode())
 
 
 def _passphrase(prompt: str) -> str:
@@ -156,16 +233,12 @@ def _passphrase(prompt: str) -> str:
 
 
 def _new_key(args: argparse.Namespace) -> None:
-    from rapha_lab.protocol.keys import PrivateKey
-
     key = PrivateKey.create()
     key.save(args.file, _passphrase("A passphrase for it, 10 characters or more: "))
     print(key.public)
 
 
 def _show_key(args: argparse.Namespace) -> None:
-    from rapha_lab.protocol.keys import PrivateKey
-
     print(PrivateKey.load(args.file, _passphrase("Its passphrase: ")).public)
 
 
@@ -185,7 +258,6 @@ def _check_policy(args: argparse.Namespace) -> None:
 
 def _state(args: argparse.Namespace) -> None:
     from rapha_lab.client.policies import plain_english
-    from rapha_lab.protocol.keys import PrivateKey
     from rapha_lab.protocol.policy import Policy, state
 
     policy = Policy.parse(args.policy.read_text())

@@ -1,7 +1,8 @@
 """Decides whether an enclave may be trusted with a request: evidence, to claims, to a verdict (RFC 9334).
 
-    claims = Verifier().verify(evidence, endorsements, now)                    who signed it, what it says
-    appraise(claims, evidence.binding, policy, nonce=nonce).require()          whether that is good enough
+    claims = Verifier().verify(evidence, endorsements, now)                  who signed it, what it says
+    build, _ = logged_build(evidence)                                        what the log says it is
+    appraise(claims, evidence.binding, policy, build=build, nonce=nonce).require()   whether that will do
 
 Verdicts are in the terms of AR4SI (draft-ietf-rats-ar4si): affirming 2, warning 32, contraindicated 96, as
 the worst of four parts of its trustworthiness vector.
@@ -10,11 +11,11 @@ the worst of four parts of its trustworthiness vector.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from rapha_lab.client.verifiers import Endorsements
+from rapha_lab.protocol.builds import Build
 from rapha_lab.protocol.errors import EvidenceError
 from rapha_lab.protocol.evidence import (
     BANNER,
@@ -26,6 +27,7 @@ from rapha_lab.protocol.evidence import (
     TDX,
     Binding,
     Claims,
+    Endorsements,
     Evidence,
 )
 
@@ -52,6 +54,11 @@ class Verifier:
     ) -> Claims:
         """The claims of `evidence` whose vendor's signature holds at the time `now`.
 
+        Args:
+            evidence: as the site sent it.
+            endorsements: the vendor's, if held; else those that the site mirrors, which are signed as well.
+            now: the time; the clock's, if None.
+
         Raises:
             EvidenceError: naming the check that failed.
         """
@@ -72,7 +79,7 @@ class Verifier:
             ) from None
         try:
             claims: Claims = module.verify(
-                evidence.payload, endorsements or Endorsements(), now or datetime.now(UTC)
+                evidence.payload, endorsements or evidence.endorsements, now or datetime.now(UTC)
             )
         except EvidenceError:
             raise
@@ -86,23 +93,23 @@ class Verifier:
 class AppraisalPolicy:
     """What a researcher, or the hospital for them, accepts.
 
+    A build that is in the site's log is accepted if it is one of `measurements` or a pinned key signed it.
+
     Attributes:
-        measurements: launch measurements of known releases; empty accepts none of a real TEE.
-        known: asked where `measurements` does not hold one, for instance whether the log does.
+        measurements: launch measurements of known builds.
+        signers: release keys, in text form; with neither of the two, no real TEE is accepted.
         allow_simulated: accept a simulated enclave, as a warning.
         minimum_tcb: lowest security version of each named part of a SEV-SNP platform.
         tcb_statuses: what the vendor may say of the platform's patch level for an affirming verdict.
         tcb_warnings: what it may say for a warning.
-        demand_revocation: contraindicate where a revocation list was due and not given.
     """
 
     measurements: frozenset[str] = frozenset()
-    known: Callable[[str], bool] | None = None
+    signers: frozenset[str] = frozenset()
     allow_simulated: bool = False
-    minimum_tcb: dict[str, int] = field(default_factory=dict)
+    minimum_tcb: Mapping[str, int] = field(default_factory=dict)
     tcb_statuses: frozenset[str] = frozenset({"up to date"})
     tcb_warnings: frozenset[str] = frozenset({"SWHardeningNeeded"})
-    demand_revocation: bool = True
 
 
 @dataclass(frozen=True)
@@ -138,8 +145,10 @@ def appraise(
     offered: Binding,
     policy: AppraisalPolicy | None = None,
     *,
+    build: Build | None = None,
     nonce: bytes | None = None,
     policy_hash: bytes | None = None,
+    beside: Verdict | None = None,
 ) -> Verdict:
     """Whether `claims` are those of an enclave that `policy` accepts, and that holds the keys `offered`.
 
@@ -147,8 +156,10 @@ def appraise(
         claims: what the verifier read in the evidence.
         offered: the binding that came with it, whose keys are about to be used.
         policy: what is accepted; by default no simulated enclave and no measurement.
+        build: what the site's log says of the enclave, from `logged_build`.
         nonce: the client's own challenge.
         policy_hash: SHA-256 of the custodians' policy that the client has read.
+        beside: of a GPU, the verdict on the processor that uses it; a GPU's evidence is nothing without.
     """
     policy = policy or AppraisalPolicy()
     vector, reasons = dict.fromkeys(_PARTS, AFFIRMING), list[str]()
@@ -169,13 +180,41 @@ def appraise(
     if policy_hash is not None and offered.policy_hash != policy_hash:
         lower("configuration", CONTRAINDICATED, "The enclave runs another policy than the one shown.")
     _appraise_platform(claims, policy, lower)
-    known = claims.measurement in policy.measurements or bool(
-        policy.known and policy.known(claims.measurement)
-    )
-    anything = claims.simulated and policy.known is None and not policy.measurements
-    if not known and not anything and claims.tee != "nvidia":
-        lower("executables", CONTRAINDICATED, f"No known release measures {claims.measurement[:23]}….")
+    if claims.tee == "nvidia":
+        _appraise_gpu(bound, beside, vector, lower)
+    else:
+        _appraise_build(claims, policy, build, lower)
     return Verdict(vector, tuple(reasons), claims)
+
+
+def _appraise_build(
+    claims: Claims, policy: AppraisalPolicy, build: Build | None, lower: Callable[[str, int, str], None]
+) -> None:
+    short = f"{claims.measurement[:23]}…"
+    if build is None or claims.measurement not in build.measurements:
+        lower("executables", CONTRAINDICATED, f"The site's log has no release that measures {short}.")
+        return
+    anything = claims.simulated and not policy.measurements and not policy.signers
+    known = claims.measurement in policy.measurements or build.signed_by(policy.signers)
+    if not known and not anything:
+        lower(
+            "executables",
+            CONTRAINDICATED,
+            f"No known release measures {short}: it is none that you named, and no release key you named signed it.",
+        )
+
+
+def _appraise_gpu(
+    bound: bytes, beside: Verdict | None, vector: dict[str, int], lower: Callable[[str, int, str], None]
+) -> None:
+    """Whoever has a GPU gets evidence of it for any nonce; only the processor's says what code uses it."""
+    if beside is None or beside.claims.tee == "nvidia" or beside.claims.report_data != bound:
+        why = "A GPU's evidence says nothing of the code: it counts only beside that of its processor."
+        lower("executables", CONTRAINDICATED, why)
+        return
+    for part, status in beside.vector.items():
+        if status > AFFIRMING:
+            lower(part, status, f"The processor's evidence beside the GPU's is {_WORDS[status]} in {part}.")
 
 
 def _appraise_platform(
@@ -191,7 +230,10 @@ def _appraise_platform(
         return
     if claims.debug:
         lower("configuration", CONTRAINDICATED, "The enclave is in debug mode: its host can read its memory.")
-    if claims.tcb_status in policy.tcb_warnings:
+    if claims.tcb_status == "not stated":
+        if not policy.minimum_tcb:
+            lower("hardware", WARNING, "Nobody says whether the platform's TCB is current: set a minimum.")
+    elif claims.tcb_status in policy.tcb_warnings:
         lower(
             "hardware", WARNING, f"The platform's TCB is {claims.tcb_status}: {', '.join(claims.advisories)}."
         )
@@ -201,14 +243,14 @@ def _appraise_platform(
             CONTRAINDICATED,
             f"The platform's TCB is {claims.tcb_status}: {', '.join(claims.advisories)}.",
         )
-    for part, least in policy.minimum_tcb.items():
+    for part, least in policy.minimum_tcb.items() if claims.tee == "sev-snp" else ():
         if claims.tcb.get(part, -1) < least:
             lower(
                 "hardware",
                 CONTRAINDICATED,
                 f"The TCB is too old: {part} {claims.tcb.get(part)}, {least} is needed.",
             )
-    if claims.revocation == "absent" and policy.demand_revocation:
+    if claims.revocation == "absent":
         lower(
             "hardware",
             CONTRAINDICATED,

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import io
 import os
+import ssl
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import msgspec
 
 from rapha_lab.client.appraisal import AppraisalPolicy, Endorsements, Verdict, Verifier, appraise
+from rapha_lab.client.builds import logged_build
 from rapha_lab.protocol import messages, sealing
+from rapha_lab.protocol.builds import Build
+from rapha_lab.protocol.checkpoint import Checkpoint
 from rapha_lab.protocol.errors import EvidenceError, RaphaError, SealError, SiteError, from_wire
-from rapha_lab.protocol.evidence import Binding, Evidence
+from rapha_lab.protocol.evidence import Binding, Evidence, key_hash
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
 
 __all__ = ["Channel"]
+
+
+@dataclass(frozen=True)
+class Attested:
+    """An enclave as it was appraised: its verdict and keys, its build, and the head of its log with its note."""
+
+    verdict: Verdict
+    binding: Binding
+    build: Build
+    head: Checkpoint
+    note: str
 
 
 class Channel:
@@ -37,22 +53,36 @@ class Channel:
         self, url: str, key: PrivateKey, policy: AppraisalPolicy, endorsements: Endorsements | None = None
     ) -> None:
         self.url = url.rstrip("/")
-        self._key, self._policy, self._endorsements = key, policy, endorsements
-        # proxies of the environment are for the internet; a site is inside
-        self._http = httpx.Client(timeout=httpx.Timeout(30, read=600), trust_env=False)
-        self._reply_key = PrivateKey.create("x-wing")
+        self.key, self.policy, self._endorsements = key, policy, endorsements
+        # proxies of the environment are for the internet; a site is inside, often under a hospital's own authority
+        context = ssl.create_default_context()
+        self._http = httpx.Client(timeout=httpx.Timeout(30, read=600), trust_env=False, verify=context)
         self._attesting = threading.Lock()
-        self.verdict, self.binding = self._attest()
+        self.attested = self._attest()
+        self._reply_key = PrivateKey.create(self.binding.suite)
 
-    def _attest(self) -> tuple[Verdict, Binding]:
+    def _attest(self) -> Attested:
         nonce = os.urandom(32)
-        evidence = Evidence.decode(self._send("GET", "/evidence", params={"nonce": nonce.hex()}))
+        response = self._send("GET", "/evidence", params={"nonce": nonce.hex()})
+        evidence = Evidence.decode(response.content)
         if evidence.binding.nonce != nonce:
             raise EvidenceError(
                 "The evidence is not fresh.", "It is bound to another nonce.", "Connect again."
             )
-        claims = Verifier().verify(evidence, self._endorsements)
-        return appraise(claims, evidence.binding, self._policy, nonce=nonce).require(), evidence.binding
+        _check_tls(response, evidence.binding.tls_key_hash)
+        claims, (build, head) = Verifier().verify(evidence, self._endorsements), logged_build(evidence)
+        verdict = appraise(claims, evidence.binding, self.policy, build=build, nonce=nonce).require()
+        return Attested(verdict, evidence.binding, build, head, evidence.build.checkpoint)  # type: ignore[union-attr]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What was found of the evidence."""
+        return self.attested.verdict
+
+    @property
+    def binding(self) -> Binding:
+        """What the evidence binds."""
+        return self.attested.binding
 
     @property
     def site_key(self) -> PublicKey:
@@ -72,14 +102,14 @@ class Channel:
             return self._call(kind, header, blob)
         except _OtherEvidence:
             with self._attesting:
-                before = self.binding.signing_key
-                self.verdict, self.binding = self._attest()
-                if self.binding.signing_key != before:
+                fresh = self._attest()
+                if fresh.binding.signing_key != self.binding.signing_key:
                     raise EvidenceError(
                         "The site signs with another key than before.",
                         "It was set up anew, or is another site.",
                         "Connect again if its custodians confirm it.",
                     ) from None
+                self.attested = fresh
             return self._call(kind, header, blob)
 
     def _call(self, kind: str, header: Any, blob: bytes) -> tuple[Any, bytes]:
@@ -91,10 +121,10 @@ class Channel:
             frame.getvalue(),
             to=to,
             evidence_hash=self.binding.identity(),
-            researcher=self._key,
+            researcher=self.key,
             reply_to=self._reply_key.public,
         )
-        sealed = self._send("POST", "/open", content=envelope)
+        sealed = self._send("POST", "/open", content=envelope).content
         reply = sealing.open_reply(sealed, request=envelope, to=to, key=self._reply_key, site=self.site_key)
         answer = messages.read_frame(io.BytesIO(reply.body))
         if answer is None:
@@ -104,7 +134,7 @@ class Channel:
             raise from_wire(said["error"])
         return said["result"], answer[1]
 
-    def _send(self, method: str, path: str, **what: Any) -> bytes:
+    def _send(self, method: str, path: str, **what: Any) -> httpx.Response:
         try:
             response = self._http.request(method, self.url + path, **what)
         except httpx.HTTPError as error:
@@ -114,12 +144,26 @@ class Channel:
                 "Is it running, and is the address right?",
             ) from None
         if response.status_code == 200:
-            return response.content
+            return response
         raise _refusal(response)
 
     def close(self) -> None:
         """Close the connection."""
         self._http.close()
+
+
+def _check_tls(response: httpx.Response, bound: bytes) -> None:
+    """Where the evidence binds a TLS key, the connection it came over must end at that key."""
+    if bound == bytes(32):
+        return  # a proxy ends TLS; what is secret is sealed to the enclave's own key
+    stream = response.extensions["network_stream"].get_extra_info("ssl_object")
+    certificate = stream.getpeercert(True) if stream else None
+    if certificate is None or key_hash(certificate) != bound:
+        raise EvidenceError(
+            "The connection does not end in the enclave.",
+            "Its TLS key is not the one that the evidence binds.",
+            "Somebody stands between, or the site's tls_certificate is not the one its proxy shows.",
+        )
 
 
 class _OtherEvidence(SealError):

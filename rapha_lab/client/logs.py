@@ -1,39 +1,46 @@
-"""Fetch a site's log and verify the whole of it offline: hashes, signature, and that no account was overdrawn.
+"""Fetch a site's log and verify the whole of it offline: hashes, signatures, and that no account was overdrawn.
 
-A bundle is a file of JSON lines: the signed checkpoint with the site's key first, then every entry in order. Verifying
-needs the bundle and nothing else; whoever has an older checkpoint can demand that the log extends it.
+Verifying needs the bundle (see `client/bundles.py`) and nothing else, and names the first entry that does not hold.
+A site that signs another history needs somebody who remembers the first one: give `verify` the checkpoints or
+bundles that others hold, and it says from which entry on the two differ.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from rapha_lab.client.bundles import REPORT, Bundle, first_bad, read, roots
 from rapha_lab.client.site import Site
-from rapha_lab.protocol.checkpoint import Checkpoint, open_checkpoint, root_of
-from rapha_lab.protocol.errors import LogError, RequestError
-from rapha_lab.protocol.keys import PublicKey
+from rapha_lab.client.witness import cosigned_at, last_seen, remember
+from rapha_lab.protocol.builds import KIND, Build
+from rapha_lab.protocol.checkpoint import (
+    Checkpoint,
+    checkpoint_text,
+    open_checkpoint,
+)
+from rapha_lab.protocol.errors import LogError
+from rapha_lab.protocol.keys import PrivateKey, signing_key
 
-__all__ = ["Audit", "fetch", "verify"]
+__all__ = ["Audit", "cosign_bundle", "fetch", "summary", "verify"]
 
 
 def fetch(site: Site, path: str | Path) -> int:
     """Write the site's whole log to `path` as a bundle; returns the number of entries."""
-    entries: list[str] = []
+    lines: list[str] = []
     while True:
-        told = site._channel.call("log", {"start": len(entries)})[0]
-        entries += told["entries"]
-        size = open_checkpoint(told["checkpoint"], _native(str(site.key))).size
-        if len(entries) >= size or not told["entries"]:
+        told = site._channel.call("log", {"start": len(lines)})[0]
+        lines += [json.dumps(pair) for pair in zip(told["entries"], told["signatures"], strict=True)]
+        size = open_checkpoint(told["checkpoint"], signing_key(str(site.key))).size
+        if len(lines) >= size or not told["entries"]:
             break
     head = {"checkpoint": told["checkpoint"], "key": str(site.key)}
-    lines = [json.dumps(head), *(json.dumps(entry) for entry in entries[:size])]
-    Path(path).write_text("\n".join(lines) + "\n")
+    Path(path).write_text("\n".join([json.dumps(head), *lines[:size]]) + "\n")
     return size
 
 
@@ -46,67 +53,116 @@ class Audit:
         kinds: number of entries by kind.
         accounts: by account, {"budget", "spent", "epsilon", "delta"}.
         jobs: by job, how it ended.
+        builds: the releases of the enclave that ran, in order.
     """
 
     checkpoint: Checkpoint
     kinds: dict[str, int] = field(default_factory=dict)
     accounts: dict[str, dict[str, Any]] = field(default_factory=dict)
     jobs: dict[str, str] = field(default_factory=dict)
+    builds: list[Build] = field(default_factory=list)
 
 
-def verify(path: str | Path, key: str | None = None) -> Audit:
-    """Check a bundle: every hash, the signature, and the books.
+def verify(
+    path: str | Path,
+    key: str | None = None,
+    *,
+    against: Sequence[str | Path] = (),
+    witnesses: Sequence[str] = (),
+) -> Audit:
+    """Check a bundle: every hash, every signature, the books, and that it extends what others hold.
 
     Args:
         path: the bundle.
         key: the site's public key as it is known from elsewhere; without it the bundle's own is taken, which
             shows that the bundle is whole but not whose it is.
+        against: files with earlier checkpoints or bundles of this log, as held by witnesses, clients or receipts.
+        witnesses: verifier keys; each must have cosigned one of the checkpoints in `against`.
 
     Raises:
         LogError: naming the first entry that does not hold, and why.
     """
-    lines = Path(path).read_text().splitlines()
-    try:
-        head, entries = json.loads(lines[0]), [_entry(line, n) for n, line in enumerate(lines[1:])]
-        note, named = (str(head.pop(name)) for name in ("checkpoint", "key"))
-        if head:
-            raise ValueError
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise LogError("The bundle's first line is malformed.", "", "Fetch it again.") from None
-    if key is not None and key != named:
-        raise LogError("The bundle is another site's.", f"It names the key {named}.", "Fetch the right one.")
-    checkpoint = open_checkpoint(note, _native(named))
-    if len(entries) != checkpoint.size:
-        first = min(len(entries), checkpoint.size)
-        why = f"The checkpoint is of {checkpoint.size} entries; the bundle has {len(entries)}."
-        raise LogError(f"Entry {first} is the first that does not hold.", why, "Fetch it again.")
-    audit = Audit(checkpoint)
-    for number, body in enumerate(entries):
-        _Books(audit, number, body).check()
-    if root_of(entries) != checkpoint.root:
+    bundle = read(path)
+    if key is not None and key != bundle.key:
         raise LogError(
-            "The entries are not those that were signed.",
-            "Their root hash is not the checkpoint's: at least one was changed, moved or replaced.",
-            "Compare it with a bundle or receipt held by somebody else.",
+            "The bundle is another site's.", f"It names the key {bundle.key}.", "Fetch the right one."
         )
+    signed, audit, heads = signing_key(bundle.key), Audit(bundle.checkpoint), list[bytes]()
+    for number, (root, (body, code)) in enumerate(zip(roots(bundle), bundle.entries, strict=True)):
+        if number >= bundle.checkpoint.size:
+            raise first_bad(number, f"The checkpoint is of {number} entries; the bundle has more.")
+        _check_signature(Checkpoint(bundle.checkpoint.origin, number + 1, root), code, signed)
+        _Books(audit, number, body).check()
+        heads.append(root)
+    if len(heads) != bundle.checkpoint.size:
+        raise first_bad(
+            len(heads), f"The checkpoint is of {bundle.checkpoint.size} entries; the bundle ends here."
+        )
+    if heads and heads[-1] != bundle.checkpoint.root:
+        raise first_bad(len(heads) - 1, "The checkpoint signs for another one.")
+    notes = [_compare(bundle, heads, Path(other)) for other in against]
+    for witness in witnesses:
+        _require(notes, witness)
     return audit
 
 
-def _native(key: str) -> Ed25519PublicKey:
-    try:
-        return Ed25519PublicKey.from_public_bytes(PublicKey.parse(key).raw)
-    except (RequestError, ValueError):
-        raise LogError("The site's key is malformed.", "", "Give it as ed25519:...") from None
+def cosign_bundle(path: str | Path, key: PrivateKey, name: str = "") -> str:
+    """Verify a bundle and that it extends what this user saw of its log, and cosign its checkpoint as a witness.
+
+    Raises:
+        LogError: it does not hold, or is another history; what was seen before is kept.
+    """
+    verify(path)
+    bundle = read(path)
+    before = last_seen(bundle.checkpoint.origin, bundle.key)
+    if before is not None:
+        _extends(bundle, list(roots(bundle)), before, "What you saw before")
+    return remember(bundle.note, bundle.key, key, name)
 
 
-def _entry(line: str, number: int) -> bytes:
+def _check_signature(head: Checkpoint, code: str, key: Ed25519PublicKey) -> None:
+    note = f"{checkpoint_text(head)}\n— {head.origin} {code}\n"
     try:
-        entry = json.loads(line)
-    except ValueError:
-        entry = None
-    if not isinstance(entry, str):
-        raise LogError(f"Entry {number} is the first that does not hold.", "It is no line of a bundle.")
-    return entry.encode()
+        open_checkpoint(note, key, head.origin)
+    except LogError:
+        why = "The log's signature is not over the entries up to this one: it was changed, moved, dropped or put in."
+        raise first_bad(head.size - 1, why) from None
+
+
+def _compare(bundle: Bundle, heads: Sequence[bytes], path: Path) -> str:
+    """Check that the bundle extends what the file at `path` shows; gives that one's checkpoint."""
+    text = path.read_text()
+    other = read(path) if text.startswith("{") else None
+    note = other.note if other else text.partition("\n\n")[2] if text.startswith("c2sp.org/") else text
+    for number, (mine, theirs) in enumerate(
+        zip(bundle.entries, other.entries if other else (), strict=False)
+    ):
+        if mine[0] != theirs[0]:
+            raise first_bad(number, f"{path.name} has another entry there: the site signed two histories.")
+    _extends(bundle, heads, note, path.name)
+    return note
+
+
+def _extends(bundle: Bundle, heads: Sequence[bytes], note: str, whence: str) -> None:
+    seen = open_checkpoint(note, signing_key(bundle.key), bundle.checkpoint.origin)
+    if seen.size > len(heads):
+        why = f"{whence} shows that the log had {seen.size} entries: it was rolled back."
+        raise first_bad(len(heads), why)
+    if seen.size and heads[seen.size - 1] != seen.root:
+        why = f"{whence} is of another history: one of the entries 0 to {seen.size - 1} was another then."
+        raise LogError("The log does not extend what was seen of it before.", why, REPORT)
+
+
+def _require(notes: Sequence[str], witness: str) -> None:
+    refusals = []
+    for note in notes:
+        try:
+            cosigned_at(note, witness)
+            return
+        except LogError as error:
+            refusals.append(error)
+    why = refusals[0].what if refusals else "No checkpoint was given with --against."
+    raise LogError(f"The witness {witness.partition('+')[0]} does not confirm this log.", why, "Ask them.")
 
 
 class _Books:
@@ -120,16 +176,17 @@ class _Books:
             entry = json.loads(self._body)
             kind = entry["kind"]
             self._audit.kinds[kind] = self._audit.kinds.get(kind, 0) + 1
-            if kind == "account":
+            if kind == KIND:
+                self._audit.builds.append(Build.logged(self._body))
+            elif kind == "account":
                 self._account(entry)
             elif "accounts" in entry:
                 self._charge(kind, entry)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise self._bad("It is malformed.") from None
 
     def _bad(self, why: str) -> LogError:
-        what = f"Entry {self._number} is the first that does not hold."
-        return LogError(what, why, "Show it to the custodians.")
+        return first_bad(self._number, why)
 
     def _account(self, entry: dict[str, Any]) -> None:
         old = self._audit.accounts.get(entry["account"], {"spent": 0, "open": {}})
@@ -162,6 +219,13 @@ def summary(audit: Audit) -> Iterable[str]:
     """The audit in sentences."""
     yield f"{audit.checkpoint.size} entries of the log {audit.checkpoint.origin} hold; root {audit.checkpoint.root.hex()}."
     yield "Entries: " + ", ".join(f"{count} {kind}" for kind, count in sorted(audit.kinds.items())) + "."
+    yield from dict.fromkeys(map(_build, audit.builds))
     for name, account in sorted(audit.accounts.items()):
         share = account["spent"] / account["budget"]
         yield f"{name}: {share:.1%} of the budget of epsilon={account['epsilon']}, delta={account['delta']} is spent."
+
+
+def _build(build: Build) -> str:
+    vouched = build.signed_by(frozenset({build.signer}))
+    by = f"signed by {build.signer}" if vouched else "signed by nobody"
+    return f"Enclave {build.version} ran, {by}: {', '.join(build.measurements)}."

@@ -6,7 +6,7 @@ import atexit
 import os
 import re
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ def connect(
     project: str = "",
     allow_simulated: bool = False,
     measurements: Collection[str] = (),
+    release_keys: Collection[str] = (),
+    minimum_tcb: Mapping[str, int] | None = None,
     endorsements: Endorsements | None = None,
 ) -> Site:
     """Connect to a hospital's site, or to the demo on this machine, which is started if need be.
@@ -57,8 +59,10 @@ def connect(
         passphrase: of that file; $RAPHA_LAB_PASSPHRASE if not given.
         project: the project to act for, if the researcher is in several.
         allow_simulated: accept an enclave without hardware, which protects from nobody.
-        measurements: of releases to trust, as the custodians published them.
-        endorsements: the vendor's collateral for the hardware's evidence.
+        measurements: of releases of the enclave to trust, as the custodians published them.
+        release_keys: keys whose signed releases to trust, as the custodians published them.
+        minimum_tcb: lowest firmware versions to accept of an AMD platform, such as {"snp": 23}.
+        endorsements: the vendor's collateral for the hardware's evidence, if not the site's own mirror.
 
     Raises:
         EvidenceError: the enclave is not to be trusted; nothing was sent.
@@ -76,7 +80,12 @@ def connect(
     with _lock:
         found = _open.get((url, str(secret.public)))
         if found is None:
-            policy = AppraisalPolicy(frozenset(measurements), allow_simulated=simulated)
+            policy = AppraisalPolicy(
+                frozenset(measurements),
+                frozenset(release_keys),
+                allow_simulated=simulated,
+                minimum_tcb=minimum_tcb or {},
+            )
             found = _open[url, str(secret.public)] = Site(Channel(url, secret, policy, endorsements), project)
     found.refresh()
     witness(found._channel)
@@ -119,6 +128,9 @@ def _remember(site: Site, where: str, key: str | Path | None) -> None:
         "site_key": str(site.key),
     }
     told |= {"project": site.project, "simulated": site.simulated, "name": site.name}
+    pinned = site._channel.policy
+    told |= {"measurements": sorted(pinned.measurements), "release_keys": sorted(pinned.signers)}
+    told |= {"minimum_tcb": dict(pinned.minimum_tcb)}
     write(home() / "sites" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', site.name)}.json", told)
 
 
@@ -135,6 +147,9 @@ def known() -> list[Site]:
                         key=told["key"],
                         project=told["project"],
                         allow_simulated=told["simulated"],
+                        measurements=told.get("measurements", ()),
+                        release_keys=told.get("release_keys", ()),
+                        minimum_tcb=told.get("minimum_tcb"),
                     )
                 )
             elif demo.running() is not None:
@@ -179,7 +194,7 @@ class Site:
         """What the site shows of itself, with this client's verdict on its evidence."""
         verdict = self._channel.verdict
         told = {"url": self.url, "simulated": self.simulated, "alive": True, "key": str(self.key)}
-        told |= {"measurement": verdict.claims.measurement}
+        told |= {"measurement": verdict.claims.measurement, "build": self._channel.attested.build.version}
         return self._card | told | {"verdict": {"status": verdict.status, "reasons": list(verdict.reasons)}}
 
     def dataset(self, name: str) -> Dataset:

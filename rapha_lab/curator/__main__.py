@@ -21,11 +21,14 @@ from rapha_lab.curator.quotes import quotes
 from rapha_lab.curator.server import Call, Server
 from rapha_lab.curator.workers import EnclaveWorkers
 from rapha_lab.protocol import messages
+from rapha_lab.protocol.builds import KIND, Build
 from rapha_lab.protocol.errors import RaphaError, RequestError
 from rapha_lab.protocol.policy import Policy, Signed
 from rapha_lab.protocol.schema import SPLITS, Schema
 
 __all__ = ["Config", "main"]
+
+PART = 250  # entries of the log in one answer: each is signed for, and others wait meanwhile
 
 
 class Source(msgspec.Struct, forbid_unknown_fields=True):
@@ -46,6 +49,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     key: str
     salt: str
     measurement: str
+    build: Build
     tier: str
     datasets: list[Source]
     workers: int
@@ -101,13 +105,15 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
             for split in SPLITS:
                 ledger.open_account(project.name, dataset, split, project.epsilon, project.delta)
     ledger.record("policy", hash=policy.hash.hex())
-    ledger.record("release-of-enclave", measurement=config.measurement)
+    build = ledger.record(KIND, **msgspec.to_builtins(config.build))
     workers = EnclaveWorkers(config.workers, config.cores)
     desk = Desk(in_force, ledger, cohorts, SystemNoise(), config.site, workers, simulated=config.simulated)
-    return Server(desk, _free(ledger, in_force, cohorts), reader, writer)
+    return Server(desk, _free(ledger, in_force, cohorts, build), reader, writer)
 
 
-def _free(ledger: Ledger, policy: Callable[[], Policy], cohorts: dict[str, Cohort]) -> dict[str, Any]:
+def _free(
+    ledger: Ledger, policy: Callable[[], Policy], cohorts: dict[str, Cohort], build: int
+) -> dict[str, Any]:
     """What holds nothing of a patient: the catalog with its budgets, the log, a cell's hash for the log."""
 
     def catalog(call: Call) -> Any:
@@ -128,8 +134,12 @@ def _free(ledger: Ledger, policy: Callable[[], Policy], cohorts: dict[str, Cohor
         return ledger.record("cell", source=call.text, project=call.project, researcher=call.researcher)
 
     def log(call: Call) -> Any:
-        entries = [body.decode() for body in ledger.log.entries(call.start)[:1000]]
-        return {"entries": entries, "checkpoint": ledger.log.checkpoint()}
+        part = ledger.log.signed(call.start, PART)
+        told = {"entries": [body.decode() for body, _ in part], "signatures": [said for _, said in part]}
+        return told | {"checkpoint": ledger.log.checkpoint()}
+
+    def proved_build(call: Call) -> Any:
+        return ledger.log.proved(build)
 
     schemas = {name: cohort.schema for name, cohort in cohorts.items()}
 
@@ -140,10 +150,12 @@ def _free(ledger: Ledger, policy: Callable[[], Policy], cohorts: dict[str, Cohor
 
     def extends(call: Call) -> Any:
         size = ledger.log.size()
-        proof = [part.hex() for part in ledger.log.consistency(min(call.start, size), size)]
+        end = size if call.end is None else min(call.end, size)
+        proof = [part.hex() for part in ledger.log.consistency(min(call.start, end), end)]
         return {"checkpoint": ledger.log.checkpoint(), "proof": proof}
 
     return {
+        "build": proved_build,
         "catalog": catalog,
         "cell": cell,
         "log": log,

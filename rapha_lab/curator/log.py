@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from rapha_lab.protocol.checkpoint import Checkpoint, leaf_hash, node_hash, sign_checkpoint
+from rapha_lab.protocol.checkpoint import Checkpoint, Inclusion, leaf_hash, node_hash, sign_checkpoint
 from rapha_lab.protocol.errors import LogError, RequestError
 
 __all__ = ["SCHEMA", "Kind", "Log"]
@@ -87,9 +87,30 @@ class Log:
     def checkpoint(self) -> str:
         """The head of the log as a C2SP checkpoint, signed."""
         with self._lock:
-            size = self.size()
-            root = self._root(0, size) if size else hashlib.sha256().digest()
+            return self._note(self.size())
+
+    def _note(self, size: int) -> str:
+        root = self._root(0, size) if size else hashlib.sha256().digest()
         return sign_checkpoint(Checkpoint(self._origin, size, root), self._key)
+
+    def signed(self, start: int, limit: int) -> list[tuple[bytes, str]]:
+        """At most `limit` entries from `start` on, each with the log's signature over all up to and including it.
+
+        With them the first entry that somebody changed, moved or dropped on the way can be named.
+        """
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT number, body FROM entry WHERE number >= ? ORDER BY number LIMIT ?", (start, limit)
+            ).fetchall()
+            return [(bytes(body), self._note(number + 1).rsplit(" ", 1)[1].strip()) for number, body in rows]
+
+    def proved(self, index: int) -> Inclusion:
+        """Entry `index` with the proof that it is in the log as it is now."""
+        with self._lock:
+            size = self.size()
+            proof = self.inclusion(index, size)
+            row = self._connection.execute("SELECT body FROM entry WHERE number = ?", (index,)).fetchone()
+            return Inclusion(index, bytes(row[0]), proof, self._note(size))
 
     def inclusion(self, index: int, size: int) -> list[bytes]:
         """The proof that entry `index` is in the tree of the first `size` entries (RFC 9162 section 2.1.3.1).

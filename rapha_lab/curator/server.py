@@ -39,6 +39,7 @@ class Call(msgspec.Struct, forbid_unknown_fields=True):
     researcher: str = ""
     project: str = ""
     start: int = 0
+    end: int | None = None
     text: str = ""
     quote: Inquiries | None = None
 

@@ -30,6 +30,8 @@ __all__ = ["Gateway"]
 
 MAX_BODY = 256 << 20
 
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+
 
 class Watch(msgspec.Struct, forbid_unknown_fields=True):
     """Wait for more of a cell: outputs after the first `after`, for at most `wait` seconds."""
@@ -47,10 +49,11 @@ class Name(msgspec.Struct, forbid_unknown_fields=True):
     id: str = ""
 
 
-class Start(msgspec.Struct, forbid_unknown_fields=True):
-    """Asks for log entries from an index on."""
+class Range(msgspec.Struct, forbid_unknown_fields=True):
+    """Asks for a part of the log: from a size on, to another one or to today's."""
 
-    start: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    start: Size = 0
+    end: Size | None = None
 
 
 class Gateway:
@@ -60,7 +63,7 @@ class Gateway:
         cells: runs cells.
         card: what the site says of itself to a researcher, by their public key.
         log: entries of the log from an index on.
-        extends: proof that the log of today begins with that of an earlier size.
+        extends: proof that the log of one size, today's if None, begins with that of an earlier size.
         quote: prices questions of a researcher, free, without a record.
         evidence: attestation evidence for a nonce, as JSON.
         sealing_key, signing_key: of this enclave; both are bound in the evidence.
@@ -74,7 +77,7 @@ class Gateway:
         *,
         card: Callable[[str], Any],
         log: Callable[[int], Any],
-        extends: Callable[[int], Any],
+        extends: Callable[[int, int | None], Any],
         quote: Callable[[str, Inquiries], Any],
         evidence: Callable[[bytes], Any],
         sealing_key: PrivateKey,
@@ -92,8 +95,8 @@ class Gateway:
             "jobs": lambda who, header, blob: ([cell.summary() for cell in self._cells.of(who)], b""),
             "cancel": self._cancel,
             "end": self._end,
-            "log": lambda who, header, blob: (self._log(_read(header, Start).start), b""),
-            "extends": lambda who, header, blob: (extends(_read(header, Start).start), b""),
+            "log": lambda who, header, blob: (self._log(_read(header, Range).start), b""),
+            "extends": lambda who, header, blob: (extends(*_range(header)), b""),
             "quote": lambda who, header, blob: (quote(who, _read(header, Inquiries)), b""),
         }
 
@@ -112,9 +115,11 @@ class Gateway:
                 "The nonce is no 32 bytes in hex.", "", "GET /evidence?nonce=<64 hex digits>", field="nonce"
             )
             return JSONResponse(error.to_wire(), 400)
-        return Response(
-            messages.encode(await run_in_threadpool(self._evidence, nonce)), media_type="application/json"
-        )
+        try:
+            evidence = await run_in_threadpool(self._evidence, nonce)
+        except RaphaError as error:  # no policy is in force, or the hardware gave nothing
+            return JSONResponse(error.to_wire(), 503)
+        return Response(messages.encode(evidence), media_type="application/json")
 
     async def _post_open(self, request: Request) -> Response:
         body = bytearray()
@@ -188,6 +193,11 @@ class Gateway:
     def _end(self, who: str, header: bytes, blob: bytes) -> tuple[Any, bytes]:
         self._cells.end(who, _read(header, Name).id or None)
         return {}, b""
+
+
+def _range(header: bytes) -> tuple[int, int | None]:
+    asked = _read(header, Range)
+    return asked.start, asked.end
 
 
 def _read(header: bytes, kind: type[Any]) -> Any:

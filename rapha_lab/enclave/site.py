@@ -5,23 +5,27 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import ssl
 import tomllib
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from rapha_lab.enclave.attester import SimulatedAttester, attester, measure
+from rapha_lab.enclave.attester import SimulatedAttester, attester
 from rapha_lab.enclave.cells import Cells
 from rapha_lab.enclave.curator import Curator
 from rapha_lab.enclave.gateway import Gateway
 from rapha_lab.enclave.sandbox import Zygote
 from rapha_lab.enclave.shards import CORES, ShardWorkers
+from rapha_lab.protocol.builds import Build
+from rapha_lab.protocol.checkpoint import Inclusion
 from rapha_lab.protocol.errors import PolicyError, RequestError
-from rapha_lab.protocol.evidence import Binding, Evidence
+from rapha_lab.protocol.evidence import Binding, Endorsements, Evidence, key_hash
 from rapha_lab.protocol.keys import PrivateKey
 from rapha_lab.protocol.policy import Policy, Signed
 from rapha_lab.protocol.quote import Inquiries
@@ -49,6 +53,12 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
         tier: at most this sandbox tier, for tests.
         idle: seconds after which a session that was given nothing ends.
         log: the log's name, the same for its whole life; the site's name if not given.
+        release: the signed description of this build of the enclave, from "rapha-lab measure --sign".
+        endorsements: folder with the hardware vendor's leaf.der, chain.pem, *.crl or collateral.json.
+        suite: what requests are sealed with.
+        tls_certificate: PEM certificate that researchers' TLS connections end at, here or at a proxy; its key
+            goes into the evidence.
+        tls_key: its private key, to end TLS here.
     """
 
     name: str
@@ -59,6 +69,11 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     tier: str | None = None
     idle: float = 3600.0
     log: str = ""
+    release: str = ""
+    endorsements: str = ""
+    suite: Literal["x-wing", "x25519"] = "x-wing"
+    tls_certificate: str = ""
+    tls_key: str = ""
 
     @classmethod
     def load(cls, path: Path) -> Config:
@@ -73,6 +88,9 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
             raise RequestError(f"The site's configuration is malformed: {error}.", f"It is {path}.") from None
         base = path.parent.resolve()
         config.state, config.policy = str(base / config.state), str(base / config.policy)
+        for name in ("release", "endorsements", "tls_certificate", "tls_key"):
+            if getattr(config, name):
+                setattr(config, name, str(base / getattr(config, name)))
         for dataset in config.datasets:
             dataset.schema, dataset.folder = str(base / dataset.schema), str(base / dataset.folder)
         return config
@@ -87,9 +105,11 @@ class Site:
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         seed = _secret(self._state / "site.key")
         self.signing_key = PrivateKey("ed25519", (Ed25519PrivateKey.from_private_bytes(seed),))
-        self.sealing_key = PrivateKey.create("x-wing")
+        self.sealing_key = PrivateKey.create(config.suite)
+        self._tls_key_hash = _tls_key_hash(config.tls_certificate)
         self._policy()
-        self._attester, self._measurement = attester(), measure()
+        self._attester = attester()
+        self._build = _build(config.release, self._attester.measurement)
         self.simulated = isinstance(self._attester, SimulatedAttester)
         self._shards = ShardWorkers(lambda: self._zygote, config.tier)
         self._curator = Curator(self._shards.connect)
@@ -105,7 +125,7 @@ class Site:
             self.cells,
             card=self.card,
             log=lambda start: self._curator.look_up("log", start=start),
-            extends=lambda size: self._curator.look_up("extends", start=size),
+            extends=lambda start, end: self._curator.look_up("extends", start=start, end=end),
             quote=self._quote,
             evidence=self.evidence,
             sealing_key=self.sealing_key,
@@ -127,7 +147,8 @@ class Site:
             "ledger": str(self._state / "ledger.sqlite"),
             "key": seed.hex(),
             "salt": _secret(self._state / "split.salt").hex(),
-            "measurement": self._measurement,
+            "measurement": self._attester.measurement,
+            "build": self._build,
             "tier": self._zygote.tier,
             "cores": len(CORES),
             "datasets": [msgspec.to_builtins(dataset) for dataset in self.config.datasets],
@@ -172,12 +193,19 @@ class Site:
             signing_key=str(self.signing_key.public),
             policy_hash=self._policy().hash,
             checkpoint_hash=checkpoint,
+            tls_key_hash=self._tls_key_hash,
         )
 
     def evidence(self, nonce: bytes) -> Evidence:
-        """Fresh evidence bound to the nonce, this site's keys, its policy and the head of its log."""
-        head = hashlib.sha256(self._curator.look_up("checkpoint").encode()).digest()
-        return self._attester.evidence(self._binding(nonce, head), {"tier": self._zygote.tier})
+        """Fresh evidence bound to the nonce, this site's keys, its policy and the head of its log.
+
+        With it go what a client needs beside: the proof that this build is in the log, and the vendor's endorsements.
+        """
+        build = msgspec.convert(self._curator.look_up("build"), Inclusion)
+        binding = self._binding(nonce, hashlib.sha256(build.checkpoint.encode()).digest())
+        evidence = self._attester.evidence(binding, {"tier": self._zygote.tier})
+        mirrored = _endorsements(self.config.endorsements)
+        return msgspec.structs.replace(evidence, build=build, endorsements=mirrored)
 
     def card(self, researcher: str) -> dict[str, Any]:
         """What the site tells a researcher of itself."""
@@ -226,9 +254,11 @@ def serve(
         stop: asked every second.
     """
     host, _, port = site.config.listen.rpartition(":")
+    told = site.config
     config = uvicorn.Config(
-        site.gateway.app(), host=host, port=int(port), log_level="warning", server_header=False
-    )
+        site.gateway.app(), host=host, port=int(port), log_level="warning", server_header=False,
+        ssl_certfile=told.tls_certificate if told.tls_key else None, ssl_keyfile=told.tls_key or None,
+    )  # fmt: skip
     _Server(config, ready, stop).run()
     site.close()
 
@@ -243,12 +273,51 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
-        self._ready(f"http://{host}:{port}")
+        self._ready(f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}")
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0 and self._stop is not None and self._stop():
             self.should_exit = True
         return await super().on_tick(counter)
+
+
+def _build(path: str, measurement: str) -> Build:
+    """This build as its maker describes it, or unsigned where nobody does."""
+    if not path:
+        return Build(version=metadata.version("rapha-lab"), measurements=[measurement])
+    build = Build.load(path)
+    if measurement not in build.measurements or not build.signed_by(frozenset({build.signer})):
+        raise RequestError(
+            "The release file does not describe this enclave.",
+            f"It does not hold {measurement}, or its signature does not hold.",
+            "Sign this one with: rapha-lab measure --sign",
+            field="release",
+        )
+    return build
+
+
+def _endorsements(folder: str) -> Endorsements:
+    """What the custodians mirror of the vendor's, read anew each time."""
+    if not folder:
+        return Endorsements()
+
+    def read(pattern: str) -> list[bytes]:
+        return [path.read_bytes() for path in sorted(Path(folder).glob(pattern))]
+
+    leaf, chain, crls, collateral = map(read, ("leaf.der", "chain.pem", "*.crl", "collateral.json"))
+    return Endorsements(b"".join(leaf), b"".join(chain), tuple(crls), b"".join(collateral))
+
+
+def _tls_key_hash(path: str) -> bytes:
+    """The hash of the key in a PEM certificate, or zeros where a proxy that nobody named ends TLS."""
+    if not path:
+        return bytes(32)
+    try:
+        return key_hash(ssl.PEM_cert_to_DER_cert(Path(path).read_text()))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{path} holds no certificate.", str(error), "Give one in PEM.", field="tls_certificate"
+        ) from None
 
 
 def _secret(path: Path) -> bytes:

@@ -19,13 +19,17 @@ from rapha_lab.protocol.errors import LogError
 
 __all__ = [
     "Checkpoint",
+    "Inclusion",
     "Receipt",
+    "checkpoint_text",
+    "from_base64",
     "leaf_hash",
     "node_hash",
     "open_checkpoint",
     "root_of",
     "sign_checkpoint",
     "verify_consistency",
+    "verify_included",
     "verify_inclusion",
     "verify_receipt",
 ]
@@ -39,6 +43,15 @@ class Checkpoint(msgspec.Struct, frozen=True):
     origin: str
     size: int
     root: bytes
+
+
+class Inclusion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Proof that `entry` is entry `index` of the log that `checkpoint` signs for."""
+
+    index: int
+    entry: bytes
+    proof: list[bytes]
+    checkpoint: str
 
 
 class Receipt(msgspec.Struct, frozen=True):
@@ -134,6 +147,11 @@ def verify_consistency(old: int, new: int, old_root: bytes, new_root: bytes, pro
         raise _not_extended("The proof does not lead to both root hashes.")
 
 
+def checkpoint_text(checkpoint: Checkpoint) -> str:
+    """What is signed of a checkpoint: the three lines of the note's body."""
+    return f"{checkpoint.origin}\n{checkpoint.size}\n{_base64(checkpoint.root)}\n"
+
+
 def sign_checkpoint(checkpoint: Checkpoint, key: Ed25519PrivateKey) -> str:
     """The checkpoint as a note signed by the log whose name is its origin.
 
@@ -146,7 +164,7 @@ def sign_checkpoint(checkpoint: Checkpoint, key: Ed25519PrivateKey) -> str:
             "The name in a signed note has no space and no plus sign.",
             "Name the site like a host, such as demo or rapha.hospital.example.",
         )
-    text = f"{checkpoint.origin}\n{checkpoint.size}\n{_base64(checkpoint.root)}\n"
+    text = checkpoint_text(checkpoint)
     signature = _key_id(checkpoint.origin, key.public_key()) + key.sign(text.encode())
     return f"{text}\n— {checkpoint.origin} {_base64(signature)}\n"
 
@@ -172,7 +190,7 @@ def open_checkpoint(note: str, key: Ed25519PublicKey, origin: str | None = None)
     size = int(lines[1]) if lines[1].isascii() and lines[1].isdigit() and len(lines[1]) < 20 else -1
     if str(size) != lines[1] or size > _LARGEST:
         raise _no_checkpoint("Its size is no number.")
-    root = _unbase64(lines[2])
+    root = from_base64(lines[2])
     if len(root) != 32:
         raise _no_checkpoint("Its root hash has not 32 bytes.")
     return Checkpoint(lines[0], size, root)
@@ -183,7 +201,7 @@ def _check_signature(text: bytes, name: str, signatures: str, key: Ed25519Public
     for line in signatures.splitlines():
         dash, _, rest = line.partition(" ")
         signer, _, encoded = rest.partition(" ")
-        signature = _unbase64(encoded)
+        signature = from_base64(encoded)
         if dash != "—" or signer != name or signature[:4] != identifier:
             continue
         try:
@@ -191,6 +209,19 @@ def _check_signature(text: bytes, name: str, signatures: str, key: Ed25519Public
         except InvalidSignature:
             raise _no_checkpoint("Its signature does not hold.") from None
     raise _no_checkpoint("It is not signed by this key.")
+
+
+def verify_included(
+    proved: Inclusion | Receipt, key: Ed25519PublicKey, origin: str | None = None
+) -> Checkpoint:
+    """The checkpoint that `proved` leads to, once its signature and its proof hold.
+
+    Raises:
+        LogError: saying what does not hold.
+    """
+    checkpoint = open_checkpoint(proved.checkpoint, key, origin)
+    verify_inclusion(proved.index, checkpoint.size, leaf_hash(proved.entry), proved.proof, checkpoint.root)
+    return checkpoint
 
 
 def verify_receipt(
@@ -204,8 +235,7 @@ def verify_receipt(
     Raises:
         LogError: saying what does not hold.
     """
-    checkpoint = open_checkpoint(receipt.checkpoint, key, origin)
-    verify_inclusion(receipt.index, checkpoint.size, leaf_hash(receipt.entry), receipt.proof, checkpoint.root)
+    checkpoint = verify_included(receipt, key, origin)
     try:
         entry = msgspec.json.decode(receipt.entry, type=dict)
     except msgspec.DecodeError:
@@ -226,7 +256,7 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _unbase64(text: str) -> bytes:
+def from_base64(text: str) -> bytes:
     """The bytes, if `text` is their one canonical spelling; else none."""
     try:
         data = base64.b64decode(text, validate=True)

@@ -12,8 +12,11 @@ import struct
 from typing import Any
 
 import msgspec
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from rapha_lab.protocol.checkpoint import Inclusion
 from rapha_lab.protocol.errors import EvidenceError, RequestError
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
 
@@ -27,7 +30,9 @@ __all__ = [
     "TDX",
     "Binding",
     "Claims",
+    "Endorsements",
     "Evidence",
+    "key_hash",
     "simulation_key",
 ]
 
@@ -95,12 +100,38 @@ class Binding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return hashlib.sha256(b"rapha-lab/enclave-identity/v1" + parts).digest()
 
 
+class Endorsements(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the vendor signed about the hardware, as mirrored by the custodians; fields go by TEE.
+
+    Attributes:
+        leaf: DER certificate of the key that signs reports (AMD's VCEK or VLEK).
+        chain: PEM certificates from its issuer to the vendor's root.
+        crls: DER revocation lists.
+        collateral: Intel's collateral as JSON.
+    """
+
+    leaf: bytes = b""
+    chain: bytes = b""
+    crls: tuple[bytes, ...] = ()
+    collateral: bytes = b""
+
+
 class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Signed evidence of one kind of TEE, with the binding it is said to carry; nothing is believed yet."""
+    """Signed evidence of one kind of TEE, with the binding it is said to carry; nothing is believed yet.
+
+    Attributes:
+        media_type: the kind of TEE.
+        payload: what the hardware signed.
+        binding: what the payload is said to be bound to.
+        build: proof that the running build is in the log whose checkpoint is bound.
+        endorsements: what the site mirrors of its vendor's.
+    """
 
     media_type: str
     payload: bytes
     binding: Binding
+    build: Inclusion | None = None
+    endorsements: Endorsements = Endorsements()
 
     def encode(self) -> bytes:
         """As JSON."""
@@ -124,7 +155,7 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
         tee: "sev-snp", "tdx", "sgx", "nitro", "nvidia" or "simulated".
         measurements: digests by name as "sha384:..." hex; "launch" is the one a release is known by.
         report_data: the 64 bytes that were bound.
-        tcb_status: "up to date", or the vendor's word for what is behind.
+        tcb_status: "up to date", the vendor's word for what is behind, or "not stated" where it has none.
         revocation: "checked", "absent" where no list was given, "none" where the vendor has none.
         caveats: what this evidence does not show.
     """
@@ -148,6 +179,12 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
     def measurement(self) -> str:
         """The launch measurement, by which releases are known."""
         return self.measurements.get("launch", "")
+
+
+def key_hash(certificate: bytes) -> bytes:
+    """SHA-256 of the public key (SPKI) in a DER certificate, for `tls_key_hash`."""
+    key = x509.load_der_x509_certificate(certificate).public_key()
+    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest()
 
 
 def simulation_key() -> PrivateKey:

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, mlkem, x25519
 
 from rapha_lab.protocol.errors import RequestError, TrustError
 
-__all__ = ["PrivateKey", "PublicKey"]
+__all__ = ["PrivateKey", "PublicKey", "signing_key"]
 
 _ED, _X, _ML = ed25519.Ed25519PrivateKey, x25519.X25519PrivateKey, mlkem.MLKEM768PrivateKey
 _PARTS: dict[str, tuple[Any, ...]] = {"ed25519": (_ED,), "x25519": (_X,), "x-wing": (_ML, _X)}
@@ -69,6 +69,14 @@ class PublicKey:
         if self.algorithm == "x25519":
             return x
         return hpke.MLKEM768X25519PublicKey(mlkem.MLKEM768PublicKey.from_public_bytes(self.raw[:-32]), x)
+
+
+def signing_key(text: str) -> ed25519.Ed25519PublicKey:
+    """The Ed25519 key in its text form, as cryptography takes it; RequestError if it is none."""
+    key = PublicKey.parse(text)
+    if key.algorithm != "ed25519":
+        raise RequestError(f"{text[:60]!r} is no key that signs.", "Expected ed25519: and its base64.")
+    return ed25519.Ed25519PublicKey.from_public_bytes(key.raw)
 
 
 @dataclass(frozen=True, repr=False)

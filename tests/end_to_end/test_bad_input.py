@@ -213,7 +213,7 @@ def sealed(site: Site, kind: str, body: bytes, key: PrivateKey | None = None) ->
         body,
         to=PublicKey.parse(channel.binding.sealing_key),
         evidence_hash=channel.binding.identity(),
-        researcher=key or channel._key,
+        researcher=key or channel.key,
         reply_to=channel._reply_key.public,
     )
     return _opened(site, envelope, httpx.post(site.url + "/open", content=envelope, trust_env=False))

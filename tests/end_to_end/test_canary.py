@@ -270,7 +270,7 @@ def test_no_byte_on_the_wire_holds_source_columns_keys_or_the_canary(aviary: Avi
     """Envelopes only: what was asked, by whom, of what, and what came back are sealed."""
     wire = bytes(aviary.proxy.wire)
     assert len(wire) > 100_000
-    key = str(aviary.site._channel._key.public).encode()
+    key = str(aviary.site._channel.key.public).encode()
     for word in (b"patients.", b"epsilon", b"aviary", b'"age"', b"torch", key, key.split(b":")[1]):
         assert word not in wire
     assert not found(wire)

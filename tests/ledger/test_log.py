@@ -259,3 +259,13 @@ def honest_proof(entries: list[bytes], old: int) -> list[bytes]:
         return [*subproof(middle, high, False), root_of(entries[low:middle])]
 
     return subproof(0, len(entries), True) if 0 < old < len(entries) else []
+
+
+def test_every_receipt_carries_the_sites_labels(tmp_path, key):
+    """The tier of the sandbox stands in the entry that the receipt proves."""
+    ledger = Ledger(tmp_path / "labelled.sqlite", key, origin="ward", about={"tier": "S3"})
+    ledger.open_account("p", "d", "train", 3.0, 1e-5)
+    ledger.reserve("job", "p", "d", ["train"], Gaussian(20.0), bytes(32))
+    ledger.touch("job", 1)
+    assert json.loads(ledger.settle("job", b"release").entry)["tier"] == "S3"
+    ledger.close()

@@ -19,11 +19,13 @@ import rapha_lab
 from rapha_lab.client.appraisal import AppraisalPolicy, Verdict, Verifier, appraise
 from rapha_lab.enclave import attester as attesters
 from rapha_lab.enclave.attester import SimulatedAttester, TsmAttester, measure
+from rapha_lab.protocol.builds import Build
 from rapha_lab.protocol.errors import EvidenceError
 from rapha_lab.protocol.evidence import BANNER, SIMULATED, SNP, TDX, Binding, Claims, Evidence, simulation_key
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
 
 MEASUREMENT = "sha256:" + "ab" * 32
+BUILD = Build(version="1", measurements=[MEASUREMENT])
 SIMULATED_OK = AppraisalPolicy(allow_simulated=True)
 
 
@@ -155,7 +157,7 @@ class TestSimulated:
     def judge(binding: Binding, policy: AppraisalPolicy) -> Verdict:
         """The verdict on a simulated enclave's evidence."""
         claims = Verifier().verify(SimulatedAttester(MEASUREMENT).evidence(binding))
-        return appraise(claims, binding, policy, nonce=binding.nonce)
+        return appraise(claims, binding, policy, build=BUILD, nonce=binding.nonce)
 
 
 class TestAppraisal:
@@ -163,15 +165,16 @@ class TestAppraisal:
 
     def test_good_hardware_is_affirmed(self, binding: Binding) -> None:
         """Known measurement, current firmware, no debugging, revocation checked, bound to the offer."""
-        verdict = appraise(real(binding), binding, self.POLICY, nonce=binding.nonce, policy_hash=b"p" * 32)
+        bound = {"nonce": binding.nonce, "policy_hash": b"p" * 32}
+        verdict = appraise(real(binding), binding, self.POLICY, build=BUILD, **bound)
         assert (verdict.status, verdict.reasons) == ("affirming", ())
 
     @pytest.mark.parametrize(
         ("fields", "reason"),
         [
             ({"debug": True}, "debug mode"),
-            ({"measurements": {"launch": "sha384:00"}}, "No known release"),
-            ({"measurements": {}}, "No known release"),
+            ({"measurements": {"launch": "sha384:00"}}, "log has no release that measures sha384:00"),
+            ({"measurements": {}}, "log has no release"),
             ({"tcb": {"snp": 7}}, "TCB is too old: snp 7"),
             ({"tcb": {}}, "TCB is too old"),
             ({"tcb_status": "OutOfDate"}, "TCB is OutOfDate"),
@@ -186,7 +189,7 @@ class TestAppraisal:
         self, binding: Binding, fields: dict[str, Any], reason: str
     ) -> None:
         """One fault at a time, and the reason names that one alone."""
-        verdict = appraise(real(binding, **fields), binding, self.POLICY, nonce=binding.nonce)
+        verdict = appraise(real(binding, **fields), binding, self.POLICY, build=BUILD, nonce=binding.nonce)
         assert verdict.status == "contraindicated"
         (said,) = verdict.reasons
         assert reason in said
@@ -194,44 +197,102 @@ class TestAppraisal:
     def test_a_swapped_key_is_refused(self, binding: Binding) -> None:
         """A man in the middle offers his own sealing key beside honest evidence."""
         swapped = replaced(binding, sealing_key=str(PrivateKey.create("x-wing").public))
-        verdict = appraise(real(binding), swapped, self.POLICY, nonce=binding.nonce)
+        verdict = appraise(real(binding), swapped, self.POLICY, build=BUILD, nonce=binding.nonce)
         assert verdict.reasons == ("The keys offered are not those that the evidence is bound to.",)
 
     def test_a_stale_nonce_is_refused(self, binding: Binding) -> None:
         """Yesterday's evidence, honestly bound to yesterday's nonce."""
-        verdict = appraise(real(binding), binding, self.POLICY, nonce=b"today" + bytes(27))
+        verdict = appraise(real(binding), binding, self.POLICY, build=BUILD, nonce=b"today" + bytes(27))
         assert verdict.status == "contraindicated"
         assert "stale" in verdict.reasons[0]
 
     def test_another_policy_than_the_one_read_is_refused(self, binding: Binding) -> None:
         """The researcher trusts what the custodians signed, not what the site says it is."""
-        verdict = appraise(real(binding), binding, self.POLICY, policy_hash=b"q" * 32)
+        verdict = appraise(real(binding), binding, self.POLICY, build=BUILD, policy_hash=b"q" * 32)
         assert "another policy" in verdict.reasons[0]
 
     def test_a_patch_that_is_due_is_a_warning(self, binding: Binding) -> None:
         """Where the vendor says that software can make up for it."""
         claims = real(binding, tcb_status="SWHardeningNeeded", advisories=("INTEL-SA-00615",))
-        verdict = appraise(claims, binding, self.POLICY)
+        verdict = appraise(claims, binding, self.POLICY, build=BUILD)
         assert verdict.status == "warning"
         assert "INTEL-SA-00615" in verdict.reasons[0]
 
-    def test_a_log_can_say_which_releases_are_known(self, binding: Binding) -> None:
-        """The client asks it for the measurement, and is bound by its answer."""
-        for answer, status in ((True, "affirming"), (False, "contraindicated")):
-            policy = AppraisalPolicy(known=lambda measurement, answer=answer: answer)  # type: ignore[misc]
-            assert appraise(real(binding), binding, policy).status == status
+    def test_a_measurement_that_is_not_in_the_log_is_refused(self, binding: Binding) -> None:
+        """Even one that the client names: what others cannot see in the log may have been made for this one."""
+        for build in (None, Build(version="1", measurements=["sha256:" + "cd" * 32])):
+            verdict = appraise(real(binding), binding, self.POLICY, build=build)
+            assert verdict.status == "contraindicated"
+            assert "The site's log has no release that measures" in verdict.reasons[0]
+
+    def test_a_pinned_release_key_makes_a_logged_build_known(self, binding: Binding) -> None:
+        """A build that it signed; not one that nobody, or another key, signed, nor one that was changed after."""
+        key, other = PrivateKey.create(), PrivateKey.create()
+        policy = AppraisalPolicy(signers=frozenset({str(key.public)}), minimum_tcb={"snp": 8})
+        good = Build.sign("1", [MEASUREMENT], key)
+        for build, status in (
+            (good, "affirming"),
+            (BUILD, "contraindicated"),
+            (Build.sign("1", [MEASUREMENT], other), "contraindicated"),
+            (replaced(good, version="2"), "contraindicated"),
+            (
+                replaced(Build.sign("1", ["sha256:" + "cd" * 32], key), measurements=[MEASUREMENT]),
+                "contraindicated",
+            ),
+            (replaced(Build.sign("1", [MEASUREMENT], other), signer=str(key.public)), "contraindicated"),
+        ):
+            assert appraise(real(binding), binding, policy, build=build).status == status
+
+    def test_a_site_cannot_vouch_for_its_own_build(self, binding: Binding) -> None:
+        """It may log what it likes, with its own signature: neither makes the client know it."""
+        build = Build.sign("1", [MEASUREMENT], PrivateKey.create())
+        verdict = appraise(real(binding), binding, AppraisalPolicy(minimum_tcb={"snp": 8}), build=build)
+        assert "No known release" in verdict.reasons[0]
 
     def test_by_default_no_release_is_known(self, binding: Binding) -> None:
         """A client that says nothing trusts nothing."""
-        assert appraise(real(binding), binding).status == "contraindicated"
+        assert appraise(real(binding), binding, build=BUILD).status == "contraindicated"
 
-    def test_a_gpu_is_bound_by_half_the_report_data(self, binding: Binding) -> None:
+    def test_firmware_that_nobody_judged_is_a_warning(self, binding: Binding) -> None:
+        """AMD does not say which is current, so a client without a minimum is told that nobody looked."""
+        claims = real(binding, tcb_status="not stated")
+        verdict = appraise(claims, binding, AppraisalPolicy(frozenset({MEASUREMENT})), build=BUILD)
+        assert verdict.status == "warning"
+        assert "set a minimum" in verdict.reasons[0]
+        assert appraise(claims, binding, self.POLICY, build=BUILD).status == "affirming"
+
+    def test_a_gpu_alone_is_refused(self, binding: Binding) -> None:
+        """Anybody with such a GPU gets its signature over any nonce, so also over one bound to their own keys."""
+        gpu = self.gpu(binding)
+        verdict = appraise(gpu, binding, AppraisalPolicy(allow_simulated=True), build=BUILD)
+        assert verdict.status == "contraindicated"
+        assert "only beside that of its processor" in verdict.reasons[-1]
+        beside = appraise(
+            gpu, binding, AppraisalPolicy(), beside=verdict
+        )  # one GPU does not vouch for another
+        assert beside.status == "contraindicated"
+
+    def test_a_gpu_is_bound_by_half_the_report_data_of_its_processor(self, binding: Binding) -> None:
         """Its nonce has 32 bytes, its measurements are not compared, and the verdict says so."""
-        claims = real(
-            binding, tee="nvidia", report_data=binding.report_data()[:32], caveats=("Not compared.",), tcb={}
-        )
-        verdict = appraise(claims, binding, AppraisalPolicy())
+        processor = appraise(real(binding), binding, self.POLICY, build=BUILD)
+        verdict = appraise(self.gpu(binding), binding, self.POLICY, beside=processor)
         assert (verdict.status, verdict.reasons) == ("warning", ("Not compared.",))
+        other = replaced(binding, nonce=b"o" * 32)
+        stranger = appraise(real(other), other, self.POLICY, build=BUILD)
+        assert appraise(self.gpu(binding), binding, self.POLICY, beside=stranger).status == "contraindicated"
+
+    def test_a_gpu_is_no_better_than_its_processor(self, binding: Binding) -> None:
+        """Beside a simulated or a debug processor it is judged like it."""
+        for fields in ({"simulated": True}, {"debug": True}):
+            processor = appraise(real(binding, **fields), binding, self.POLICY, build=BUILD)
+            verdict = appraise(self.gpu(binding), binding, self.POLICY, beside=processor)
+            assert verdict.status == "contraindicated"
+
+    @staticmethod
+    def gpu(binding: Binding) -> Claims:
+        """Claims of a GPU as its verifier makes them."""
+        told = {"tee": "nvidia", "report_data": binding.report_data()[:32], "revocation": "none"}
+        return real(binding, **told, caveats=("Not compared.",), tcb={}, measurements={})
 
     def test_evidence_that_makes_a_verifier_stumble_is_refused(
         self, binding: Binding, monkeypatch: pytest.MonkeyPatch

@@ -17,16 +17,18 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
-from trust_material import vector
+from trust_material import DEEP, vector
 
 from rapha_lab.client.appraisal import AppraisalPolicy, Endorsements, Verifier, appraise
 from rapha_lab.client.verifiers import sev_snp
+from rapha_lab.enclave.attester import launch_measurement
+from rapha_lab.protocol.builds import Build
 from rapha_lab.protocol.errors import EvidenceError
 from rapha_lab.protocol.evidence import NITRO, NVIDIA, SGX, SNP, TDX, Binding, Claims, Evidence
 from rapha_lab.protocol.keys import PrivateKey
 
 JUNE = datetime(2025, 6, 21, tzinfo=UTC)
-FLIPS = 1000
+FLIPS = 1000 if DEEP else 250
 NOBODY = Binding(nonce=b"", sealing_key="", signing_key="", policy_hash=b"", checkpoint_hash=b"")
 
 CASES: dict[str, tuple[str, str, dict[str, str]]] = {
@@ -98,6 +100,20 @@ def test_the_two_h100_verify_and_say_what_was_not_checked() -> None:
     assert len(claims.measurements) == 128
 
 
+@pytest.mark.parametrize("tee", ["snp", "tdx", "nitro"])
+def test_a_site_knows_itself_by_what_its_clients_will_read(tee: str) -> None:
+    """The enclave's own reading of its evidence gives the verified measurement."""
+    assert launch_measurement(CASES[tee][0], read(tee)["payload"]) == verify_one(tee).measurement
+
+
+def test_endorsements_may_come_with_the_evidence() -> None:
+    """A site mirrors them; its vendor signed them, so who carries them does not matter."""
+    parts = read("snp")
+    endorsements = Endorsements(parts["leaf"], parts["chain"])
+    evidence = Evidence(SNP, parts["payload"], NOBODY, endorsements=endorsements)
+    assert Verifier().verify(evidence, now=JUNE).root == "ARK-Milan"
+
+
 def test_expired_collateral_is_refused_and_said() -> None:
     """Of TDX and SGX, a year later."""
     for tee in ("tdx", "sgx"):
@@ -108,14 +124,14 @@ def test_expired_collateral_is_refused_and_said() -> None:
 def test_none_of_them_is_bound_to_us(binding: Binding) -> None:
     """Genuine evidence of somebody else's enclave is refused for its binding."""
     for tee in CASES:
-        verdict = appraise(verify_one(tee), binding, AppraisalPolicy(demand_revocation=False))
+        verdict = appraise(verify_one(tee), binding, AppraisalPolicy())
         assert verdict.status == "contraindicated"
         assert "The keys offered are not those that the evidence is bound to." in verdict.reasons
 
 
 @pytest.mark.parametrize(("tee", "part"), PARTS, ids=[f"{tee}-{part}" for tee, part in PARTS])
 def test_no_flipped_bit_verifies(tee: str, part: str) -> None:
-    """A thousand random bits of the evidence and of each endorsement, one at a time."""
+    """Random bits of the evidence and of each endorsement, one at a time; a thousand each in a deep run."""
     parts, chance = read(tee), random.Random(tee + part)
     for _ in range(FLIPS):
         bit = chance.randrange(len(parts[part]) * 8)
@@ -358,7 +374,12 @@ class TestMadeUpAmd:
         report = bytes(body) + b"".join(n.to_bytes(72, "little") for n in (r, s)) + bytes(368)
         claims = judge(report, crls=(amd.crl(),))
         policy = AppraisalPolicy(frozenset({claims.measurement}), minimum_tcb={"snp": 4})
-        assert appraise(claims, binding, policy, nonce=bytes(32)).status == "affirming"
+        build = Build(version="1", measurements=[claims.measurement])
+        assert appraise(claims, binding, policy, build=build, nonce=bytes(32)).status == "affirming"
+        without = judge(report)
+        verdict = appraise(without, binding, policy, build=build, nonce=bytes(32))
+        assert verdict.status == "contraindicated"
+        assert verdict.reasons == ("No revocation list was given, so the chip's certificate may be revoked.",)
 
 
 def test_mutant_without_the_signature_check_a_flip_passes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from rapha_lab.protocol.keys import PrivateKey
 
-VECTORS = Path(__file__).parents[3] / "shared" / "vectors"
+VECTORS = Path(os.environ.get("RAPHA_LAB_VECTORS") or Path(__file__).parents[3] / "shared" / "vectors")
+DEEP = os.environ.get("RAPHA_LAB_DEEP") == "1"  # the full counts that docs/trust.md states
 
 PAGE = """\
 # The policy of a made-up hospital.

@@ -7,31 +7,13 @@ they are signed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from typing import NoReturn, Protocol
 
 from rapha_lab.protocol.errors import EvidenceError
-from rapha_lab.protocol.evidence import Claims
+from rapha_lab.protocol.evidence import Claims, Endorsements
 
 __all__ = ["Endorsements", "Verify", "refuse"]
-
-
-@dataclass(frozen=True)
-class Endorsements:
-    """What the vendor signed about the hardware, as mirrored by the custodians; fields go by TEE.
-
-    Attributes:
-        leaf: DER certificate of the key that signs reports (AMD's VCEK or VLEK).
-        chain: PEM certificates from its issuer to the vendor's root.
-        crls: DER revocation lists.
-        collateral: Intel's collateral as JSON.
-    """
-
-    leaf: bytes = b""
-    chain: bytes = b""
-    crls: tuple[bytes, ...] = ()
-    collateral: bytes = b""
 
 
 class Verify(Protocol):

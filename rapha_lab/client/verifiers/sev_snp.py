@@ -2,7 +2,7 @@
 
 The certificate must say the same chip and the same firmware as the report (KDS specification 57230), and lead
 by ASK or ASVK to AMD's root for Milan, Genoa or Turin. A revocation list, if given, must be that root's and
-current.
+current; the appraisal demands one. AMD does not say which firmware is current: the appraisal's minimum does.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def verify(payload: bytes, endorsements: Endorsements, now: datetime) -> Claims:
         report_data=payload[0x50:0x90],
         debug=bool(policy & _DEBUG),
         tcb=tcb,
+        tcb_status="not stated",
         revocation=_revocation(endorsements.crls, [leaf, issuers[0]], issuers[1], now),
         root=root,
         hardware=payload[0x1A0:0x1E0].hex(),

@@ -1,0 +1,429 @@
+"""A log as a regulator gets it: one file, verified offline, in which nothing can be changed unnoticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from trust_material import DEEP
+
+from rapha_lab.cli import main
+from rapha_lab.client import bundles, logs
+from rapha_lab.client.bundles import prove
+from rapha_lab.client.logs import cosign_bundle, verify
+from rapha_lab.client.proofs import open_proof, write_proof
+from rapha_lab.client.witness import cosign, cosigned_at, verifier_key, witness_name
+from rapha_lab.curator.accounting import Gaussian
+from rapha_lab.curator.ledger import Ledger
+from rapha_lab.protocol.builds import KIND, Build
+from rapha_lab.protocol.checkpoint import Checkpoint, root_of, sign_checkpoint
+from rapha_lab.protocol.errors import LogError
+from rapha_lab.protocol.keys import PrivateKey
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+PUBLIC = str(PrivateKey("ed25519", (KEY,)).public)
+WITNESS = PrivateKey("ed25519", (Ed25519PrivateKey.from_private_bytes(bytes([9]) * 32),))
+MEASUREMENT = "sha256:" + "ab" * 32
+TAMPERINGS = 10_000 if DEEP else 300
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a witness remembers is of this test alone."""
+    monkeypatch.setenv("RAPHA_LAB_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[bytes, str]]:
+    """The entries of a ledger's log and the log's signatures: settled, abandoned and open jobs, a build, a policy."""
+    ledger = Ledger(tmp_path_factory.mktemp("ledger") / "ledger.sqlite", KEY, origin="ward")
+    ledger.open_account("p", "d", "train", 3.0, 1e-5)
+    ledger.record("policy", hash="00" * 32)
+    ledger.record(KIND, version="1", measurements=[MEASUREMENT], signer="", signature="")
+    for job in ("settled", "abandoned", "open", "second", "third"):
+        ledger.reserve(job, "p", "d", ["train"], Gaussian(20.0), bytes(32))
+        ledger.record("cell", source="00" * 32, project="p", researcher="r")
+    for job in ("settled", "second", "third"):
+        ledger.touch(job, 1)
+        ledger.settle(job, b"release")
+    ledger.abandon("abandoned", "cancelled")
+    found = ledger.log.signed(0, 10**6)
+    ledger.close()
+    return found
+
+
+def head(bodies: list[bytes], origin: str = "ward", key: Ed25519PrivateKey = KEY) -> str:
+    """The checkpoint over `bodies`."""
+    return sign_checkpoint(Checkpoint(origin, len(bodies), root_of(bodies)), key)
+
+
+def signed(bodies: list[bytes]) -> list[tuple[bytes, str]]:
+    """`bodies` with the signatures that the site itself would give."""
+    notes = [head(bodies[: number + 1]) for number in range(len(bodies))]
+    return list(zip(bodies, (note.rsplit(" ", 1)[1].strip() for note in notes), strict=True))
+
+
+def write(path: Path, pairs: list[tuple[bytes, str]], note: str) -> Path:
+    """A bundle of `pairs` under `note`."""
+    lines = [json.dumps({"checkpoint": note, "key": PUBLIC})]
+    lines += [json.dumps([body.decode(), code]) for body, code in pairs]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, pairs: list[tuple[bytes, str]]) -> Path:
+    """The honest bundle."""
+    return write(tmp_path / "bundle.jsonl", pairs, head([body for body, _ in pairs]))
+
+
+class TestHonest:
+    def test_it_verifies_and_its_books_are_told(self, bundle: Path) -> None:
+        """Jobs, kinds, builds and what each account spent come out of the log alone."""
+        audit = verify(bundle, PUBLIC)
+        assert audit.jobs == {
+            "settled": "charge", "abandoned": "abandon", "open": "reserve", "second": "charge", "third": "charge",
+        }  # fmt: skip
+        account = audit.accounts["p/d/train"]
+        assert account["spent"] == 4 * next(iter(account["open"].values()))
+        assert audit.builds == [Build(version="1", measurements=[MEASUREMENT])]
+
+    def test_the_log_signs_as_the_definition_says(self, pairs: list[tuple[bytes, str]]) -> None:
+        """Each stored-subtree signature is that over the root of all entries up to this one."""
+        assert pairs == signed([body for body, _ in pairs])
+
+    def test_every_entry_has_a_proof_of_its_own(self, bundle: Path, pairs: list[tuple[bytes, str]]) -> None:
+        """In C2SP's form, which verifies without the bundle, for this entry and no other."""
+        for index, (body, _) in enumerate(pairs):
+            text = write_proof(prove(bundle, index))
+            assert text.startswith(f"c2sp.org/tlog-proof@v1\nindex {index}\n")
+            assert open_proof(text, body, KEY.public_key(), "ward").size == len(pairs)
+            with pytest.raises(LogError):
+                open_proof(text, body + b" ", KEY.public_key())
+
+    def test_the_form_of_a_proof_is_the_published_one(
+        self, bundle: Path, pairs: list[tuple[bytes, str]]
+    ) -> None:
+        """First line, index, hashes, an empty line, the checkpoint verbatim; extra data is passed over."""
+        text = write_proof(prove(bundle, 3))
+        first, index, rest = text.split("\n", 2)
+        hashes, note = rest.split("\n\n", 1)
+        assert (first, index, len(hashes.split("\n"))) == ("c2sp.org/tlog-proof@v1", "index 3", 5)
+        assert note == head([body for body, _ in pairs])
+        extra = f"{first}\nextra AAAA\n{index}\n{rest}"
+        assert open_proof(extra, pairs[3][0], KEY.public_key()).origin == "ward"
+
+    def test_no_altered_proof_verifies(self, bundle: Path, pairs: list[tuple[bytes, str]]) -> None:
+        """One character anywhere in it."""
+        text, rng = write_proof(prove(bundle, 3)), random.Random(3)
+        for at in range(len(text)):
+            changed = text[:at] + rng.choice("abcXYZ0189") + text[at + 1 :]
+            if changed != text:
+                with pytest.raises(LogError):
+                    open_proof(changed, pairs[3][0], KEY.public_key())
+
+    def test_another_machine_needs_the_bundle_only(self, bundle: Path, tmp_path: Path) -> None:
+        """An empty folder, an empty home, no network, one command; and one that fails where an entry was changed."""
+        alone = tmp_path / "regulator"
+        alone.mkdir()
+        shutil.copy(bundle, alone / "log.jsonl")
+        command = [sys.executable, "-I", "-m", "rapha_lab.cli", "log", "verify", "log.jsonl", "--key", PUBLIC]
+        if shutil.which("unshare") and os.geteuid() == 0:
+            command = ["unshare", "--net", *command]
+        env = {"HOME": str(alone), "PATH": os.environ["PATH"]}
+        done = subprocess.run(command, cwd=alone, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "entries of the log ward hold" in done.stdout
+        assert f"Enclave 1 ran, signed by nobody: {MEASUREMENT}." in done.stdout
+        lines = (alone / "log.jsonl").read_text().splitlines()
+        at = next(n for n, line in enumerate(lines) if "settled" in line)
+        lines[at] = lines[at].replace("settled", "sett1ed")
+        (alone / "log.jsonl").write_text("\n".join(lines) + "\n")
+        done = subprocess.run(command, cwd=alone, env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"Entry {at - 1} is the first that does not hold" in done.stderr
+
+
+Pairs = list[tuple[bytes, str]]
+
+
+def _edit(rng: random.Random, pairs: Pairs) -> tuple[Pairs, int]:
+    at = rng.randrange(len(pairs))
+    body = bytearray(pairs[at][0])
+    where = rng.randrange(len(body))
+    body[where] = ord(rng.choice([c for c in "abcdefghijkl0123456789" if ord(c) != body[where]]))
+    return [*pairs[:at], (bytes(body), pairs[at][1]), *pairs[at + 1 :]], at
+
+
+def _drop(rng: random.Random, pairs: Pairs) -> tuple[Pairs, int]:
+    at = rng.randrange(len(pairs))
+    return [*pairs[:at], *pairs[at + 1 :]], at
+
+
+def _truncate(rng: random.Random, pairs: Pairs) -> tuple[Pairs, int]:
+    at = rng.randrange(len(pairs))
+    return pairs[:at], at
+
+
+def _swap(rng: random.Random, pairs: Pairs) -> tuple[Pairs, int]:
+    a, b = sorted(rng.sample(range(len(pairs)), 2))
+    moved = list(pairs)
+    moved[a], moved[b] = moved[b], moved[a]
+    return moved, a
+
+
+def _insert(rng: random.Random, pairs: Pairs) -> tuple[Pairs, int]:
+    at = rng.randrange(len(pairs) + 1)
+    return [*pairs[:at], rng.choice(pairs), *pairs[at:]], at
+
+
+def _move(rng: random.Random, pairs: Pairs) -> tuple[Pairs, int]:
+    a, b = rng.sample(range(len(pairs)), 2)
+    moved = list(pairs)
+    moved.insert(b, moved.pop(a))
+    return moved, min(a, b)
+
+
+def _unsign(rng: random.Random, pairs: Pairs) -> tuple[Pairs, int]:
+    at = rng.randrange(len(pairs))
+    return [*pairs[:at], (pairs[at][0], pairs[at - 1][1]), *pairs[at + 1 :]], at
+
+
+def _replace(rng: random.Random, pairs: Pairs) -> tuple[Pairs, int]:
+    """Everything from an entry on is another history, well signed by a key of the forger's own."""
+    at = rng.randrange(len(pairs))
+    other = Ed25519PrivateKey.from_private_bytes(bytes([7]) * 32)
+    bodies = [*(body for body, _ in pairs[:at]), *(b'{"kind":"cell"}' for _ in pairs[at:])]
+    codes = [head(bodies[: n + 1], key=other).rsplit(" ", 1)[1].strip() for n in range(len(bodies))]
+    return [*pairs[:at], *zip(bodies[at:], codes[at:], strict=True)], at
+
+
+HOWS: list[Callable[[random.Random, Pairs], tuple[Pairs, int]]] = [
+    _edit, _drop, _truncate, _swap, _insert, _move, _unsign, _replace,
+]  # fmt: skip
+
+
+class TestTampered:
+    def test_the_first_bad_entry_is_named(self, pairs: Pairs, tmp_path: Path) -> None:
+        """Edited, dropped, cut, swapped, doubled, moved, unsigned, rewritten: 300 logs, 10,000 in a deep run."""
+        rng, honest, path = random.Random(11), head([body for body, _ in pairs]), tmp_path / "bad.jsonl"
+        done = 0
+        while done < TAMPERINGS:
+            how = HOWS[done % len(HOWS)]
+            changed, first = how(rng, pairs)
+            if changed == pairs:
+                continue
+            while first < min(len(changed), len(pairs)) and changed[first] == pairs[first]:
+                first += 1  # a doubled entry beside its like is bad from the next one on
+            write(path, changed, honest)
+            with pytest.raises(LogError, match=f"^Entry {first} is the first that does not hold"):
+                verify(path, PUBLIC)
+            done += 1
+
+    def test_another_sites_key_does_not_verify_it(self, bundle: Path) -> None:
+        """Whose log it is is known from elsewhere."""
+        with pytest.raises(LogError, match="another site's"):
+            verify(bundle, str(PrivateKey.create().public))
+
+    def test_no_changed_character_verifies(self, bundle: Path) -> None:
+        """One character anywhere, 500 times (seeded)."""
+        rng, text = random.Random(7), bundle.read_text()
+        for _ in range(500):
+            at = rng.randrange(len(text))
+            changed = text[:at] + rng.choice("abcXYZ0189 ") + text[at + 1 :]
+            if changed != text:
+                bundle.write_text(changed)
+                with pytest.raises(LogError):
+                    verify(bundle, PUBLIC)
+
+    def test_books_that_the_site_itself_falsified_are_named(self, pairs: Pairs, tmp_path: Path) -> None:
+        """Every signature holds, and a charge is smaller than what was reserved says it must be."""
+        bodies = [body for body, _ in pairs]
+        at = next(n for n, body in enumerate(bodies) if b'"reserve"' in body)
+        entry = json.loads(bodies[at])
+        entry["accounts"]["p/d/train"]["charged"] = 1
+        bodies[at] = json.dumps(entry).encode()
+        path = write(tmp_path / "books.jsonl", signed(bodies), head(bodies))
+        with pytest.raises(LogError, match=f"Entry {at} is the first .* does not add up"):
+            verify(path, PUBLIC)
+
+    def test_mutant_without_entry_signatures_only_the_last_entry_is_suspected(
+        self, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They are what names the first entry: without, only the head says that something is wrong."""
+        monkeypatch.setattr(logs, "_check_signature", lambda head, code, key: None)
+        changed = [*pairs[:2], (pairs[2][0].replace(b'"1"', b'"2"'), pairs[2][1]), *pairs[3:]]
+        path = write(tmp_path / "bad.jsonl", changed, head([body for body, _ in pairs]))
+        with pytest.raises(LogError, match=f"Entry {len(pairs) - 1} is the first"):
+            verify(path)
+
+    def test_mutant_without_the_head_a_cut_passes(
+        self, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A shorter log with honest signatures is one that once was; only the head's size says that it is old."""
+        cut = pairs[:5]
+        assert (
+            verify(write(tmp_path / "cut.jsonl", cut, head([body for body, _ in cut]))).checkpoint.size == 5
+        )
+        with pytest.raises(LogError, match="Entry 5 is the first"):
+            verify(write(tmp_path / "cut.jsonl", cut, head([body for body, _ in pairs])))
+
+
+class TestTwoHistories:
+    """A site that holds the key can sign anything; who remembers shows it."""
+
+    @pytest.fixture
+    def forked(self, pairs: Pairs, tmp_path: Path) -> Path:
+        """A perfect bundle of another history, which leaves the first one at entry 6."""
+        bodies = [body for body, _ in pairs]
+        bodies[6] = b'{"hash":"' + b"11" * 32 + b'","kind":"policy"}'
+        bodies[7:] = [body for body in bodies[7:] if b'"kind":"cell"' in body]
+        return write(tmp_path / "forked.jsonl", signed(bodies), head(bodies))
+
+    def test_alone_it_verifies(self, forked: Path) -> None:
+        """Nothing in it is wrong: this is why somebody must remember."""
+        assert verify(forked, PUBLIC).checkpoint.size < 18
+
+    def test_against_a_bundle_the_first_other_entry_is_named(self, forked: Path, bundle: Path) -> None:
+        """Whichever of the two is asked about."""
+        for one, other in ((forked, bundle), (bundle, forked)):
+            with pytest.raises(LogError, match=r"Entry 6 is the first .* two histories"):
+                verify(one, PUBLIC, against=[other])
+
+    def test_against_a_checkpoint_it_is_refused(self, forked: Path, pairs: Pairs, tmp_path: Path) -> None:
+        """One that a client, a witness or a receipt kept, of any size beyond the fork."""
+        bodies = [body for body, _ in pairs]
+        note = tmp_path / "note"
+        for size in (7, 8, len(forked.read_text().splitlines()) - 1):
+            note.write_text(head(bodies[:size]))
+            with pytest.raises(LogError, match=f"one of the entries 0 to {size - 1} was another then"):
+                verify(forked, PUBLIC, against=[note])
+        note.write_text(head(bodies[:6]))
+        verify(forked, PUBLIC, against=[note])
+
+    def test_a_receipts_proof_serves_as_well(self, forked: Path, bundle: Path, tmp_path: Path) -> None:
+        """A release's proof holds the checkpoint of its day."""
+        proof = tmp_path / "entry.tlog-proof"
+        proof.write_text(write_proof(prove(bundle, 3)))
+        verify(bundle, PUBLIC, against=[proof])
+        with pytest.raises(LogError):
+            verify(forked, PUBLIC, against=[proof])
+
+    def test_a_roll_back_is_named(self, pairs: Pairs, bundle: Path, tmp_path: Path) -> None:
+        """The log ends before what was seen of it."""
+        short = write(tmp_path / "short.jsonl", pairs[:9], head([body for body, _ in pairs[:9]]))
+        with pytest.raises(LogError, match=r"Entry 9 is the first .* rolled back"):
+            verify(short, PUBLIC, against=[bundle])
+        assert verify(bundle, PUBLIC, against=[short]).checkpoint.size == len(pairs)
+
+    def test_another_logs_checkpoint_is_no_witness(self, bundle: Path, tmp_path: Path) -> None:
+        """Of another name, or signed by another key."""
+        note = tmp_path / "note"
+        for text in (head([], origin="other"), head([], key=Ed25519PrivateKey.generate()), "", "no note"):
+            note.write_text(text)
+            with pytest.raises(LogError):
+                verify(bundle, PUBLIC, against=[note])
+
+
+class TestWitness:
+    NAME = "ethics.hospital.example"
+
+    def test_a_cosignature_is_as_published(self, bundle: Path) -> None:
+        """Key id with the 4 for Ed25519, time, and a signature over header, time and the note's body."""
+        note = cosign(bundles.read(bundle).note, self.NAME, WITNESS, now=1679315147)
+        line = note.splitlines()[-1]
+        assert line.startswith(f"— {self.NAME} ")
+        assert cosigned_at(note, verifier_key(self.NAME, WITNESS.public)) == 1679315147
+
+    def test_the_log_still_opens_its_own_note(self, bundle: Path, pairs: Pairs) -> None:
+        """A cosigned checkpoint is the checkpoint."""
+        note = cosign(bundles.read(bundle).note, self.NAME, WITNESS)
+        path = bundle.with_name("cosigned.jsonl")
+        assert verify(write(path, pairs, note), PUBLIC).checkpoint.size == len(pairs)
+
+    def test_no_altered_cosignature_counts(self, bundle: Path) -> None:
+        """Another time, another size, another key, another name."""
+        note, vkey = (
+            cosign(bundles.read(bundle).note, self.NAME, WITNESS),
+            verifier_key(self.NAME, WITNESS.public),
+        )
+        rng = random.Random(2)
+        for at in range(len(note)):
+            changed = note[:at] + rng.choice("abcXYZ019") + note[at + 1 :]
+            body, mine = (text.splitlines() for text in (note, changed))
+            same = body[:3] == mine[:3] and body[-1] == mine[-1] and len(body) == len(mine) and mine[3] == ""
+            if same:
+                continue  # the log's own line is the log's business
+            with pytest.raises(LogError):
+                cosigned_at(changed, vkey)
+        other = PrivateKey.create()
+        for wrong in (
+            verifier_key(self.NAME, other.public),
+            verifier_key("x", WITNESS.public),
+            vkey[:-1],
+            "",
+            "a+b+c",
+        ):
+            with pytest.raises(LogError):
+                cosigned_at(note, wrong)
+
+    @pytest.mark.parametrize("name", ["a b", "a+b", "a\nb"])
+    def test_a_name_that_notes_cannot_carry_is_refused(self, name: str, bundle: Path) -> None:
+        """As for a log."""
+        with pytest.raises(LogError, match="cannot be named"):
+            cosign(bundles.read(bundle).note, name, WITNESS)
+
+    def test_it_follows_one_history_and_keeps_what_it_saw(self, pairs: Pairs, tmp_path: Path) -> None:
+        """It cosigns a log that grew; not one that shrank, nor one that was rewritten."""
+        bodies = [body for body, _ in pairs]
+
+        def bundle(bodies: list[bytes]) -> Path:
+            return write(tmp_path / "b.jsonl", signed(bodies), head(bodies))
+
+        first = cosign_bundle(bundle(bodies[:8]), WITNESS, self.NAME)
+        cosign_bundle(bundle(bodies[:12]), WITNESS, self.NAME)
+        with pytest.raises(LogError, match="rolled back"):
+            cosign_bundle(bundle(bodies[:8]), WITNESS, self.NAME)
+        forged = [*bodies[:10], b'{"hash":"","kind":"policy"}', *bodies[11:14]]
+        forged = [body for body in forged if b'"p"' not in body or b'"reserve"' in body or b"account" in body]
+        with pytest.raises(LogError):
+            cosign_bundle(bundle(forged), WITNESS, self.NAME)
+        cosign_bundle(bundle(bodies), WITNESS, self.NAME)
+        note = tmp_path / "note"
+        note.write_text(first)
+        vkey = verifier_key(self.NAME, WITNESS.public)
+        assert verify(bundle(bodies), PUBLIC, against=[note], witnesses=[vkey]).checkpoint.size == len(bodies)
+        stranger = verifier_key("someone", PrivateKey.create().public)
+        with pytest.raises(LogError, match="someone does not confirm"):
+            verify(bundle(bodies), PUBLIC, against=[note], witnesses=[vkey, stranger])
+        with pytest.raises(LogError, match="does not confirm"):
+            verify(bundle(bodies), PUBLIC, witnesses=[vkey])
+
+    def test_the_commands_do_all_of_it(
+        self, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    ) -> None:
+        """A witness cosigns, an auditor demands it, an entry is proved and checked."""
+        monkeypatch.setenv("RAPHA_LAB_PASSPHRASE", "correct horse")
+        WITNESS.save(tmp_path / "w.key", "correct horse")
+        note, entry = tmp_path / "note", tmp_path / "entry.json"
+        arguments = ["witness", str(bundle), "--key", str(tmp_path / "w.key"), "--out", str(note)]
+        assert main(arguments) == 0
+        vkey = verifier_key(witness_name(WITNESS.public), WITNESS.public)
+        assert vkey in capsys.readouterr().out
+        check = ["log", "verify", str(bundle), "--key", PUBLIC, "--against", str(note), "--witness", vkey]
+        assert main(check) == 0
+        assert main(["log", "prove", str(bundle), "3", str(entry)]) == 0
+        assert main(["log", "check", str(entry), "--key", PUBLIC]) == 0
+        entry.write_bytes(entry.read_bytes() + b" ")
+        assert main(["log", "check", str(entry), "--key", PUBLIC]) == 1
+        assert main(["log", "prove", str(bundle), "999", str(entry)]) == 1
+        assert "LogError" in capsys.readouterr().err
