@@ -6,6 +6,8 @@ BIN := .venv/bin
 # the front end is built only where there is node; everything else works without it
 ifeq ($(shell command -v node),)
 export HATCH_JUPYTER_BUILDER_SKIP_NPM = 1
+else
+FRONT_END := $(wildcard $(addprefix extensions/rapha-lab/,src/* style/* schema/* package.json yarn.lock))
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -18,7 +20,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 # torch is named first and pinned: an unpinned one would take gigabytes
-.venv/demo: $(BIN)/python pyproject.toml constraints.txt
+.venv/demo: $(BIN)/python pyproject.toml constraints.txt $(FRONT_END)
+	@$(if $(FRONT_END),rm -rf rapha_lab/labextension)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 --editable '.[lab,demo]'
 	@touch $@
 

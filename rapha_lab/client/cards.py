@@ -20,6 +20,7 @@ DATASET = "application/vnd.rapha.dataset+json"
 _CARD = "border:1px solid #8884;border-left:4px solid {edge};border-radius:4px;padding:.6em 1em;margin:.3em 0;max-width:60em"
 _MUTED = "opacity:.75"
 TEAL, AMBER, RED = "#2f7d6d", "#9a6700", "#b3261e"
+"""Of edges and bars; words keep the page's own colour, which can be read in light and dark themes."""
 
 
 def _box(edge: str, inner: str) -> str:
@@ -30,7 +31,7 @@ def _simulated(card: dict[str, Any]) -> str:
     if not card.get("simulated"):
         return ""
     return (
-        f'<div style="color:{AMBER};font-weight:600">⚠ Simulated enclave: no hardware protects it. '
+        f'<div style="background:{AMBER}33;padding:0 .4em;font-weight:600">⚠ Simulated enclave: no hardware protects it. '
         "Whoever owns the machine can read everything.</div>"
     )
 
@@ -156,7 +157,7 @@ def job(card: dict[str, Any]) -> dict[str, Any]:
     if steps:
         words.append(f"step {step} of {steps}")
     if card.get("epsilon"):
-        words.append(f"ε {card['spent']:.3g} of {card['epsilon']:.3g} released")
+        words.append(f"ε {card['spent']:.3g} of {card['epsilon']:.3g} spent")
     if left and card["state"] == "running":
         words.append(f"about {left:.0f} s left")
     bar = (
@@ -182,7 +183,7 @@ def blocked(error: dict[str, Any]) -> dict[str, Any]:
     where = f" (line {error['line']} of the cell)" if error.get("line") else ""
     html = _box(
         RED,
-        f'<div><span style="color:{RED};font-weight:600">⊘ Blocked.</span> {escape(error["what"])}{escape(where)}</div>'
+        f"<div><b>⊘ Blocked.</b> {escape(error['what'])}{escape(where)}</div>"
         f'<div style="{_MUTED}">{escape(error.get("why") or "")}</div>'
         f"<div>{escape(error.get('instead') or '')}</div>",
     )

@@ -408,6 +408,9 @@ class Job:
         """Raise what ended the job, if it did not end well."""
         if self.state == "done":
             return
+        if self.state == "cancelled":
+            spent = f"What had run stays charged: ε {self.told.get('spent') or 0:.3g}."
+            raise SiteError("The job was cancelled.", spent, "Run it again.")
         error = (
             from_wire(self.told["error"])
             if self.told.get("error")

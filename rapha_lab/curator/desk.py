@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from rapha_lab.curator.accounting import epsilon_of
 from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.mechanisms import Answer, Plan, loop
@@ -30,6 +31,9 @@ from rapha_lab.protocol.release import Release, statement
 from rapha_lab.protocol.schema import Schema
 
 __all__ = ["Caller", "Cancelled", "Desk", "permit"]
+
+OnStep = Callable[[int, int, float], None]
+"""Told (steps done, steps planned, ε once the next block has run) before each block; raises to cancel."""
 
 LANES = {"fit": "train", "open": "train", "evaluate": "evaluate", "shards": "shards"}
 
@@ -81,13 +85,13 @@ class Desk:
         self._loops: dict[str, tuple[Caller, Loop, float]] = {}
 
     def answer(
-        self, caller: Caller, request: bytes, tensors: bytes, on_step: Callable[[int, int], None]
+        self, caller: Caller, request: bytes, tensors: bytes, on_step: OnStep
     ) -> tuple[Release | dict[str, Any], bytes]:
         """Answer one untrusted request.
 
         Args:
             request, tensors: as a session sent them.
-            on_step: told (steps done, steps planned) before each block of steps; raises to cancel.
+            on_step: told how far it is.
 
         Raises:
             RequestError, ProgramError, PolicyError, BudgetError: nothing was touched, nothing spent.
@@ -113,7 +117,11 @@ class Desk:
         for split in plan.touches:
             self._ledger.open_account(caller.project, ask.dataset, split, account.epsilon, account.delta)
         self._ledger.reserve(caller.job, caller.project, ask.dataset, plan.touches, plan.loss, question)
-        answer, receipt = self._run(caller.job, plan, cohort, ask.split, on_step)
+
+        def told(done: int, planned: int, ran: int) -> None:
+            on_step(done, planned, epsilon_of(plan.loss.part(ran), account.delta))
+
+        answer, receipt = self._run(caller.job, plan, cohort, ask.split, told)
         return self._release(caller.job, ask, account.delta, answer, receipt)
 
     # -- a training loop: reserved when it opens, charged step by step, logged when it closes ---------------
@@ -129,15 +137,19 @@ class Desk:
         return {"loop": caller.job, "noise": found.sigma, "rate": found.rate}, b""
 
     def _gradient(
-        self, caller: Caller, ask: messages.Gradient, tensors: bytes, on_step: Callable[[int, int], None]
+        self, caller: Caller, ask: messages.Gradient, tensors: bytes, on_step: OnStep
     ) -> tuple[dict[str, Any], bytes]:
         found = self._loop(caller, ask.loop)
         self._permit(self._policy(), caller, found.ask, program=ask.program)
 
+        *_, delta = self._loops[ask.loop]
+
         def progress(steps: int) -> None:
-            on_step(found.done, found.ask.steps if steps else 0)
-            if steps:
-                self._ledger.touch(ask.loop, steps)
+            if not steps:
+                return on_step(found.done, 0, 0.0)  # of a block that was announced
+            ran = min(found.done + steps, found.ask.steps)
+            on_step(found.done, found.ask.steps, epsilon_of(found.loss.part(ran), delta))
+            self._ledger.touch(ask.loop, steps)
 
         view = self._cohort(found.ask.dataset).view(found.ask.split)
         try:
@@ -216,13 +228,13 @@ class Desk:
             policy.project(caller.project).within_size(program)
 
     def _run(
-        self, job: str, plan: Plan, cohort: Cohort, split: str, on_step: Callable[[int, int], None]
+        self, job: str, plan: Plan, cohort: Cohort, split: str, told: Callable[[int, int, int], None]
     ) -> tuple[Answer, Receipt]:
         done = beats = 0
 
         def progress(steps: int) -> None:
             nonlocal done, beats
-            on_step(done + beats, plan.steps + plan.beats)
+            told(done + beats, plan.steps + plan.beats, done + steps)
             if steps:
                 self._ledger.touch(job, steps)
             done, beats = done + steps, beats + (not steps)

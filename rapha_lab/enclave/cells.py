@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import threading
 import time
 import uuid
@@ -51,8 +52,8 @@ class Cell:
     outputs: list[dict[str, Any]] = field(default_factory=list)
     step: int = 0
     steps: int = 0
-    epsilon: float = 0.0
-    spent: float = 0.0
+    asked: dict[str, float] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
     started: float = 0.0
     ended: float = 0.0
     error: dict[str, Any] | None = None
@@ -66,7 +67,8 @@ class Cell:
 
     def summary(self) -> dict[str, Any]:
         """What a job list shows."""
-        first = next((line for line in self.order.source.splitlines() if line.strip()), "")
+        lines = [line.strip() for line in self.order.source.splitlines() if line.strip()]
+        telling = next((line for line in lines if "patients" in line), lines[0] if lines else "")
         rate = (time.time() - self.asked_at) / self.step if self.step and self.state == "running" else 0
         return {
             "id": self.id,
@@ -74,12 +76,12 @@ class Cell:
             "state": self.state,
             "step": self.step,
             "steps": self.steps,
-            "epsilon": self.epsilon,
-            "spent": self.spent,
+            "epsilon": math.fsum(self.asked.values()),
+            "spent": math.fsum(self.spent.values()),
             "seconds_left": round(rate * (self.steps - self.step), 1) if rate else None,
             "started": self.started,
             "ended": self.ended,
-            "source_line": first[:200],
+            "source_line": telling[:200],
             "origin": self.order.origin,
         }
 
@@ -274,32 +276,38 @@ class Cells:
 
     def _ask(self, cell: Cell, request: bytes, tensors: bytes) -> tuple[dict[str, Any], bytes]:
         """One request of a cell's: carried to the curator, its release shown as a card."""
+        epsilon, loop = _price(request)
 
-        def on_step(step: int, steps: int) -> None:
+        def on_step(step: int, steps: int, spent: float) -> None:
             with self._changed:
-                cell.step, cell.steps = step, steps
+                cell.step, cell.steps, cell.spent[job] = step, steps, spent
                 self._changed.notify_all()
 
-        epsilon = _epsilon(request)
         with self._changed:
             if cell.cancelled:
                 raise _Stopped("The cell was cancelled.")
             cell.asking = f"{cell.id}-{uuid.uuid4().hex[:8]}"
             if epsilon:
                 cell.asked_at, cell.step, cell.steps = time.time(), 0, 0
-            cell.epsilon += epsilon
+                cell.asked[cell.asking] = epsilon
+            job = loop or cell.asking
         asked = cell.asking, cell.researcher, cell.order.project, request, tensors, on_step
         try:
             wire, blob = self._curator.ask(*asked)
         except CuratorLost as lost:
             wire, blob = self._again(asked, lost)
+        except RaphaError:
+            with self._changed:
+                if job not in cell.spent:
+                    cell.asked.pop(job, None)  # refused before anything was touched: nothing was granted
+            raise
         finally:
             with self._changed:
                 cell.asking = None
         if "op" not in wire:
             return wire, blob  # a step of a loop, which is one release when it closes
         with self._changed:
-            cell.spent += wire["epsilon"]
+            cell.spent.setdefault(job, wire["epsilon"])
             cell.step = cell.steps
         release = msgspec.convert(wire, Release)
         data = release._repr_mimebundle_()
@@ -327,11 +335,13 @@ def _printed(output: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _epsilon(request: bytes) -> float:
+def _price(request: bytes) -> tuple[float, str]:
+    """The ε that a request asks for, and the loop that it is a step of, if any."""
     try:
-        return float(getattr(messages.decode(request), "epsilon", 0.0))
+        ask = messages.decode(request)
     except RaphaError:
-        return 0.0
+        return 0.0, ""
+    return float(getattr(ask, "epsilon", 0.0)), str(getattr(ask, "loop", ""))
 
 
 class _Session:
@@ -420,7 +430,9 @@ class _Session:
             if frame is None:
                 raise OSError("the worker is gone")
             said = msgspec.json.decode(frame[0], type=_Said)
-            if said.say == "output" and said.output.get("type") in ("stream", "display"):
+            if said.say == "begun" and cell.cancelled:
+                self.interrupt()  # what was sent before met no cell to interrupt
+            elif said.say == "output" and said.output.get("type") in ("stream", "display"):
                 self._cells._add(cell, self._cells._honest(said.output))
             elif said.say == "ask":
                 self._answer(cell, said.number, bytes(said.ask), frame[1])

@@ -19,7 +19,7 @@ from rapha_lab.protocol.errors import RaphaError, SiteError, from_wire
 
 __all__ = ["Curator", "CuratorLost"]
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int, float], None]
 
 
 class _Waiting:
@@ -151,7 +151,7 @@ class Curator:
             while (reply := mine.replies.get()) is not None:
                 said, blob = reply
                 if "step" in said:
-                    on_step(said["step"], said["steps"])
+                    on_step(said["step"], said["steps"], said["spent"])
                 elif "error" in said:
                     raise from_wire(said["error"])
                 else:

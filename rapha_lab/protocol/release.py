@@ -157,7 +157,8 @@ class Release(msgspec.Struct, kw_only=True):
     def _price(self) -> str:
         number = self.receipt.get("index")
         receipt = f" · receipt {number}" if number is not None else ""
-        return f"ε {self.epsilon:g}, δ {self.delta:g} per {self.unit} · {self.dataset}, {self.split}{receipt}"
+        where = f"{self.dataset}, {self.split}{receipt}{' · simulated enclave' if self.simulated else ''}"
+        return f"ε {self.epsilon:g}, δ {self.delta:g} per {self.unit} · {where}"
 
     def __repr__(self) -> str:
         rows = "\n".join(f"  {row.name:<24} {_figure(row.value):>12}{_bar(row)}" for row in self.rows[:40])

@@ -86,7 +86,7 @@ def _pack_array(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Spec
         tensor = (
             value.detach()
             if isinstance(value, torch.Tensor)
-            else torch.from_numpy(numpy.ascontiguousarray(value))
+            else torch.from_numpy(numpy.array(value, order="C"))
         )
     except TypeError:
         why = f"Its dtype is {numpy.asarray(value).dtype}."

@@ -1,8 +1,8 @@
 """The session's process: takes cells one at a time, asks the curator through its pipe, says what it shows.
 
 Frames to the worker:   {"do": "run", ...}  {"do": "answer", "number", ...}
-Frames from the worker: {"say": "output", ...}  {"say": "ask", "number", ...}  {"say": "done", ...}
-SIGINT interrupts the cell that runs.
+Frames from the worker: {"say": "begun"}  {"say": "output", ...}  {"say": "ask", "number", ...}  {"say": "done", ...}
+SIGINT interrupts the cell that has begun.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ class Worker:
     def _outcome(self, header: dict[str, Any], tensors: bytes) -> tuple[dict[str, Any], bytes]:
         self._busy = True
         try:
+            self._say({"say": "begun"})
             return self._cell(header, tensors)
         except CellError as error:
             return {"error": error.to_wire(), "traceback": error.traceback}, b""

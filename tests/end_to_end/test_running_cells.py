@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import math
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -17,8 +19,9 @@ import ward
 from ward import Ward
 
 from rapha_lab.client.site import Job, Site
+from rapha_lab.curator import accounting
 from rapha_lab.enclave import cells as cells_module
-from rapha_lab.protocol.errors import CellError, RaphaError, RequestError, SiteError
+from rapha_lab.protocol.errors import BudgetError, CellError, RaphaError, RequestError, SiteError
 from rapha_lab.protocol.release import MIME, Release
 from rapha_lab.session import parcels
 
@@ -70,6 +73,15 @@ import torch
 from torch import nn
 model = nn.Sequential(nn.Linear({len(ward.FEATURES)}, 8), nn.Tanh(), nn.Linear(8, 1))
 history = patients.train.fit(model, inputs={ward.FEATURES}, target="died", epochs=2, epsilon=4)
+"""
+LOOP = f"""
+import torch
+model = torch.nn.Linear({len(ward.FEATURES)}, 1)
+for step, batch in enumerate(patients.train.batches(size=100, epochs=2, epsilon=2)):
+    loss = (model(batch[{ward.FEATURES}]).squeeze(-1) - batch["died"]).square().mean()
+    loss.backward()
+    if step == 2:
+        raise ValueError("enough")
 """
 LONG = FIT.replace("epochs=2", "epochs=2_000").replace("epsilon=4", "epsilon=1")
 
@@ -381,7 +393,30 @@ Forged()
         assert bundle[MIME]["values"]["column"] == "age"
 
 
+def _charged(folder, cell):
+    """The ε of the steps that the ledger has down for a cell's only job."""
+    with contextlib.closing(sqlite3.connect(folder / "state" / "ledger.sqlite")) as db:
+        ((loss, ran),) = db.execute("SELECT loss, touched FROM job WHERE name LIKE ?", (f"{cell}-%",))
+    return accounting.epsilon_of(accounting.decode_loss(loss).part(ran), 1e-5)
+
+
 class TestStopping:
+    def test_a_loop_that_is_left_early_shows_what_its_steps_cost(self, site, serving, fresh):
+        """It raises after three of its steps: those are charged and shown, of all that was granted."""
+        job = site.run(LOOP, "ward", session=fresh)
+        with pytest.raises(RaphaError, match="enough"):
+            job.wait()
+        assert 0 < job.told["spent"] < job.told["epsilon"] == 2
+        assert job.told["spent"] == pytest.approx(_charged(serving.folder, job.id))
+
+    def test_what_is_refused_before_it_ran_is_neither_granted_nor_spent(self, site, fresh):
+        """A job shows the ε of the questions that were answered."""
+        source = "patients.count(epsilon=0.5)\npatients.count(epsilon=1e5)"
+        job = site.run(source, "ward", session=fresh)
+        with pytest.raises(BudgetError):
+            job.wait()
+        assert (job.told["epsilon"], job.told["spent"]) == (0.5, 0.5)
+
     def test_a_cancelled_fit_is_charged_for_what_ran_and_refunded_the_rest(self, site, serving, fresh):
         """And says so."""
         before = serving.spent()["train"]
@@ -394,6 +429,8 @@ class TestStopping:
         assert job.state == "cancelled"
         paid = serving.spent()["train"] - before
         assert 0 < paid < reserved
+        assert job.told["spent"] == pytest.approx(_charged(serving.folder, job.id))
+        assert 0 < job.told["spent"] < job.told["epsilon"] == 1
         assert printed(site.run("print(model is not None)", "ward", session=fresh).wait()) == "True\n"
 
     @pytest.mark.parametrize(
@@ -412,6 +449,16 @@ class TestStopping:
         assert time.monotonic() - began < 60
         assert job.state == "cancelled"
         assert printed(site.run("print(kept)", "ward", session=fresh).wait()) == "5\n"
+
+    def test_a_cell_cancelled_before_its_python_began_is_interrupted_once_it_has(self, site, fresh):
+        """It is running for the site while its values are still on their way into the session."""
+        site.run("import time", "ward", session=fresh).wait()
+        values = parcels.pack({"large": torch.zeros(1 << 23)}, ["large"])
+        job = site.run("time.sleep(600)", "ward", session=fresh, inputs=values)
+        job.cancel()
+        with pytest.raises(RaphaError):
+            job.wait()
+        assert job.state == "cancelled"
 
     def test_a_cell_interrupted_while_it_asks_mixes_up_no_answers(self, site, fresh):
         """The next question gets its own answer, not the one that was left over."""

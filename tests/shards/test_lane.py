@@ -162,7 +162,7 @@ class TestAtTheDesk:
         made, ledger = desk
         monkeypatch.setattr(Here, "answers", _beaten)
 
-        def on_step(done, planned):
+        def on_step(done, planned, spent):
             if done:
                 raise Cancelled("cancelled")
 

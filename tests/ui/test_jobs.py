@@ -83,6 +83,9 @@ def test_a_job_is_cancelled_from_its_card(lab: Lab, training: Locator) -> None:
     training.get_by_role("button", name="Cancel").click()
     expect(training).to_contain_text("Cancelled", timeout=60_000)
     expect(training.get_by_role("button", name="Cancel")).to_have_count(0)
+    expect(training).to_contain_text(re.compile(r"ε 0\.\d*[1-9]\d* spent of 0.05 granted"))
+    expect(lab.cell(1)).to_contain_text("What had run stays charged")
+    expect(lab.cell(1).locator(".rapha-Blocked")).to_have_count(0)
 
 
 def test_a_reload_in_mid_job_picks_it_up_again(lab: Lab, training: Locator) -> None:

@@ -68,6 +68,7 @@ class OutputCheck {
     });
     const later = () => void soon.invoke().catch(() => undefined);
     _panel.context.model.contentChanged.connect(later);
+    _panel.disposed.connect(() => Notification.dismiss(this._toast));
     void _panel.context.ready.then(later);
   }
 
@@ -105,7 +106,7 @@ class OutputCheck {
     const count = this._findings.length;
     const outputs = count === 1 ? 'An output' : `${count} outputs`;
     const { cell, reason } = this._findings[0];
-    Notification.warning(
+    this._toast = Notification.warning(
       // Lab cuts a toast after 140 characters.
       `${outputs} may hold patients’ rows: ${reason} This is help, not a wall.`,
       {
@@ -130,4 +131,5 @@ class OutputCheck {
   private _findings: IFinding[] = [];
   private _text = '';
   private _warned = '';
+  private _toast = 'none yet';
 }

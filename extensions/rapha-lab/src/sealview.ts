@@ -44,7 +44,7 @@ function words(verdict: Verdict, simulated: boolean, openReceipt: (() => void) |
       return seal;
     }
     case 'here':
-      return strip(hereIcon, 'Not an answer of the site: raised on this computer');
+      return strip(hereIcon, 'No answer of the site: an error, unsigned');
     case 'copy':
       return strip(hereIcon, 'A copy of a release; its seal stands in the enclave cell that made it');
     case 'pending':

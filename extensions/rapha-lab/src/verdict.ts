@@ -7,7 +7,7 @@ import { IRelease, ISignature, IVerification, Mime } from './tokens';
  * What may be shown of an output, and what is said of it.
  *
  * - `verified`: signed by the site; shown.
- * - `here`: raised on this computer, such as a failed rehearsal; shown, and said to be no answer of the site.
+ * - `here`: an error or refusal, most often of the rehearsal; shown, and said to be no answer of the site.
  * - `card`: a card that states its own source; shown.
  * - `said`: the error whose card stands just above and says the same; not shown again.
  * - `copy`: a release outside an enclave cell; shown, and said to be unchecked.
