@@ -22,6 +22,9 @@ __all__ = ["load", "reseed", "seal_imports"]
 
 _NEVER = {"antigravity", "this", "idlelib", "lib2to3", "tkinter", "turtle", "turtledemo", "ensurepip", "venv"}
 
+# starts a thread of its allocator's as it is imported, and is tried for by other libraries
+_THREADED = ("pyarrow",)
+
 # started by `import polars`; waits for files to delete, which a worker never has
 _PARKED = {"polars-ooc-clea"}
 
@@ -65,6 +68,7 @@ def load(preload: Sequence[str], *, libraries: bool = True) -> None:
         RuntimeError: if something loaded here started a thread.
     """
     tempfile.tempdir = "/tmp"  # noqa: S108
+    sys.modules.update(dict.fromkeys(_THREADED))  # type: ignore[arg-type]
     if libraries:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
