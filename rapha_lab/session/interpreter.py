@@ -128,22 +128,26 @@ def _captured(screen: Screen, name: str) -> Iterator[None]:
     import IPython.core.display_functions as functions
     import IPython.display as public
 
-    before = sys.stdout, sys.stderr, functions.display, public.display, pyplot.show
+    before = sys.stdout, sys.stderr, functions.display, public.display, pyplot.show, torch.compile
     streams = _Stream(screen, "stdout"), _Stream(screen, "stderr")
     sys.stdout, sys.stderr = screen.streams = streams
     functions.display = public.display = screen.show
     pyplot.show = lambda *_, **__: screen.figures()
+    torch.compile = _as_written
     cell = tracing.CELL.set(name)
     try:
-        # a model that the cell gave to torch.compile runs as it was written: on sealed tensors there is nothing to gain
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         tracing.CELL.reset(cell)
         screen.streams = ()
         for stream in streams:
             stream.send()
-        sys.stdout, sys.stderr, functions.display, public.display, pyplot.show = before
+        sys.stdout, sys.stderr, functions.display, public.display, pyplot.show, torch.compile = before
+
+
+def _as_written(model: Any = None, **_: Any) -> Any:
+    """In place of torch.compile: on sealed tensors there is nothing to gain, and the curator compiles for itself."""
+    return model if model is not None else _as_written
 
 
 def run(source: str, namespace: dict[str, Any], screen: Screen, name: str = "<cell>") -> None:

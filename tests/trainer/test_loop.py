@@ -150,3 +150,20 @@ def test_a_program_travels_once(house: House) -> None:
     gradients = [body for body in sent if b'"gradient"' in body]
     assert len(gradients) == 5
     assert [b'"nodes"' in body for body in gradients] == [True, False, False, False, False]
+
+
+def test_a_model_given_to_torch_compile_runs_as_written(house: House) -> None:
+    """In a cell, with and without arguments of the compiler's."""
+    from rapha_lab.session.interpreter import Screen, run
+
+    cell = """
+import torch
+model = torch.compile(torch.nn.Linear(3, 1), mode="max-autotune")
+double = torch.compile(mode="default")(lambda x: 2 * x)
+for batch in patients.train.batches(size=100, epochs=0.1, epsilon=1):
+    double(model(batch[["x0", "x1", "x2"]])).square().mean().backward()
+"""
+    compiler, namespace = torch.compile, {"patients": house.patients}
+    run(cell, namespace, Screen(lambda output: None))
+    assert namespace["model"].weight.grad is not None  # type: ignore[attr-defined]
+    assert torch.compile is compiler
