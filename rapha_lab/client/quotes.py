@@ -58,19 +58,27 @@ def inquiry(
 
     Args:
         schema: of the dataset.
-        what: "count", "mean:COLUMN", "histogram:COLUMN", "evaluate:METRIC,METRIC", "fit", or a model to fit.
+        what: "count", "mean:COLUMN", "survival:TIME,EVENT" and so on, "evaluate:METRIC,METRIC", "fit", or a model.
         split: train for a fit, test for an evaluation, else all patients, if not given.
         epochs, batch, clip: of a fit.
         patients: another number of patients than the declared one.
-        settings: other fields of an `Inquiry`.
+        settings: other fields of an `Inquiry`, or of the aggregate's request, as in by=["sex"].
 
     Raises:
         RequestError: naming what is malformed.
     """
     kind, rest = _parsed(what)
+    plain = {field.name for field in msgspec.structs.fields(Inquiry)}
+    further = {name: value for name, value in (settings | rest).items() if name not in plain}
     fields = (
-        settings | rest | {"kind": kind, "split": split or _SPLITS.get(kind, "all"), "patients": patients}
+        {name: value for name, value in (settings | rest).items() if name in plain}
+        | ({"fields": further} if further else {})
+        | {"kind": kind, "split": split or _SPLITS.get(kind, "all"), "patients": patients}
     )
+    if kind == "describe" and "columns" not in further:
+        fields["fields"] = further | {
+            "columns": [c.name for c in schema.columns if c.type not in ("text", "image")]
+        }
     asked = _checked(fields)
     if kind != "fit":
         return asked
@@ -89,16 +97,24 @@ def _parsed(what: Any) -> tuple[str, dict[str, Any]]:
             )
         return "fit", {"size": size}
     kind, _, rest = what.partition(":") if isinstance(what, str) else ("", "", "")
-    rest = rest.strip()
-    if (kind in ("count", "fit") and not rest) or (kind == "evaluate" and not rest):
+    names = [name.strip() for name in rest.split(",") if name.strip()]
+    if kind in ("count", "fit", "describe", "evaluate") and not names:
         return kind, {}
-    if kind in ("mean", "histogram") and rest:
-        return kind, {"column": rest}
+    if kind in ("sum", "mean", "variance", "histogram", "quantiles") and len(names) == 1:
+        return kind, {"column": names[0]}
+    if kind in ("correlation", "missing", "describe") and names:
+        return kind, {"columns": names}
+    if kind == "survival" and len(names) == 2:
+        return kind, {"time": names[0], "event": names[1]}
+    if kind == "rows" and len(names) == 1:
+        return kind, {"table": names[0]}
     if kind == "evaluate":
-        return kind, {"metrics": [name.strip() for name in rest.split(",")]}
+        return kind, {"metrics": names}
     raise RequestError(
         f"{what!r} is no question that has a price.",
-        "It is one of count, mean:COLUMN, histogram:COLUMN, evaluate:METRIC, fit, or a model to fit.",
+        "It is one of count, sum:COLUMN, mean:COLUMN, variance:COLUMN, histogram:COLUMN, quantiles:COLUMN, "
+        "correlation:COLUMN,COLUMN, survival:TIME,EVENT, missing:COLUMN, describe, rows:TABLE, evaluate:METRIC, fit, "
+        "or a model to fit.",
         'Say "mean:age", for instance.',
         field="what",
     )

@@ -20,11 +20,13 @@ import torch
 
 from rapha_lab.client.mock import mock, mock_tables
 from rapha_lab.curator.cohort import Cohort
-from rapha_lab.curator.mechanisms import Plan, loop, shards
+from rapha_lab.curator.expressions import chosen
+from rapha_lab.curator.mechanisms import Plan, aggregate, loop, shards
 from rapha_lab.curator.noise import SystemNoise
-from rapha_lab.curator.plans import plan_of
+from rapha_lab.curator.plans import plan_of, words
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.expression import extended
 from rapha_lab.protocol.messages import Split
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
@@ -73,17 +75,22 @@ class Rehearsal:
         request = messages.decode(messages.encode(ask))
         if isinstance(request, messages.Open | messages.Gradient | messages.Close):
             return self._step(schema, request, tensors)
+        if isinstance(request, messages.Price):
+            full = extended(schema, request.ask.derive, request.ask.where)
+            return {"epsilon": aggregate.epsilon_for(request.ask, full, DELTA, request.error)}, b""
         # priced as asked, so that an ε that no noise reaches fails here; then run short
-        whole = plan_of(request, tensors, schema, DELTA, SystemNoise(), _Kernel())
+        full = extended(schema, request.derive, request.where)
+        whole = plan_of(request, tensors, full, DELTA, SystemNoise(), _Kernel())
         if isinstance(request, messages.Fit):
             steps, batch = min(request.steps, STEPS), min(request.batch, BATCH)
             request = msgspec.structs.replace(request, steps=steps, batch=batch)
-        small = msgspec.structs.replace(schema, patients=PATIENTS)
+        cohort = self._cohort(schema, request)
+        small = cohort.schema
         if isinstance(request, messages.Shards):
             plan = _few(request, small, (schema.expected(request.split) or 0) / whole.beats)
         else:
             plan = plan_of(request, tensors, small, DELTA, SystemNoise())
-        answer = plan.run(self._cohort(small).view(request.split), lambda steps: None)
+        answer = plan.run(cohort.view(request.split), lambda steps: None)
         release = Release(
             job=uuid.uuid4().hex,
             op=str(type(request).__struct_config__.tag),
@@ -92,7 +99,7 @@ class Rehearsal:
             site="rehearsal on made-up patients",
             epsilon=request.epsilon,
             delta=DELTA,
-            values=answer.values,
+            values=answer.values | words(request),
         )
         return msgspec.to_builtins(release), answer.tensors
 
@@ -102,21 +109,22 @@ class Rehearsal:
         """One step of a training loop, with small batches."""
         if isinstance(request, messages.Close):
             return {}, b""
-        small = msgspec.structs.replace(schema, patients=PATIENTS)
         if isinstance(request, messages.Open):
-            loop.plan(request, schema, DELTA)
-            batch = min(request.batch, BATCH)
-            self._loop = loop.plan(msgspec.structs.replace(request, steps=STEPS, batch=batch), small, DELTA)
+            loop.plan(request, extended(schema, request.derive, request.where), DELTA)
+            small = msgspec.structs.replace(request, steps=STEPS, batch=min(request.batch, BATCH))
+            self._loop = loop.plan(small, self._cohort(schema, request).schema, DELTA)
             return {"loop": "rehearsal", "noise": self._loop.sigma}, b""
-        view = self._cohort(small).view(self._loop.ask.split)
+        view = self._cohort(schema, self._loop.ask).view(self._loop.ask.split)
         return {}, self._loop.gradient(request, tensors, view, SystemNoise(), lambda steps: None).tensors
 
-    def _cohort(self, schema: Schema) -> Cohort:
+    def _cohort(self, schema: Schema, ask: messages.Ask) -> Cohort:
+        """A few made-up patients, and of them those that are asked about."""
+        schema = msgspec.structs.replace(schema, patients=PATIENTS)
         known = schema.to_json()
         if known not in self._cohorts:
             tables = mock_tables(schema, PATIENTS, seed=0)
             self._cohorts[known] = Cohort(schema, mock(schema, PATIENTS, seed=0), bytes(16), tables=tables)
-        return self._cohorts[known]
+        return chosen(self._cohorts[known], ask)
 
     def take(self, values: dict[str, Any], blob: bytes, also: dict[str, Any]) -> dict[str, Any]:
         """The values a job brought back; modules are loaded into the rehearsed ones, else into those of `also`."""

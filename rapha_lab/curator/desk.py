@@ -14,13 +14,14 @@ from typing import Any
 import msgspec
 
 from rapha_lab.curator.accounting import epsilon_of
-from rapha_lab.curator.cohort import Cohort
+from rapha_lab.curator.cohort import Cohort, View
+from rapha_lab.curator.expressions import chosen
 from rapha_lab.curator.ledger import Ledger
-from rapha_lab.curator.mechanisms import Answer, Plan, loop
+from rapha_lab.curator.mechanisms import Answer, Plan, aggregate, loop
 from rapha_lab.curator.mechanisms.loop import Loop
 from rapha_lab.curator.mechanisms.shards import Workers
 from rapha_lab.curator.noise import Noise
-from rapha_lab.curator.plans import plan_of
+from rapha_lab.curator.plans import plan_of, words
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.checkpoint import Receipt
 from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError
@@ -82,7 +83,7 @@ class Desk:
     ) -> None:
         self._policy, self._ledger, self._cohorts, self._noise = policy, ledger, cohorts, noise
         self._site, self._workers, self._simulated = site, workers, simulated
-        self._loops: dict[str, tuple[Caller, Loop, float]] = {}
+        self._loops: dict[str, tuple[Caller, Loop, float, View]] = {}
 
     def answer(
         self, caller: Caller, request: bytes, tensors: bytes, on_step: OnStep
@@ -102,9 +103,16 @@ class Desk:
             return self._gradient(caller, ask, tensors, on_step)
         if isinstance(ask, messages.Close):
             return self._close(caller, ask)
-        policy, cohort = self._policy(), self._cohort(ask.dataset)
+        policy = self._policy()
+        if isinstance(ask, messages.Price):
+            self._permit(policy, caller, ask.ask)
+            delta, schema = (
+                policy.project(caller.project).delta,
+                chosen(self._cohort(ask.ask.dataset), ask.ask).schema,
+            )
+            return {"epsilon": aggregate.epsilon_for(ask.ask, schema, delta, ask.error)}, b""
         self._permit(policy, caller, ask)
-        account = policy.project(caller.project)
+        account, cohort = policy.project(caller.project), chosen(self._cohort(ask.dataset), ask)
         question = _question(caller, request, tensors)
         if (before := self._ledger.settled(caller.job, question)) is not None:
             body, blob, receipt = before  # its reply was lost on the way; it is paid for
@@ -133,7 +141,7 @@ class Desk:
         for split in found.touches:
             self._ledger.open_account(caller.project, ask.dataset, split, account.epsilon, account.delta)
         self._ledger.reserve(caller.job, caller.project, ask.dataset, found.touches, found.loss, question)
-        self._loops[caller.job] = caller, found, account.delta
+        self._loops[caller.job] = caller, found, account.delta, cohort.view(ask.split)
         return {"loop": caller.job, "noise": found.sigma, "rate": found.rate}, b""
 
     def _gradient(
@@ -142,7 +150,7 @@ class Desk:
         found = self._loop(caller, ask.loop)
         self._permit(self._policy(), caller, found.ask, program=ask.program)
 
-        *_, delta = self._loops[ask.loop]
+        _, _, delta, view = self._loops[ask.loop]
 
         def progress(steps: int) -> None:
             if not steps:
@@ -151,7 +159,6 @@ class Desk:
             on_step(found.done, found.ask.steps, epsilon_of(found.loss.part(ran), delta))
             self._ledger.touch(ask.loop, steps)
 
-        view = self._cohort(found.ask.dataset).view(found.ask.split)
         try:
             return {}, found.gradient(ask, tensors, view, self._noise, progress).tensors
         except RaphaError:
@@ -162,18 +169,18 @@ class Desk:
 
     def _close(self, caller: Caller, ask: messages.Close) -> tuple[Release | dict[str, Any], bytes]:
         found = self._loop(caller, ask.loop)
-        _, _, delta = self._loops.pop(ask.loop)
+        _, _, delta, _ = self._loops.pop(ask.loop)
         if not found.done:
             self._ledger.abandon(ask.loop, "no step was taken")
             return {}, b""
         opened = found.ask
         values = {"kind": "fit", "steps": found.done, "noise": found.sigma, "clip": opened.clip}
-        answer = Answer(values | {"rate": found.rate, "batch": opened.batch})
+        answer = Answer(values | {"rate": found.rate, "batch": opened.batch} | words(opened))
         receipt = self._ledger.settle(ask.loop, statement(answer.values, answer.tensors))
         return self._release(ask.loop, opened, delta, answer, receipt)
 
     def _loop(self, caller: Caller, job: str) -> Loop:
-        owner, found, _ = self._loops.get(job, (None, None, None))
+        owner, found, *_ = self._loops.get(job, (None, None))
         if (
             owner is None
             or found is None

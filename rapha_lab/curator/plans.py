@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from rapha_lab.curator.mechanisms import Plan, aggregate, evaluate, shards, train
+from dataclasses import replace
+from typing import Any
+
+from rapha_lab.curator.cohort import View
+from rapha_lab.curator.mechanisms import Answer, Plan, Progress, aggregate, evaluate, shards, train
 from rapha_lab.curator.mechanisms.shards import Workers
 from rapha_lab.curator.noise import Noise
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RefusedError, RequestError
-from rapha_lab.protocol.messages import Count, Histogram, Mean
+from rapha_lab.protocol.expression import text
+from rapha_lab.protocol.messages import Aggregate, Ask
 from rapha_lab.protocol.schema import Schema
 
-__all__ = ["plan_of"]
+__all__ = ["plan_of", "words"]
 
 
 def plan_of(
@@ -23,15 +28,38 @@ def plan_of(
 ) -> Plan:
     """What answering `ask` would do and cost; no record is touched.
 
+    Args:
+        schema: what is public of the patients asked about, derived columns included.
+
     Raises:
         RequestError, ProgramError: naming the field at fault and the fix.
         RefusedError: a function on shards is asked where there are no workers for it.
     """
+    if not isinstance(ask, Ask):
+        raise RequestError("A loop is opened, stepped and closed.", "It is no single question.", field="op")
+    plan = _plan(ask, tensors, schema, delta, noise, workers)
+
+    def run(view: View, progress: Progress) -> Answer:
+        answer = plan.run(view, progress)
+        return replace(answer, values=answer.values | words(ask))
+
+    return replace(plan, run=run)
+
+
+def words(ask: Ask) -> dict[str, Any]:
+    """What a release says of the patients it is about and of columns made for it."""
+    where = {"where": text(ask.where)} if ask.where is not None else {}
+    return where | ({"derived": {name: text(e) for name, e in ask.derive.items()}} if ask.derive else {})
+
+
+def _plan(
+    ask: Ask, tensors: bytes, schema: Schema, delta: float, noise: Noise, workers: Workers | None
+) -> Plan:
     if isinstance(ask, messages.Fit):
         return train.plan(ask, tensors, schema, delta, noise)
     if isinstance(ask, messages.Evaluate):
         return evaluate.plan(ask, tensors, schema, delta)
-    if isinstance(ask, Count | Mean | Histogram):
+    if isinstance(ask, Aggregate):
         return aggregate.plan(ask, schema, delta)
     if isinstance(ask, messages.Shards):
         if workers is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from decimal import ROUND_UP, Context
 from functools import lru_cache
 from typing import Any
 
@@ -16,12 +15,14 @@ import msgspec
 import numpy as np
 from scipy.special import logit, ndtr, ndtri
 
-from rapha_lab.curator.accounting import UNIT, Gaussian, Loss, epsilon_of, least_epsilon
+from rapha_lab.curator.accounting import Loss
 from rapha_lab.curator.desk import Caller, permit
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.mechanisms import aggregate, evaluate, metrics, train
+from rapha_lab.curator.mechanisms.question import touched
 from rapha_lab.protocol.errors import RequestError
-from rapha_lab.protocol.messages import Count, Histogram, Mean, Open
+from rapha_lab.protocol.expression import extended
+from rapha_lab.protocol.messages import Aggregate, Open, Question, malformed
 from rapha_lab.protocol.policy import Policy, Project
 from rapha_lab.protocol.quote import Inquiries, Inquiry, Quote
 from rapha_lab.protocol.schema import Schema
@@ -29,7 +30,6 @@ from rapha_lab.protocol.schema import Schema
 __all__ = ["quote", "quotes"]
 
 LANES = {"fit": "train", "evaluate": "evaluate"}
-MOST = 1e6  # of ε in any request
 
 
 def quotes(
@@ -69,11 +69,8 @@ def quote(asked: Inquiry, project: Project, schema: Schema, ledger: Ledger) -> Q
         asked = msgspec.structs.replace(asked, epsilon=_epsilon_for(asked, assumed, project.delta))
     assert asked.epsilon is not None
     project.within_size(asked)
-    loss, told = _KINDS[asked.kind](asked, asked.epsilon, assumed, project.delta)
-    accounts = {
-        split: ledger.quote(project.name, schema.name, split, loss)
-        for split in aggregate.touched(asked.split)
-    }
+    loss, told = _KINDS.get(asked.kind, _aggregate)(asked, asked.epsilon, assumed, project.delta)
+    accounts = {split: ledger.quote(project.name, schema.name, split, loss) for split in touched(asked.split)}
     return Quote(
         kind=asked.kind,
         split=asked.split,
@@ -88,34 +85,20 @@ def quote(asked: Inquiry, project: Project, schema: Schema, ledger: Ledger) -> Q
 
 
 def _aggregate(asked: Inquiry, epsilon: float, schema: Schema, delta: float) -> tuple[Loss, dict[str, Any]]:
-    loss = aggregate.price(_ask(asked, epsilon, schema), schema, delta)[1]
-    return loss, {"noise": loss.noise, **_errors(asked, schema, loss.noise)}
+    ask = _ask(asked, epsilon, schema)
+    schema = extended(schema, ask.derive, ask.where)
+    loss = aggregate.price(ask, schema, delta)[1]
+    return loss, {"noise": loss.noise, **aggregate.expect(ask, schema, loss.noise)}
 
 
-def _errors(asked: Inquiry, schema: Schema, noise: float) -> dict[str, Any]:
-    """The error of a count, a bin or a mean at this noise multiplier, to which it is proportional."""
-    if asked.kind != "mean":
-        return {"error": noise, "unit": "patients" if asked.kind == "count" else "patients per bin"}
-    column, expected = schema.column(asked.column or ""), schema.expected(asked.split)
-    told: dict[str, Any] = {"unit": column.unit, "notes": ["Noise alone, and if no patient lacks the value."]}
-    if expected is None:
-        return told | {
-            "notes": ["The error depends on the number of patients, which the dataset does not declare."]
-        }
-    middle, bound = aggregate.errors_of_mean(column, noise, expected)
-    figures = {"error if the mean is in the middle of the bounds": middle, "error if it is at a bound": bound}
-    return told | {"error": bound, "figures": figures}
-
-
-def _ask(asked: Inquiry, epsilon: float, schema: Schema) -> Count | Mean | Histogram:
-    common: dict[str, Any] = {"dataset": schema.name, "split": asked.split, "epsilon": epsilon}
-    if asked.kind == "count":
-        return Count(**common)
-    if asked.column is None:
-        raise _wrong("column", f"A {asked.kind} needs a column.", "Name one of the schema's.")
-    if asked.kind == "mean":
-        return Mean(column=asked.column, **common)
-    return Histogram(column=asked.column, bins=asked.bins, **common)
+def _ask(asked: Inquiry, epsilon: float, schema: Schema) -> Aggregate:
+    """The request that the question would be."""
+    given = {name: value for name in ("column", "bins") if (value := getattr(asked, name)) is not None}
+    common = {"op": asked.kind, "dataset": schema.name, "split": asked.split, "epsilon": epsilon}
+    try:
+        return msgspec.convert({**given, **asked.fields, **common}, Question)
+    except msgspec.ValidationError as error:
+        raise malformed(error) from None
 
 
 def _fit(asked: Inquiry, epsilon: float, schema: Schema, delta: float) -> tuple[Loss, dict[str, Any]]:
@@ -159,9 +142,6 @@ def _evaluate(asked: Inquiry, epsilon: float, schema: Schema, delta: float) -> t
 
 
 _KINDS: Mapping[str, Callable[[Inquiry, float, Schema, float], tuple[Loss, dict[str, Any]]]] = {
-    "count": _aggregate,
-    "mean": _aggregate,
-    "histogram": _aggregate,
     "fit": _fit,
     "evaluate": _evaluate,
 }
@@ -206,16 +186,8 @@ def _epsilon_for(asked: Inquiry, schema: Schema, delta: float) -> float:
         raise _wrong("error", "A training has no standard error.", "Say epsilon=2, for instance.")
     if asked.kind == "evaluate":
         return _epsilon_for_metric(asked, wished, schema)
-    _ask(asked, 1.0, schema)
-    small = 1e-3  # well below where the error of a mean is capped by its bounds
-    of_small = _errors(asked, schema, small).get("error")
-    if of_small is None:
-        raise _undeclared(schema)
-    noise = min(max(wished / of_small * small, 1e-5), 1e11) * (1 - 1e-7)
-    epsilon = max(epsilon_of(Gaussian(noise), delta) + 4 / UNIT, least_epsilon(delta))
-    if epsilon > MOST:
-        raise _unreachable(asked, "It would take more ε than any budget holds.")
-    return float(Context(prec=4, rounding=ROUND_UP).create_decimal(epsilon))
+    ask = _ask(asked, 1.0, schema)
+    return aggregate.epsilon_for(ask, extended(schema, ask.derive, ask.where), delta, wished)
 
 
 def _epsilon_for_metric(asked: Inquiry, wished: float, schema: Schema) -> float:

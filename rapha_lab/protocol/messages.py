@@ -14,23 +14,34 @@ import msgspec
 from msgspec import Meta
 
 from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.expression import Expression
 from rapha_lab.protocol.program import Program
 
 __all__ = [
     "ASKS",
+    "Aggregate",
     "Ask",
     "Close",
     "Columns",
+    "Correlation",
     "Count",
+    "Describe",
     "Evaluate",
     "Fit",
     "Gradient",
     "Histogram",
     "Mean",
+    "Missing",
     "Open",
     "Optimizer",
+    "Price",
+    "Quantiles",
+    "Rows",
     "Shards",
     "Split",
+    "Sum",
+    "Survival",
+    "Variance",
     "decode",
     "encode",
     "read_frame",
@@ -51,28 +62,114 @@ MAX_TENSORS = 1 << 30
 
 
 class Ask(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag_field="op"):
-    """A question about patients: `epsilon` is its own (ε, δ) guarantee, δ being the policy's."""
+    """A question about patients: `epsilon` is its own (ε, δ) guarantee, δ being the policy's.
+
+    Attributes:
+        derive: further columns by name, each of which may use those before it.
+        where: which patients are meant; the others contribute nothing, all of them if not given.
+    """
 
     dataset: Name
     split: Split = "all"
     epsilon: Positive
+    derive: Annotated[dict[Name, Expression], Meta(max_length=100)] = {}
+    where: Expression | None = None
 
 
-class Count(Ask, frozen=True, tag="count"):
+Share = Annotated[float, Meta(gt=0.0, lt=1.0)]
+Keys = Annotated[list[Name], Meta(max_length=3)]
+Several = Annotated[list[Name], Meta(min_length=1, max_length=100)]
+
+
+class Aggregate(Ask, frozen=True):
+    """A question answered by exact integers with noise; `by` has one answer for each of its public keys."""
+
+
+class Count(Aggregate, frozen=True, tag="count"):
     """How many patients there are."""
 
+    by: Keys = []
 
-class Mean(Ask, frozen=True, tag="mean"):
+
+class Sum(Aggregate, frozen=True, tag="sum"):
+    """The sum of a numeric or boolean column; a patient in whom it is not known adds 0."""
+
+    column: Name
+    by: Keys = []
+
+
+class Mean(Aggregate, frozen=True, tag="mean"):
     """The mean of a numeric or boolean column over the patients in whom it is known."""
 
     column: Name
+    by: Keys = []
 
 
-class Histogram(Ask, frozen=True, tag="histogram"):
+class Variance(Aggregate, frozen=True, tag="variance"):
+    """The mean, variance and standard deviation of a numeric column over the patients in whom it is known."""
+
+    column: Name
+    by: Keys = []
+
+
+class Histogram(Aggregate, frozen=True, tag="histogram"):
     """Patients per bin of a column: equal bins of its public bounds, or its public categories."""
 
     column: Name
     bins: Annotated[int, Meta(ge=1, le=10_000)] = 20
+
+
+class Quantiles(Aggregate, frozen=True, tag="quantiles"):
+    """Values below which these shares of the patients lie, all from one histogram of `bins` bins."""
+
+    column: Name
+    at: Annotated[tuple[Share, ...], Meta(min_length=1, max_length=100)] = (0.25, 0.5, 0.75)
+    bins: Annotated[int, Meta(ge=2, le=10_000)] = 64
+
+
+class Correlation(Aggregate, frozen=True, tag="correlation"):
+    """Pearson's correlation of each two columns, over the patients in whom all are known."""
+
+    columns: Annotated[list[Name], Meta(min_length=2, max_length=30)]
+
+
+class Survival(Aggregate, frozen=True, tag="survival"):
+    """The share of patients without an event by time (Kaplan and Meier 1958), on `bins` bins of the time's bounds."""
+
+    time: Name
+    event: Name
+    by: Annotated[list[Name], Meta(max_length=1)] = []
+    bins: Annotated[int, Meta(ge=2, le=1000)] = 40
+
+
+class Missing(Aggregate, frozen=True, tag="missing"):
+    """In how many patients each column is not known."""
+
+    columns: Several
+
+
+class Describe(Aggregate, frozen=True, tag="describe"):
+    """Table 1 of a paper: mean and standard deviation of numbers, shares of categories, what is missing."""
+
+    columns: Several
+
+
+class Rows(Aggregate, frozen=True, tag="rows"):
+    """A count, number of distinct patients, sum or mean over a table's rows in which `rows` holds.
+
+    Attributes:
+        of: what is counted or added up.
+        column: of a sum or mean, a column of the table.
+        by: a column of the table with public keys.
+        cap: the most rows of one patient that count; the table's public cap if not given.
+    """
+
+    table: Name
+    of: Literal["count", "patients", "sum", "mean"] = "count"
+    column: Name | None = None
+    by: Name | None = None
+    rows: Expression | None = None
+    cap: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
 
 
 class Optimizer(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -149,7 +246,21 @@ class Shards(Ask, kw_only=True, frozen=True, tag="shards"):
     seconds: Annotated[float, Meta(gt=0.0, le=60.0)] = 0.2
 
 
-ASKS = Count | Mean | Histogram | Fit | Open | Gradient | Close | Evaluate | Shards
+Question = (
+    Count | Sum | Mean | Variance | Histogram | Quantiles | Correlation | Survival | Missing | Describe | Rows
+)
+
+
+class Price(
+    msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag_field="op", tag="price"
+):
+    """The ε that a standard error costs: free, since it follows from public figures; `ask`'s own ε is ignored."""
+
+    ask: Question
+    error: Positive
+
+
+ASKS = Question | Fit | Open | Gradient | Close | Evaluate | Shards | Price
 _decoder = msgspec.json.Decoder(ASKS)
 
 

@@ -6,7 +6,7 @@ asking for one touches no patient, reserves nothing, is not logged, and may be r
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -15,7 +15,10 @@ from rapha_lab.protocol.messages import Metric, Name, Positive, Split
 
 __all__ = ["Inquiries", "Inquiry", "Kind", "Quote", "Standing"]
 
-Kind = Literal["count", "mean", "histogram", "fit", "evaluate"]
+Kind = Literal[
+    "count", "sum", "mean", "variance", "histogram", "quantiles", "correlation", "survival", "missing", "describe",
+    "rows", "fit", "evaluate",
+]  # fmt: skip
 
 
 class Inquiry(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -24,7 +27,8 @@ class Inquiry(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
     Attributes:
         epsilon: its own (ε, δ) guarantee; or
         error: the standard error wished, of which the quote says the ε.
-        column: of a mean or histogram.
+        column: of a question about one.
+        fields: further fields of an aggregate's request, as in {"by": ["sex"]}.
         steps, batch, clip: of a fit or of a training loop.
         size: the model's numbers to train.
         metrics: of an evaluation.
@@ -37,7 +41,8 @@ class Inquiry(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
     epsilon: Positive | None = None
     error: Positive | None = None
     column: Name | None = None
-    bins: Annotated[int, Meta(ge=1, le=10_000)] = 20
+    bins: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    fields: dict[str, Any] = {}
     steps: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     batch: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     clip: Positive = 2.0

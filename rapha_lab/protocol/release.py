@@ -60,7 +60,7 @@ class Release(msgspec.Struct, kw_only=True):
 
     Attributes:
         job: the number under which the site's log and ledger know it.
-        op: what was asked: count, mean, histogram, fit, evaluate, shards.
+        op: what was asked, as in protocol/messages.py.
         values: the answer as the curator gave it.
         tensors: SHA-256 of the tensors that came with it, in hex.
         epsilon, delta: its own guarantee; `unit` says for whom.
@@ -83,26 +83,49 @@ class Release(msgspec.Struct, kw_only=True):
     @property
     def title(self) -> str:
         """What was asked, in a few words."""
-        kind, column = self.values.get("kind", self.op), self.values.get("column", "")
-        told_of = self.values.get("function", "")
+        told = self.values
+        kind, column = told.get("kind", self.op), told.get("column", "")
+        by = f" by {' and '.join(told['by'])}" if told.get("by") else ""
+        of = {
+            "count": "Rows",
+            "patients": "Patients with rows",
+            "sum": f"Sum of {column}",
+            "mean": f"Mean of {column}",
+        }
         words = {
             "count": "Number of patients",
-            "mean": f"Mean of {column}",
+            "counts": f"Patients{by}",
+            "sum": f"Sum of {column}{by}",
+            "mean": f"Mean of {column}{by}",
+            "variance": f"Spread of {column}{by}",
             "histogram": f"Patients by {column}",
-            "evaluation": f"How well {self.values.get('target', 'the target')} is predicted on {self.split}",
-            "shards": f"{told_of} of patients, averaged over {self.values.get('shards')} shards",
-            "fit": f"Trained on {self.split}: {self.values.get('steps')} private steps",
+            "quantiles": f"Quantiles of {column}",
+            "correlation": f"Correlation of {', '.join(told.get('columns', ()))}",
+            "survival": f"Without {told.get('event')} by {told.get('time')}{by}",
+            "missing": "Not known",
+            "description": "Patients described",
+            "rows": f"{of.get(told.get('of', ''), 'Rows')} in {told.get('table')}{by}",
+            "evaluation": f"How well {told.get('target', 'the target')} is predicted on {self.split}",
+            "shards": f"{told.get('function', '')} of patients, averaged over {told.get('shards')} shards",
+            "fit": f"Trained on {self.split}: {told.get('steps')} private steps",
         }
-        unit = self.values.get("unit")
-        return words.get(kind, kind) + (f" ({unit})" if unit and column else "")
+        unit, where = told.get("unit"), told.get("where")
+        shown = bool(column) or kind in ("survival", "missing")
+        return (
+            words.get(kind, kind)
+            + (f" ({unit})" if unit and shown else "")
+            + (f" where {where}" if where else "")
+        )
 
     @property
     def rows(self) -> list[Row]:
         """The released figures in order."""
         told = self.values
         kind = told.get("kind", self.op)
-        if kind in ("count", "mean"):
-            return [_row(told.get("column", "patients"), told)]
+        if "figures" in told:
+            return [_row(figure["name"], figure) for figure in told["figures"]]
+        if kind in ("count", "sum", "mean", "rows"):
+            return [_row(told.get("column", told.get("table", "patients")), told)]
         if kind == "histogram":
             names = told.get("categories") or _bins(told["edges"])
             each = zip(names, told["counts"], told["intervals"], strict=True)

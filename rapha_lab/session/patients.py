@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, get_args
 
-import msgspec
 import torch
 from safetensors.torch import load
 
@@ -19,11 +17,10 @@ from rapha_lab.protocol.program import digest
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
 from rapha_lab.session import recipe, shard, tracing
+from rapha_lab.session.questions import Ask, Questions, made
 from rapha_lab.session.sealed import PATIENTS, Batch
 
 __all__ = ["Patients"]
-
-Ask = Callable[[messages.ASKS, bytes], tuple[dict[str, Any], bytes]]
 
 METRICS = get_args(messages.Metric)
 
@@ -31,7 +28,7 @@ METRICS = get_args(messages.Metric)
 _fitted: weakref.WeakKeyDictionary[torch.nn.Module, tuple[messages.Inputs, str]] = weakref.WeakKeyDictionary()
 
 
-class Patients:
+class Patients(Questions):
     """A handle on a dataset's patients: it computes on them and never shows one.
 
     Args:
@@ -53,9 +50,8 @@ class Patients:
         split: Split = "all",
         most_steps: int = 1 << 30,
     ) -> None:
-        self.schema, self._most_steps = schema, most_steps
-        self._ask, self._released, self._split = ask, released, split
-        self._cell_epsilon: list[float] = [epsilon] if epsilon is not None else []
+        super().__init__(schema, ask, epsilon=epsilon, released=released, split=split)
+        self._most_steps = most_steps
 
     @property
     def train(self) -> Patients:
@@ -73,28 +69,17 @@ class Patients:
         return self._of("test")
 
     def _of(self, split: Split) -> Patients:
-        part = Patients(
-            self.schema, self._ask, released=self._released, split=split, most_steps=self._most_steps
-        )
-        part._cell_epsilon = self._cell_epsilon
+        part = self._copy()
+        part._split = split
         return part
 
-    # -- questions ------------------------------------------------------------------------------------
+    def _copy(self) -> Patients:
+        part = Patients(self.schema, self._ask, released=self._released, most_steps=self._most_steps)
+        part._whole, part._split, part._cell_epsilon = self._whole, self._split, self._cell_epsilon
+        part._derive, part._where = self._derive, self._where
+        return part
 
-    def count(self, *, epsilon: float | None = None) -> Release:
-        """How many patients there are, with noise of ε."""
-        return self._release(messages.Count(**self._common(epsilon)))
-
-    def mean(self, column: str, *, epsilon: float | None = None) -> Release:
-        """The mean of a numeric or boolean column over the patients in whom it is known."""
-        self.schema.column(column)
-        return self._release(messages.Mean(column=column, **self._common(epsilon)))
-
-    def histogram(self, column: str, *, bins: int = 20, epsilon: float | None = None) -> Release:
-        """Patients per bin of a number's public bounds, or per public category."""
-        self.schema.column(column)
-        _positive("bins", bins, whole=True)
-        return self._release(messages.Histogram(column=column, bins=bins, **self._common(epsilon)))
+    # -- models ---------------------------------------------------------------------------------------
 
     def fit(
         self,
@@ -141,7 +126,7 @@ class Patients:
         loss = loss or recipe.loss_for(self.schema.column(target))
         traced = tracing.loss_program(model, loss, self._examples(named), self._example(target))
         asked = {"inputs": {**named, "target": target}, **chosen, **common}
-        wire, blob = self._ask(_made(messages.Fit, program=traced.program, **asked), traced.blob)
+        wire, blob = self._ask(made(messages.Fit, program=traced.program, **asked), traced.blob)
         _load(model, load(blob))
         _fitted[model] = (named, target)
         return self._given(wire)
@@ -166,7 +151,7 @@ class Patients:
             clip: the most one patient's gradient may weigh.
         """
         chosen = recipe.steps(self._expected(), epochs=epochs, batch=size, clip=clip)
-        opened = self._ask(_made(messages.Open, **chosen, **self._common(epsilon)), b"")[0]
+        opened = self._ask(made(messages.Open, **chosen, **self._common(epsilon)), b"")[0]
         noise = opened["noise"] * chosen["clip"] / chosen["batch"]
         batch = Batch(self._made_up, _Gradients(self._ask, opened["loop"]), chosen["batch"], noise)
         try:
@@ -208,7 +193,7 @@ class Patients:
             )
         traced = tracing.score_program(model, self._examples(named))
         asked = {"inputs": named, "target": goal, "metrics": metrics, **self._common(epsilon)}
-        return self._release(_made(messages.Evaluate, program=traced.program, **asked), traced.blob)
+        return self._release(made(messages.Evaluate, program=traced.program, **asked), traced.blob)
 
     def shards(
         self,
@@ -257,29 +242,9 @@ class Patients:
             "k": k,
             "seconds": float(seconds),
         }
-        return self._release(_made(messages.Shards, **asked, **self._common(epsilon)))
+        return self._release(made(messages.Shards, **asked, **self._common(epsilon)))
 
     # -- what they need -------------------------------------------------------------------------------
-
-    def _common(self, epsilon: float | None) -> dict[str, Any]:
-        if epsilon is None:
-            if not self._cell_epsilon:
-                raise RequestError(
-                    "No ε was given.",
-                    "Every look at patients has a price, and this cell's --epsilon is absent or already used.",
-                    "Say epsilon=0.1, say, in the call.",
-                    field="epsilon",
-                )
-            epsilon = self._cell_epsilon.pop()
-        return {"dataset": self.schema.name, "split": self._split, "epsilon": _positive("epsilon", epsilon)}
-
-    def _release(self, request: messages.ASKS, tensors: bytes = b"") -> Release:
-        return self._given(self._ask(request, tensors)[0])
-
-    def _given(self, wire: dict[str, Any]) -> Release:
-        release = msgspec.convert(wire, Release)
-        self._released(release)
-        return release
 
     def _expected(self) -> int:
         expected = self.schema.expected(self._split)
@@ -402,7 +367,10 @@ class _Gradients:
 
 
 _COUNT = "patients.count(epsilon=0.1)"
-_ANSWERS = "count, mean, histogram, fit, batches, evaluate and shards"
+_ANSWERS = (
+    "count, sum, mean, var, quantile, histogram, contingency, corr, survival, missing, describe, fit, batches, evaluate "
+    "and shards; where, with_columns, select, group_by, table and join choose who and what is meant"
+)
 _ROWS = frozenset(
     """tail sample iloc loc values rows row collect show glimpse fetch limit slice first last item items data numpy
     tolist to_list iterrows itertuples to_pandas to_numpy to_dict to_csv write_csv to_parquet write_parquet to_json
@@ -419,20 +387,6 @@ def _module(model: Any) -> torch.nn.Module:
             field="model",
         )
     return model
-
-
-def _positive(field: str, value: Any, *, whole: bool = False) -> Any:
-    good = isinstance(value, int) if whole else isinstance(value, (int, float))
-    if not good or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        kind = "a whole number above 0" if whole else "a finite number above 0"
-        example = f"Say {field}={1 if whole else 0.5}, for instance."
-        raise RequestError(f"{field} is {value!r}.", f"It must be {kind}.", example, field=field)
-    return value if whole else float(value)
-
-
-def _made(kind: type[msgspec.Struct], **fields: Any) -> Any:
-    """A request checked as the curator will check it, so that a slip costs no round trip."""
-    return messages.decode(messages.encode(kind(**fields)))
 
 
 def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:

@@ -1,21 +1,23 @@
 """One patient moves the exact integers by no more than is stated, the noise has the stated law."""
 
 import math
+from dataclasses import replace
 
 import msgspec
 import numpy as np
 import polars as pl
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from wards import NASTY, SALT, cohort_of, rows, ward
+from wards import NASTY, SALT, cohort_of, hospital, rows, ward
 
-from rapha_lab.client.mock import mock
+from rapha_lab.client.mock import mock, mock_tables
 from rapha_lab.curator.accounting import Gaussian, epsilon_of
 from rapha_lab.curator.cohort import Cohort
-from rapha_lab.curator.mechanisms import aggregate
+from rapha_lab.curator.mechanisms import aggregate, counts, describe, moments, question
+from rapha_lab.curator.mechanisms import rows as table_rows
+from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.messages import Count, Histogram, Mean
 
@@ -23,23 +25,49 @@ ROWS = dict.fromkeys([column.name for column in ward().columns])
 DELTA = 1e-5
 
 
+NUMBERS = ["age", "crp", "visits"]
+KEYS = [[], ["sex"], ["site", "visits", "smoker"]]
+
+
 def asks(epsilon=1.0, split="all"):
     """Every question that can be asked of the ward."""
     base = {"dataset": "ward", "epsilon": epsilon, "split": split}
-    yield Count(**base)
-    for column in ward().columns:
-        yield Histogram(column=column.name, bins=4, **base)
-        if column.type != "category":
-            yield Mean(column=column.name, **base)
+    names = [column.name for column in ward().columns]
+    for by in KEYS:
+        yield Count(by=by, **base)
+        for name in (*NUMBERS, "smoker"):
+            yield Mean(column=name, by=by, **base)
+            yield messages.Sum(column=name, by=by, **base)
+            if name in NUMBERS:
+                yield messages.Variance(column=name, by=by, **base)
+    for name in names:
+        yield from (Histogram(column=name, bins=bins, **base) for bins in (1, 4, 50))
+    for name in NUMBERS:
+        yield messages.Quantiles(column=name, at=(0.1, 0.5), bins=9, **base)
+    yield messages.Correlation(columns=[*NUMBERS, "died"], **base)
+    for by in ([], ["sex"]):
+        yield messages.Survival(time="age", event="died", by=by, bins=7, **base)
+    yield messages.Missing(columns=names, **base)
+    yield messages.Describe(columns=names, **base)
+
+
+def row_asks(epsilon=1.0):
+    """Every question about the hospital's samples."""
+    base = {"dataset": "ward", "epsilon": epsilon, "table": "labs"}
+    urgent = messages.decode(
+        b'{"op":"rows","dataset":"w","epsilon":1,"table":"labs","rows":{"is":"col","name":"urgent"}}'
+    )
+    for cap in (None, 1, 3):
+        for by in (None, "code", "urgent"):
+            for of in ("count", "patients"):
+                yield messages.Rows(of=of, by=by, cap=cap, **base)
+            for of in ("sum", "mean"):
+                yield messages.Rows(of=of, column="value", by=by, cap=cap, rows=urgent.rows, **base)
 
 
 def questions(module=aggregate):
     """The same, as integers with a sensitivity."""
-    yield module.count()
-    for column in ward().columns:
-        yield from (module.histogram(column, bins) for bins in (1, 4, 50))
-        if column.type != "category":
-            yield module.mean(column)
+    return [module.question(ask, ward()) for ask in asks()]
 
 
 def neighbours(patients, without):
@@ -58,72 +86,147 @@ def moved(question, views):
 EXTREME = [ROWS | {"age": age, "crp": 1000.0, "died": True, "sex": "F"} for age in (0.0, 100.0, None)]
 
 
+ASKED = questions()
+
+
 class TestSensitivity:
     @given(rows(), st.data())
-    @settings(max_examples=40)
+    @settings(max_examples=30)
     def test_one_patient_moves_no_question_further_than_stated(self, patients, data):
         """Neighbours differ in one patient; whatever is recorded, the bound holds on the very integers."""
         patients.append(data.draw(st.sampled_from(EXTREME)))
         without = data.draw(st.integers(0, len(patients) - 1))
         views = neighbours(patients, without)
-        for question in questions():
-            assert moved(question, views) <= question.sensitivity
+        for asked in ASKED:
+            assert moved(asked, views) <= asked.sensitivity
 
-    def test_the_stated_sensitivity_of_a_mean_is_reached(self):
-        """No more noise than needed: a patient at a bound moves it by all of it."""
-        question = aggregate.mean(ward().column("age"))
-        assert moved(question, neighbours(EXTREME, 1)) == pytest.approx(question.sensitivity)
+    def test_the_stated_sensitivities_are_reached(self):
+        """No more noise than needed: a patient at a bound moves means, spreads and a whole table 1 by all of it."""
+        views = neighbours(EXTREME, 1)
+        base = {"dataset": "ward", "epsilon": 1.0}
+        for ask in (
+            Mean(column="age", **base),
+            messages.Sum(column="age", **base),
+            messages.Variance(column="age", **base),
+            messages.Correlation(columns=["age", "crp"], **base),
+            messages.Describe(columns=["age", "sex", "died"], **base),
+        ):
+            asked = aggregate.question(ask, ward())
+            assert moved(asked, views) == pytest.approx(asked.sensitivity, rel=1e-5)
 
     def test_values_that_escaped_the_cohorts_clamp_are_still_held(self):
         """The fixed-point grid clamps once more."""
+        held = question.fixed(np.array([1e30, -1e30, np.nan, np.inf]), 0.0, 100.0)
+        assert held.tolist() == [question.GRID, -question.GRID, 0, question.GRID]
 
-        class Raw:
-            def known(self, name):
-                return torch.tensor([True])
+    @pytest.mark.parametrize("rows_of_one", [0, 1, 40])
+    def test_a_patient_of_forty_rows_moves_no_question_about_rows_further(self, rows_of_one):
+        """With and without one patient, however many rows they have and whatever is in them."""
+        schema = hospital()
+        frame, labs = mock(schema, 30), mock_tables(schema, 30)["labs"]
+        mine = labs.filter(pl.col("pid") != "mock-000007")
+        many = pl.DataFrame(
+            {
+                "pid": ["mock-000007"] * rows_of_one,
+                "taken": [labs["taken"][0]] * rows_of_one,
+                "value": [10.0] * rows_of_one,
+                "code": ["a"] * rows_of_one,
+                "urgent": [True] * rows_of_one,
+            },
+            schema=labs.schema,
+        )
+        notes = mock_tables(schema, 30)["notes"]
+        with_one = {"labs": pl.concat([mine, many]), "notes": notes}
+        without = frame.filter(pl.col("id") != "mock-000007")
+        views = [
+            Cohort(schema, f, SALT, tables=t).view("all")
+            for f, t in ((frame, with_one), (without, with_one | {"labs": mine}))
+        ]
+        for ask in row_asks():
+            asked = table_rows.question(ask, schema)
+            assert moved(asked, views) <= asked.sensitivity
+            if rows_of_one == 40 and ask.of == "count" and ask.by == "code" and ask.cap is None:
+                assert moved(asked, views) == 4  # the most of the table
 
-            def numbers(self, name):
-                return torch.tensor([1e30], dtype=torch.float64)
-
-        question = aggregate.mean(ward().column("age"))
-        assert math.hypot(*question.exact(Raw())) <= question.sensitivity
+    @pytest.mark.parametrize(
+        ("module", "old", "new", "kind"),
+        [
+            (moments, "root(float(WEIGHT) ** 2, float(GRID) ** 2)", "root(float(GRID) ** 2) / 2", "mean"),
+            (moments, "root(float(WEIGHT) ** 2, float(GRID) ** 2)", "float(GRID)", "mean"),
+            (
+                moments,
+                "WEIGHT * by.per_cell(view, of=known), by",
+                "2 * WEIGHT * by.per_cell(view, of=known), by",
+                "mean",
+            ),
+            (moments, "GRID) ** 2, float(GRID) ** 2)", "GRID) ** 2)", "variance"),
+            (moments, "2 * (steps * steps) // GRID - GRID", "3 * (steps * steps) // GRID - GRID", "variance"),
+            (moments, "(2 * size + len(pairs))", "size", "correlation"),
+            (counts, "root(len(columns) + 1.0)", "1.0", "missing"),
+            (describe, "[float(SHARE) ** 2] if", "[0.0] if", "describe"),
+            (counts, "[known.numpy()], minlength", "[known.numpy()].repeat(2), minlength", "histogram"),
+        ],
+    )
+    def test_mutants_of_the_arithmetic_are_caught(self, mutant, module, old, new, kind):
+        """A sensitivity that forgets a part, a patient counted twice: each breaks a bound."""
+        broken = mutant(module, old, new)
+        keys, columns = question.Keys([]), [ward().column(name) for name in ("age", "crp", "sex", "died")]
+        made = {
+            "mean": lambda m: m.mean(columns[0], keys),
+            "variance": lambda m: m.variance(columns[0], keys),
+            "correlation": lambda m: m.correlation(columns[:2]),
+            "missing": lambda m: m.missing(columns[:1] + columns[2:3]),
+            "describe": lambda m: m.table(columns),
+            "histogram": lambda m: m.histogram(columns[3], 1),
+        }[kind]
+        nobody = [ROWS | {"age": None, "sex": None, "crp": None, "died": None}]
+        pairs = [neighbours(EXTREME + nobody, n) for n in range(len(EXTREME) + 1)]
+        assert all(moved(made(module), pair) <= made(module).sensitivity for pair in pairs)
+        assert any(moved(made(broken), pair) > made(broken).sensitivity for pair in pairs)
 
     @pytest.mark.parametrize(
         ("old", "new"),
         [
-            ("math.hypot(weight, GRID)", "math.hypot(weight, GRID) / 2"),
-            ("math.hypot(weight, GRID)", "float(GRID)"),
-            ("(values - middle) / half", "(values - low) / half"),
-            ("np.searchsorted(edges[1:-1]", "2 + 0 * np.searchsorted(edges[1:-1]"),
-            ("weight * len(steps)", "weight * 2 * len(steps)"),
-            ("[known.numpy()], minlength", "[known.numpy()].repeat(2), minlength"),
+            ('"count": float(cap) ** 2', '"count": float(cap)'),
+            ("float(min(size, cap))", "1.0"),
+            ("<= cap\n", "<= cap + 1\n"),
+            ("(float(WEIGHT) ** 2 + float(GRID) ** 2)", "float(WEIGHT) ** 2"),
         ],
     )
-    def test_mutants_of_the_arithmetic_are_caught(self, mutant, old, new):
-        """Halved sensitivity, an uncentred sum, a patient counted twice: each breaks a bound or a count."""
-        broken = mutant(aggregate, old, new)
-        honest = list(questions())
-        caught = False
-        view, pairs = cohort_of(EXTREME).view("all"), [neighbours(EXTREME, n) for n in range(len(EXTREME))]
-        for question, reference in zip(questions(broken), honest, strict=True):
-            caught |= any(moved(question, pair) > question.sensitivity for pair in pairs)
-            caught |= question.exact(view).tolist() != reference.exact(view).tolist()
-        assert caught
+    def test_mutants_of_the_arithmetic_of_rows_are_caught(self, mutant, old, new):
+        """A cap that is not held, or held but not paid for."""
+        broken = mutant(table_rows, old, new)
+        schema = hospital()
+        codes = [["a", "a", "a", "a"], ["a", "b", "c", "a"]]
+        for kind in codes:
+            labs = pl.DataFrame({"pid": ["p0"] * 4, "value": [10.0] * 4, "code": kind, "urgent": [True] * 4})
+            labs = labs.with_columns(taken=pl.lit("2020-01-01"))
+            notes = mock_tables(schema, 0)["notes"]
+            frame = mock(schema, 1).with_columns(id=pl.lit("p0"))
+            one = Cohort(schema, frame, SALT, tables={"labs": labs, "notes": notes}).view("all")
+            none = Cohort(schema, frame[:0], SALT, tables={"labs": labs, "notes": notes}).view("all")
+            for ask in row_asks():
+                honest, other = (m.question(ask, schema) for m in (table_rows, broken))
+                assert moved(honest, (one, none)) <= honest.sensitivity
+                if moved(other, (one, none)) > other.sensitivity:
+                    return
+        raise AssertionError("not caught")
 
 
 class TestNoise:
     @pytest.mark.parametrize("sd", [0.4, 2.0, 17.0])
     def test_gaussian_noise_has_the_discrete_gaussian_law(self, sd):
         """40,000 draws against the mass function exp(-k²/2σ²)."""
-        assert law(aggregate.gaussian(sd), lambda k: np.exp(-(k**2) / (2 * sd**2)), 6 * sd) > 1e-6
+        assert law(question.gaussian(sd), lambda k: np.exp(-(k**2) / (2 * sd**2)), 6 * sd) > 1e-6
 
     @pytest.mark.parametrize("scale", [0.3, 2.0, 15.0])
     def test_laplace_noise_has_the_discrete_laplace_law(self, scale):
         """40,000 draws against the mass function exp(-|k|/b)."""
-        assert law(aggregate.laplace(scale), lambda k: np.exp(-np.abs(k) / scale), 20 * scale) > 1e-6
+        assert law(question.laplace(scale), lambda k: np.exp(-np.abs(k) / scale), 20 * scale) > 1e-6
 
     def test_the_law_test_sees_a_fifth_less_noise(self):
         """The test has teeth."""
-        assert law(aggregate.gaussian(2.0), lambda k: np.exp(-(k**2) / (2 * 2.5**2)), 15) < 1e-6
+        assert law(question.gaussian(2.0), lambda k: np.exp(-(k**2) / (2 * 2.5**2)), 15) < 1e-6
 
     def test_a_plan_spends_what_was_asked_and_states_its_noise(self):
         """ε of the planned loss is the request's, and the noise is scaled by the sensitivity."""
@@ -137,35 +240,23 @@ class TestNoise:
         ("old", "new", "caught"),
         [
             ("", "", False),
-            ("sd = loss.noise * question.sensitivity", "sd = loss.noise", True),
-            (
-                '_adding(dp.m.make_gaussian(_VECTOR, dp.l2_distance(T="f64"), scale=sd))',
-                "_adding(list)",
-                True,
-            ),
-            ("scale=sd))", "scale=sd / 1.3))", True),
+            ("sd = loss.noise * asked.sensitivity", "sd = loss.noise", True),
+            ("gaussian(sd)", "(lambda exact: exact.tolist())", True),
+            ("gaussian(sd)", "gaussian(sd / 1.3)", True),
         ],
     )
     def test_the_noise_added_is_the_noise_paid_for(self, monkeypatch, mutant, old, new, caught):
         """The spread of 300 noisy sums is that of the planned loss; a mutant with less is seen."""
         module = mutant(aggregate, old, new) if old else aggregate
         ask = Mean(dataset="ward", column="age", epsilon=1.0)
-        plan = module.plan(ask, ward(), DELTA)
-        seen = []
-        original = module.mean
-
-        def spying(column):
-            question = original(column)
-            return module.Question(
-                question.exact, question.sensitivity, lambda noisy, sd: seen.append(noisy) or {}
-            )
-
-        monkeypatch.setattr(module, "mean", spying)
+        honest, seen = aggregate.question(ask, ward()), []
+        spying = replace(honest, read=lambda noisy, sd: seen.append(noisy) or {})
+        monkeypatch.setattr(module, "question", lambda ask, schema: spying)
         plan = module.plan(ask, ward(), DELTA)
         view = cohort_of([]).view("all")
         for _ in range(300):
             plan.run(view, lambda steps: None)
-        wanted = plan.loss.noise * original(ward().column("age")).sensitivity
+        wanted = plan.loss.noise * honest.sensitivity
         p = stats.chi2.sf((np.array(seen, dtype=float) ** 2).sum() / wanted**2, 600)
         assert (min(p, 1 - p) < 1e-6) == caught
 
@@ -212,11 +303,11 @@ class TestAnswers:
     def test_every_known_value_falls_in_a_public_bin(self, bins):
         """Linear, logarithmic or whole numbers: the bins cover the bounds and add up."""
         for name in ("age", "crp", "visits"):
-            question = aggregate.histogram(ward().column(name), bins)
+            asked = counts.histogram(ward().column(name), bins)
             values = [v for v in [*NASTY, 3.0, 9.0] if name != "visits" or v != 5e-324]
             lacking = 2 if name != "age" else 0
-            counts = question.exact(cohort_of([ROWS | {name: v} for v in values]).view("all"))
-            assert counts.sum() == len(values) - lacking
+            found = asked.exact(cohort_of([ROWS | {name: v} for v in values]).view("all"))
+            assert found.sum() == len(values) - lacking
 
     @given(rows(), st.sampled_from(["all", "train", "validation", "test"]))
     @settings(max_examples=15)

@@ -7,7 +7,7 @@ from scipy.special import expit
 from sklearn import metrics as sk
 
 from rapha_lab.curator.mechanisms import evaluate, metrics
-from rapha_lab.curator.mechanisms.aggregate import laplace
+from rapha_lab.curator.mechanisms.question import laplace
 
 NAMES = ["auroc", "auprc", "accuracy", "sensitivity", "specificity", "brier", "logloss"]
 

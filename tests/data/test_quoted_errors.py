@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from rapha_lab.curator import quotes
 from rapha_lab.curator.ledger import Ledger
-from rapha_lab.curator.mechanisms import aggregate, evaluate, metrics
+from rapha_lab.curator.mechanisms import evaluate, metrics, moments
+from rapha_lab.curator.mechanisms.question import GRID, Keys, laplace
 from rapha_lab.protocol.errors import PolicyError, RequestError
 from rapha_lab.protocol.policy import Project
 from rapha_lab.protocol.quote import Inquiry, Quote
@@ -41,6 +42,8 @@ SCHEMA = Schema(
     columns=(
         Column(name="age", type="number", bounds=(0, 100), unit="years", **WORDS),
         Column(name="sex", type="category", categories=("F", "M"), **WORDS),
+        Column(name="weight", type="number", bounds=(30, 200), unit="kg", **WORDS),
+        Column(name="died", type="boolean", **WORDS),
     ),
 )
 UNDECLARED = msgspec.structs.replace(SCHEMA, patients=None)
@@ -88,13 +91,11 @@ class TestErrors:
     @pytest.mark.parametrize(("value", "which"), [(50.0, 0), (100.0, 1), (0.0, 1)])
     def test_the_errors_of_a_mean_are_those_its_release_states(self, value, which):
         """In the middle of the bounds and at them, for as many patients as are expected."""
-        question, noise, patients = aggregate.mean(SCHEMA.column("age")), 3.0, 4000
-        weight = round(aggregate.GRID / math.sqrt(3))
-        exact = [weight * patients, round((value - 50) / 50 * aggregate.GRID) * patients]
-        told = question.read(exact, noise * question.sensitivity)["error"]
-        assert aggregate.errors_of_mean(SCHEMA.column("age"), noise, patients)[which] == pytest.approx(
-            told, rel=1e-6
-        )
+        asked, noise, patients = moments.mean(SCHEMA.column("age"), Keys([])), 3.0, 4000
+        exact = [moments.WEIGHT * patients, round((value - 50) / 50 * GRID) * patients]
+        told = asked.read(exact, noise * asked.sensitivity)["error"]
+        figures = asked.expect(noise * asked.sensitivity, patients)["figures"]
+        assert list(figures.values())[which] == pytest.approx(told, rel=1e-6)
 
     @pytest.mark.parametrize(
         ("patients", "epsilon", "auroc"), [(20_000, 1.0, 0.8), (3000, 2.0, 0.7), (50_000, 0.3, 0.9)]
@@ -113,7 +114,7 @@ class TestErrors:
             labels = (rng.random(n) < 0.2).astype(int)
             scores = np.log(0.25) + d * (labels - 0.5) * d + d * rng.standard_normal(n)
             edges = evaluate.edges_between(*np.quantile(scores, [0.3, 0.7]))
-            noisy = evaluate.laplace(scale)(evaluate.cells(scores, labels, edges).ravel())
+            noisy = laplace(scale)(evaluate.cells(scores, labels, edges).ravel())
             judged = metrics.judge(np.array(noisy).reshape(2, -1), edges, scale, ["auroc"])
             stated.append(judged["metrics"]["auroc"]["error"])
         assert quote.error == pytest.approx(np.mean(stated), rel=0.2)
@@ -133,6 +134,14 @@ class TestTargets:
             ({"kind": "count"}, 12.0),
             ({"kind": "histogram", "column": "age"}, 3.0),
             ({"kind": "mean", "column": "age"}, 0.5),
+            ({"kind": "mean", "column": "age", "fields": {"by": ["sex"]}}, 0.5),
+            ({"kind": "sum", "column": "age"}, 2000.0),
+            ({"kind": "variance", "column": "age"}, 0.5),
+            ({"kind": "quantiles", "column": "age"}, 0.02),
+            ({"kind": "correlation", "fields": {"columns": ["age", "weight"]}}, 0.05),
+            ({"kind": "survival", "fields": {"time": "age", "event": "died"}}, 0.03),
+            ({"kind": "missing", "fields": {"columns": ["age", "sex"]}}, 0.5),
+            ({"kind": "describe", "fields": {"columns": ["age", "sex"]}}, 0.5),
             ({"kind": "mean", "column": "age", "split": "test"}, 40.0),
             ({"kind": "evaluate", "split": "test"}, 0.05),
         ],

@@ -34,6 +34,17 @@ ASKED = [
         "histogram:chapter",
         {"epsilon": 0.2, "split": "test"},
     ),
+    ('patients.var("potassium", epsilon=0.2)', "variance:potassium", {"epsilon": 0.2}),
+    (
+        'patients.describe(["potassium", "chapter"], epsilon=0.2)',
+        "describe:potassium,chapter",
+        {"epsilon": 0.2},
+    ),
+    (
+        'import polars as pl\npatients.where(pl.col("potassium") > 4).group_by("chapter").count(error=40)',
+        "count",
+        {"by": ["chapter"], "error": 40},
+    ),
     (LINEAR + FIT, torch.nn.Linear(len(ward.FEATURES), 1), {"epsilon": 2, "epochs": 3}),
     (LINEAR + LOOP, "fit", {"epsilon": 1.5, "epochs": 1, "batch": 200}),
     (LINEAR + EVALUATE, "evaluate:auroc", {"epsilon": 0.7}),
@@ -197,7 +208,9 @@ class TestHostile:
             cohort.site._channel.call("quote", message)
         assert "internal" not in str(refusal.value)
 
-    @pytest.mark.parametrize("what", ["", "mean", "mean:", "count:age", "sum:age", 5, None, torch.nn.ReLU()])
+    @pytest.mark.parametrize(
+        "what", ["", "mean", "mean:", "count:age", "total:age", 5, None, torch.nn.ReLU()]
+    )
     def test_what_is_no_question_is_refused_here(self, cohort, what):
         """Before anything is sent."""
         with pytest.raises(RequestError):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rapha_lab.curator import cohort as cohorts
 from rapha_lab.curator.accounting import Gaussian, epsilon_of
 from rapha_lab.curator.mechanisms import shards
-from rapha_lab.curator.mechanisms.aggregate import GRID
+from rapha_lab.curator.mechanisms.question import GRID
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.session import shard

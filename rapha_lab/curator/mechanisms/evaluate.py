@@ -24,7 +24,7 @@ from rapha_lab.curator.accounting import Pure
 from rapha_lab.curator.cohort import View
 from rapha_lab.curator.lift import lift
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress, metrics
-from rapha_lab.curator.mechanisms.aggregate import laplace, touched
+from rapha_lab.curator.mechanisms.question import laplace, touched
 from rapha_lab.curator.mechanisms.train import fits
 from rapha_lab.protocol.errors import ProgramError, RequestError
 from rapha_lab.protocol.messages import Evaluate

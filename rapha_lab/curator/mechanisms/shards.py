@@ -23,7 +23,7 @@ import numpy as np
 from rapha_lab.curator.accounting import Gaussian, noise_for
 from rapha_lab.curator.cohort import View
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress
-from rapha_lab.curator.mechanisms.aggregate import GRID, Z, gaussian, touched
+from rapha_lab.curator.mechanisms.question import GRID, Z, gaussian, touched
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.messages import Shards
