@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show_key)
 
     policy = commands.add_parser("policy", help="the custodians' policy").add_subparsers(required=True)
+    _policy_parsers(policy)
     for name, run, words in (
         ("show", _show_policy, "the policy in plain English"),
         ("check", _check_policy, "whether it is in force, and who has not signed"),
@@ -124,6 +125,50 @@ def _log_commands(log: Any) -> None:
     check.add_argument("entry", type=Path)
     check.add_argument("--key", required=True, help="the site's public key")
     check.set_defaults(run=_check_entry)
+
+
+def _policy_parsers(policy: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from rapha_lab.client.drafting import QUESTIONS
+
+    new = policy.add_parser(
+        "new", help="write a page from a few answers, for the custodians to read and sign"
+    )
+    new.add_argument("policy", type=Path)
+    for name, question in QUESTIONS.items():
+        new.add_argument(f"--{name.replace('_', '-')}", dest=name, help=question)
+    new.add_argument("--defaults", action="store_true", help="ask nothing: take what is proposed")
+    new.set_defaults(run=_new_policy)
+    diff = policy.add_parser("diff", help="what a new version changes, in plain English")
+    diff.add_argument("old", type=Path)
+    diff.add_argument("new", type=Path)
+    diff.set_defaults(run=_diff_policy)
+
+
+def _new_policy(args: argparse.Namespace) -> None:
+    from rapha_lab.client.drafting import QUESTIONS, ask
+    from rapha_lab.client.policies import plain_english
+    from rapha_lab.protocol.errors import RequestError
+
+    given = {name: getattr(args, name) for name in QUESTIONS if getattr(args, name) is not None}
+    draft = ask(given, (lambda question: "") if args.defaults else input)
+    page = draft.page()
+    try:
+        with args.policy.open("x") as file:
+            file.write(page.text)
+    except FileExistsError:
+        raise RequestError(
+            f"{args.policy} exists.", "A page is never written over.", "Give another name."
+        ) from None
+    print(plain_english(page))
+    print(f"Written to {args.policy}. Each custodian: rapha-lab policy sign {args.policy} --key THEIR.key")
+
+
+def _diff_policy(args: argparse.Namespace) -> None:
+    from rapha_lab.client.policies import diff
+    from rapha_lab.protocol.policy import Policy
+
+    lines = diff(Policy.parse(args.old.read_text()), Policy.parse(args.new.read_text()))
+    print(*(lines or ["They say the same."]), sep="\n")
 
 
 def _fetch_log(args: argparse.Namespace) -> None:

@@ -140,6 +140,7 @@ _STATES = {
     "queued": "waiting",
     "rehearsing": "rehearsing on made-up patients",
     "running": "running at the site",
+    "waiting": "waits for a custodian",
     "done": "done",
     "failed": "failed",
     "cancelled": "cancelled",

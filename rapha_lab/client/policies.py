@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
-
-import msgspec
 
 from rapha_lab.protocol.policy import Dataset, Policy, Project
 
-__all__ = ["diff", "plain_english"]
+__all__ = ["DUO", "diff", "plain_english"]
 
-# the terms of GA4GH's Data Use Ontology that a hospital meets most
-_DUO = {
+DUO = {
     "DUO:0000004": "any purpose",
     "DUO:0000006": "health, medical and biomedical research",
     "DUO:0000007": "research on a named disease",
-    "DUO:0000011": "research on populations and ancestry",
+    "DUO:0000011": "research on populations and ancestry only",
+    "DUO:0000012": "research of a named kind only",
+    "DUO:0000015": "no research on methods alone",
+    "DUO:0000016": "genetic studies only",
     "DUO:0000018": "use by not-for-profit organisations and for no profit",
+    "DUO:0000019": "results must be published",
+    "DUO:0000020": "use in collaboration with the custodians",
     "DUO:0000021": "use after ethics approval",
+    "DUO:0000022": "use in a named region only",
+    "DUO:0000024": "no publication before a named date",
+    "DUO:0000025": "use for a named time",
+    "DUO:0000026": "use by named people only",
+    "DUO:0000027": "use in a named project only",
+    "DUO:0000028": "use by a named institution only",
+    "DUO:0000029": "results must come back to the custodians",
     "DUO:0000042": "general research",
     "DUO:0000043": "clinical care",
+    "DUO:0000044": "no research on populations and ancestry",
     "DUO:0000045": "use by not-for-profit organisations",
     "DUO:0000046": "use for no commercial purpose",
 }
-_LESS_IS_MORE = {"quorum", "sandbox", "smallest_cohort"}
+"""The terms of GA4GH's Data Use Ontology in words."""
+
 _WORDS = {
     "two custodians": "two custodians release it",
     "one custodian": "one custodian releases it",
@@ -35,10 +47,9 @@ _FREEDOM = list(_WORDS)
 def plain_english(policy: Policy) -> str:
     """The policy in sentences, one paragraph each."""
     head = policy.head
-    purposes = "; ".join(f"{_DUO.get(code, 'the purpose')} ({code})" for code in head.purpose)
     people = "; ".join(f"{c.name}, {c.role}" for c in policy.custodians)
     paragraphs = [
-        f"{head.name}, version {head.version}. It ends on {head.expires:%d %B %Y}. Purpose: {purposes}.",
+        f"{head.name}, version {head.version}. It ends on {head.expires:%d %B %Y}. Purpose: {purposes(policy)}.",
         f"{head.quorum} of these {len(policy.custodians)} must sign, and any one of them can veto: {people}.",
         *(_dataset(part) for part in policy.datasets),
         *(_project(part) for part in policy.projects),
@@ -46,44 +57,113 @@ def plain_english(policy: Policy) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
+def purposes(policy: Policy) -> str:
+    """What it is for, in words with their codes."""
+    unknown = "a term that this version has no words for: look it up"
+    return "; ".join(f"{DUO.get(code, unknown)} ({code})" for code in policy.head.purpose)
+
+
 def diff(old: Policy, new: Policy) -> list[str]:
-    """What `new` changes, a line each: `+` gives more than before, `-` gives less, `~` is neither or both."""
-    lines = _changes("policy", old.head, new.head)
-    for kind in ("custodians", "datasets", "projects"):
-        before = {part.name: part for part in getattr(old, kind)}
-        after = {part.name: part for part in getattr(new, kind)}
-        sign = "~~" if kind == "custodians" else "+-"
-        lines += [f"{sign[0]} {kind} {name!r} is new" for name in after if name not in before]
-        lines += [f"{sign[1]} {kind} {name!r} is gone" for name in before if name not in after]
+    """What `new` changes, a sentence each: `+` gives more than before, `-` gives less, `~` is neither."""
+    lines = [*_head(old, new), *_custodians(old, new)]
+    for kind, changed in (("dataset", _datasets), ("project", _projects)):
+        before, after = ({part.name: part for part in getattr(p, f"{kind}s")} for p in (old, new))
+        lines += [f"+ The {kind} {name} is new." for name in after if name not in before]
+        lines += [f"- The {kind} {name} is gone." for name in before if name not in after]
         for name in (name for name in before if name in after):
-            lines += _changes(f"{kind} {name!r}", before[name], after[name])
+            lines += [
+                f"{line[0]} {kind.capitalize()} {name}{line[1:]}"
+                for line in changed(before[name], after[name])
+            ]
     return lines
 
 
-def _changes(where: str, old: Any, new: Any) -> list[str]:
-    pairs = [
-        (f, *(msgspec.to_builtins(getattr(part, f)) for part in (old, new))) for f in old.__struct_fields__
-    ]
-    return [f"{_sign(f, a, b)} {where}: {f} was {a}, is {b}" for f, a, b in pairs if a != b]
+def _head(old: Policy, new: Policy) -> Iterator[str]:
+    a, b = old.head, new.head
+    if a.name != b.name:
+        yield f"~ Its name was {a.name}, now {b.name}."
+    if a.version != b.version:
+        yield f"~ It is version {b.version}, after {a.version}."
+    yield from (f"+ A new purpose: {DUO.get(c, '')} ({c})." for c in b.purpose if c not in a.purpose)
+    yield from (f"- No longer a purpose: {DUO.get(c, '')} ({c})." for c in a.purpose if c not in b.purpose)
+    if a.expires != b.expires:
+        yield f"{_more(a.expires, b.expires)} It ends on {b.expires:%d %B %Y}, not on {a.expires:%d %B %Y}."
+    if a.quorum != b.quorum:
+        yield f"{_more(b.quorum, a.quorum)} {b.quorum} custodians must sign, not {a.quorum}."
 
 
-def _sign(field: str, before: Any, after: Any) -> str:
-    if field in ("lanes", "measurements", "metrics", "researchers", "datasets"):
-        more = any(_opens(before, after, item) for item in after)
-        less = any(_opens(after, before, item) for item in before)
-        return "~" if more == less else "+" if more else "-"
-    if field in ("epsilon", "delta", "largest_model", "expires", *_LESS_IS_MORE):
-        return "+" if (after > before) != (field in _LESS_IS_MORE) else "-"
-    return "~"
+def _custodians(old: Policy, new: Policy) -> Iterator[str]:
+    before, after = ({(c.name, c.role): c.key for c in p.custodians} for p in (old, new))
+    yield from (
+        f"~ {name} ({role}) becomes a custodian." for name, role in after if (name, role) not in before
+    )
+    yield from (
+        f"~ {name} ({role}) is no longer a custodian." for name, role in before if (name, role) not in after
+    )
+    for person in (person for person in before if after.get(person, before[person]) != before[person]):
+        yield f"~ {person[0]} ({person[1]}) signs with another key, {after[person]}."
 
 
-def _opens(before: Any, after: Any, item: str) -> bool:
-    """Whether `item` is in `after` and was not, or not as freely, in `before`."""
-    if item not in before:
-        return True
-    if not isinstance(after, dict):
-        return False
-    return _FREEDOM.index(after[item]["release"]) > _FREEDOM.index(before[item]["release"])
+def _datasets(old: Dataset, new: Dataset) -> Iterator[str]:
+    yield from _listed(
+        " may also open in an enclave measured {}.",
+        " no longer opens in {}.",
+        old.measurements,
+        new.measurements,
+    )
+    if old.sandbox != new.sandbox:
+        yield f"{_more(new.sandbox, old.sandbox)} opens beside a sandbox of tier {new.sandbox}, not {old.sandbox}."
+    yield from _numbers(old, new, "sandbox", "measurements")
+
+
+def _projects(old: Project, new: Project) -> Iterator[str]:
+    yield from _listed(
+        " gets a new researcher, {}.", " loses the researcher {}.", old.researchers, new.researchers
+    )
+    yield from _listed(
+        " may use the dataset {}.", " may no longer use the dataset {}.", old.datasets, new.datasets
+    )
+    yield from _listed(
+        " may ask for the metric {}.", " may no longer ask for the metric {}.", old.metrics, new.metrics
+    )
+    lanes, others = dict(old.lanes), dict(new.lanes)
+    yield from (f"+ opens the lane {n}: {_WORDS[v.release]}." for n, v in others.items() if n not in lanes)
+    yield from (f"- closes the lane {n}." for n in lanes if n not in others)
+    for name in (n for n in lanes if n in others and lanes[n] != others[n]):
+        a, b = lanes[name].release, others[name].release
+        yield f"{_more(_FREEDOM.index(a), _FREEDOM.index(b))}, lane {name}: {_WORDS[b]}; it was that {_WORDS[a]}."
+    yield from _numbers(old, new, "researchers", "datasets", "metrics", "lanes")
+
+
+_SAID = {
+    "epsilon": ("+", "may spend epsilon {} per patient, not {}"),
+    "delta": ("+", "has delta {}, not {}"),
+    "largest_model": ("+", "may train {} parameters at most, not {}"),
+    "smallest_cohort": ("-", "needs cohorts of {} patients, not {}"),
+}
+
+
+def _numbers(old: Any, new: Any, *others: str) -> Iterator[str]:
+    """What is left of a part's fields: numbers, whose direction is known for those of `_SAID`."""
+    for name in old.__struct_fields__:
+        a, b = getattr(old, name), getattr(new, name)
+        if a == b or name in others:
+            continue
+        way, words = _SAID.get(name, ("~", f"has {name} {{}}, not {{}}"))
+        if a is None or b is None:
+            yield f"~ {words.format(b, a)}."
+        else:
+            sign = way if way == "~" else _more(a, b) if way == "+" else _more(b, a)
+            yield f"{sign} {words.format(*(f'{v:g}' if isinstance(v, float) else f'{v:,}' for v in (b, a)))}."
+
+
+def _listed(gains: str, loses: str, before: list[str], after: list[str]) -> Iterator[str]:
+    yield from ("+" + gains.format(item) for item in after if item not in before)
+    yield from ("-" + loses.format(item) for item in before if item not in after)
+
+
+def _more(before: Any, after: Any) -> str:
+    return "+" if after > before else "-"
 
 
 def _dataset(part: Dataset) -> str:
@@ -93,9 +173,15 @@ def _dataset(part: Dataset) -> str:
 
 def _project(part: Project) -> str:
     lanes = [f"{lane} ({_WORDS[rule.release]})" for lane, rule in part.lanes.items()]
+    reviewed = ""
+    if "review" in part.lanes:
+        reviewed = (
+            " Answers of the lane review have NO differential privacy: the custodians who approve the function "
+            "and release its answer are all that protects the patients."
+        )
     return (
         f"Project {part.name}: {len(part.researchers)} researcher(s) may, on {', '.join(part.datasets)}: "
         f"{'; '.join(lanes) or 'nothing'}. Per patient epsilon {part.epsilon:g} at most, delta {part.delta:g}; "
         f"models of at most {part.largest_model:,} parameters; cohorts of at least {part.smallest_cohort:,} "
-        f"patients; metrics: {', '.join(part.metrics) or 'none'}."
+        f"patients; metrics: {', '.join(part.metrics) or 'none'}.{reviewed}"
     )

@@ -255,6 +255,19 @@ class Site:
         """End your sessions there, or one of them; what they hold is lost, what was released is not."""
         self._channel.call("end", {"id": session})
 
+    def airlock(self) -> list[dict[str, Any]]:
+        """What waits for the site's custodians, or was decided by them: yours, or all if you are one of them."""
+        return list(self._channel.call("airlock", {})[0])
+
+    def collect(self, subject: str) -> tuple[Release, bytes]:
+        """An answer of yours that waited in the airlock, with its tensors (safetensors), once it was approved.
+
+        Raises:
+            WaitingError: no custodian has decided yet. RefusedError: one refused it; says why.
+        """
+        wire, blob = self._channel.call("collect", {"text": subject})
+        return msgspec.convert(wire, Release), blob
+
     def _tag(self) -> dict[str, Any]:
         return {"site": self.name, "simulated": self.simulated}
 

@@ -6,15 +6,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from rapha_lab.curator.airlock import Airlock
 from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.desk import Caller, Desk
+from rapha_lab.curator.inforce import InForce
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.noise import SystemNoise
 from rapha_lab.curator.quotes import quotes
@@ -22,8 +23,9 @@ from rapha_lab.curator.server import Call, Server
 from rapha_lab.curator.workers import EnclaveWorkers
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.builds import KIND, Build
+from rapha_lab.protocol.decision import Decision
 from rapha_lab.protocol.errors import RaphaError, RequestError
-from rapha_lab.protocol.policy import Policy, Signed
+from rapha_lab.protocol.policy import Policy, Statement
 from rapha_lab.protocol.schema import SPLITS, Schema
 
 __all__ = ["Config", "main"]
@@ -78,18 +80,8 @@ def main() -> None:
 def _open(config: Config, reader: Any, writer: Any) -> Server:
     key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(config.key))
 
-    checked: dict[tuple[Signed, date], Policy] = {}
-
-    def in_force() -> Policy:
-        # read anew each time: a veto or a revocation holds from the next request on
-        key = Signed.load(config.policy), datetime.now(UTC).date()
-        policy = checked.get(key)
-        if policy is None:  # verified once a day for these very bytes, since a loop asks a thousand times
-            policy = key[0].check()
-            checked.clear()
-            checked[key] = policy
-        return policy
-
+    ledger = Ledger(Path(config.ledger), key, origin=config.log, about={"tier": config.tier})
+    in_force = InForce(config.policy, ledger)
     policy = in_force()
     cohorts = {}
     for source in config.datasets:
@@ -99,16 +91,38 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
         for column, found in cohorts[schema.name].findings.items():
             if found.clamped or found.unlisted or found.missing:
                 print(f"{schema.name}.{column}: {found}", file=sys.stderr)
-    ledger = Ledger(Path(config.ledger), key, origin=config.log, about={"tier": config.tier})
     for project in policy.projects:
         for dataset in project.datasets:
             for split in SPLITS:
                 ledger.open_account(project.name, dataset, split, project.epsilon, project.delta)
-    ledger.record("policy", hash=policy.hash.hex())
     build = ledger.record(KIND, **msgspec.to_builtins(config.build))
     workers = EnclaveWorkers(config.workers, config.cores)
-    desk = Desk(in_force, ledger, cohorts, SystemNoise(), config.site, workers, simulated=config.simulated)
-    return Server(desk, _free(ledger, in_force, cohorts, build), reader, writer)
+    airlock, noise = Airlock(ledger), SystemNoise()
+    desk = Desk(
+        in_force, ledger, cohorts, noise, config.site, workers, simulated=config.simulated, airlock=airlock
+    )
+    free = _free(ledger, in_force, cohorts, build) | _custody(airlock, in_force)
+    return Server(desk, free, reader, writer)
+
+
+def _custody(airlock: Airlock, policy: InForce) -> dict[str, Any]:
+    """What custodians ask and say, and what a researcher may see of what waits for them."""
+
+    def item(call: Call) -> Any:
+        told = airlock.show(call.researcher, call.text, policy())
+        before = airlock.approved_before(call.text)
+        return told | {"before": before.decode() if before else None}
+
+    def state(call: Call) -> Any:
+        policy.state(Statement.decode(call.text.encode()))
+        return {}
+
+    return {
+        "airlock": lambda call: airlock.listed(call.researcher, policy()),
+        "item": item,
+        "decide": lambda call: airlock.decide(Decision.decode(call.text), policy()),
+        "state": state,
+    }
 
 
 def _free(

@@ -9,11 +9,14 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
 
+from rapha_lab.curator import checks
 from rapha_lab.curator.accounting import epsilon_of
+from rapha_lab.curator.airlock import Airlock
 from rapha_lab.curator.cohort import Cohort, View
 from rapha_lab.curator.expressions import chosen
 from rapha_lab.curator.ledger import Ledger
@@ -27,8 +30,9 @@ from rapha_lab.protocol.checkpoint import Receipt
 from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError
 from rapha_lab.protocol.messages import Ask
 from rapha_lab.protocol.policy import Policy, Project
+from rapha_lab.protocol.policy import Release as Mode
 from rapha_lab.protocol.program import Program
-from rapha_lab.protocol.release import Release, statement
+from rapha_lab.protocol.release import Release, canonical, statement
 from rapha_lab.protocol.schema import Schema
 
 __all__ = ["Caller", "Cancelled", "Desk", "permit"]
@@ -68,6 +72,7 @@ class Desk:
         noise: the cryptographic generator.
         site: the site's name, for the release.
         workers: where functions meet their shards.
+        airlock: where answers wait for the custodians whom the policy names for their lane.
     """
 
     def __init__(
@@ -80,9 +85,11 @@ class Desk:
         workers: Workers | None = None,
         *,
         simulated: bool,
+        airlock: Airlock | None = None,
     ) -> None:
         self._policy, self._ledger, self._cohorts, self._noise = policy, ledger, cohorts, noise
         self._site, self._workers, self._simulated = site, workers, simulated
+        self._airlock = airlock or Airlock(ledger)
         self._loops: dict[str, tuple[Caller, Loop, float, View]] = {}
 
     def answer(
@@ -97,6 +104,7 @@ class Desk:
         Raises:
             RequestError, ProgramError, PolicyError, BudgetError: nothing was touched, nothing spent.
             Cancelled, RefusedError: it stopped on the way; the steps that ran stay charged.
+            WaitingError: it is computed, charged and logged, and waits for custodians; ask the same again.
         """
         ask = messages.decode(request)
         if isinstance(ask, messages.Gradient):
@@ -111,7 +119,7 @@ class Desk:
                 chosen(self._cohort(ask.ask.dataset), ask.ask).schema,
             )
             return {"epsilon": aggregate.epsilon_for(ask.ask, schema, delta, ask.error)}, b""
-        self._permit(policy, caller, ask)
+        mode = self._permit(policy, caller, ask)
         account, cohort = policy.project(caller.project), chosen(self._cohort(ask.dataset), ask)
         question = _question(caller, request, tensors)
         if (before := self._ledger.settled(caller.job, question)) is not None:
@@ -120,6 +128,7 @@ class Desk:
                 caller.job, ask, account.delta, Answer(msgspec.json.decode(body)["values"], blob), receipt
             )
         if isinstance(ask, messages.Open):
+            _at_once(mode)
             return self._open(caller, ask, cohort, account, question)
         plan = plan_of(ask, tensors, cohort.schema, account.delta, self._noise, self._workers)
         for split in plan.touches:
@@ -127,9 +136,11 @@ class Desk:
         self._ledger.reserve(caller.job, caller.project, ask.dataset, plan.touches, plan.loss, question)
 
         def told(done: int, planned: int, ran: int) -> None:
+            self._permit(self._policy(), caller, ask)  # a veto or a revocation holds from the next step on
             on_step(done, planned, epsilon_of(plan.loss.part(ran), account.delta))
 
-        answer, receipt = self._run(caller.job, plan, cohort, ask.split, told)
+        hold = self._hold(caller, ask, mode, account.delta)
+        answer, receipt = self._run(caller.job, plan, cohort, ask.split, told, mode, hold)
         return self._release(caller.job, ask, account.delta, answer, receipt)
 
     # -- a training loop: reserved when it opens, charged step by step, logged when it closes ---------------
@@ -148,7 +159,7 @@ class Desk:
         self, caller: Caller, ask: messages.Gradient, tensors: bytes, on_step: OnStep
     ) -> tuple[dict[str, Any], bytes]:
         found = self._loop(caller, ask.loop)
-        self._permit(self._policy(), caller, found.ask, program=ask.program)
+        _at_once(self._permit(self._policy(), caller, found.ask, program=ask.program))
 
         _, _, delta, view = self._loops[ask.loop]
 
@@ -176,7 +187,9 @@ class Desk:
         opened = found.ask
         values = {"kind": "fit", "steps": found.done, "noise": found.sigma, "clip": opened.clip}
         answer = Answer(values | {"rate": found.rate, "batch": opened.batch} | words(opened))
-        receipt = self._ledger.settle(ask.loop, statement(answer.values, answer.tensors))
+        receipt = self._ledger.settle(
+            ask.loop, statement(answer.values, answer.tensors), about={"mode": "auto"}
+        )
         return self._release(ask.loop, opened, delta, answer, receipt)
 
     def _loop(self, caller: Caller, job: str) -> Loop:
@@ -202,19 +215,42 @@ class Desk:
     def _release(
         self, job: str, ask: Ask, delta: float, answer: Answer, receipt: Receipt
     ) -> tuple[Release, bytes]:
-        fields = {name: getattr(ask, name) for name in ("dataset", "split", "epsilon")}
-        release = Release(
-            job=job,
-            op=_op(ask),
-            site=self._site,
-            delta=delta,
-            values=answer.values,
-            tensors=hashlib.sha256(answer.tensors).hexdigest(),
-            receipt=msgspec.to_builtins(receipt),
-            simulated=self._simulated,
-            **fields,
-        )
-        return release, answer.tensors
+        self._airlock.pass_answer(job)
+        told = _told(job, ask, delta, answer)
+        site = {"site": self._site, "simulated": self._simulated, "receipt": msgspec.to_builtins(receipt)}
+        return msgspec.convert(told | site, Release), answer.tensors
+
+    def collect(self, caller: Caller, subject: str) -> tuple[Release, bytes]:
+        """An answer that waited in the airlock, once it may leave, for whom the session is gone that asked for it.
+
+        Raises:
+            PolicyError: the policy would not let it be asked any more.
+            WaitingError, RefusedError: the custodians have not approved it.
+        """
+        held = self._airlock.answer(caller.researcher, subject)
+        self._policy().allows(caller.researcher, held.project, held.dataset, held.lane)
+        self._airlock.pass_answer(held.job)
+        kept = self._ledger.kept(held.job)
+        if kept is None:
+            raise RequestError("The answer is not there.", field="subject")
+        told = msgspec.json.decode(held.document)["release"]
+        site = {"site": self._site, "simulated": self._simulated, "receipt": msgspec.to_builtins(kept[1])}
+        return msgspec.convert(told | site, Release), kept[0]
+
+    def _hold(self, caller: Caller, ask: Ask, mode: Mode, delta: float) -> Callable[[Answer, Any], None]:
+        """What lets an answer wait, in the transaction that charges it; nothing where none has to."""
+        lane = _lane(ask)
+        about = {"researcher": caller.researcher, "project": caller.project, "dataset": ask.dataset}
+
+        def hold(answer: Answer, db: Any) -> None:
+            if mode != "auto":
+                told = {"release": _told(caller.job, ask, delta, answer), "lane": lane, "mode": mode}
+                document = canonical({"kind": "answer", **about, **told})
+                found = checks.tensors(answer.tensors)
+                waits = {"job": caller.job, "lane": lane, "mode": mode, "findings": found}
+                self._airlock.hold(db, "answer", document, **about, **waits)
+
+        return hold
 
     def _cohort(self, dataset: str) -> Cohort:
         if dataset not in self._cohorts:
@@ -227,15 +263,23 @@ class Desk:
             )
         return self._cohorts[dataset]
 
-    def _permit(self, policy: Policy, caller: Caller, ask: Ask, program: Program | None = None) -> None:
+    def _permit(self, policy: Policy, caller: Caller, ask: Ask, program: Program | None = None) -> Mode:
         schema, metrics = self._cohort(ask.dataset).schema, getattr(ask, "metrics", ())
-        permit(policy, caller, LANES.get(_op(ask), "aggregate"), schema, ask.split, metrics)
+        mode = permit(policy, caller, _lane(ask), schema, ask.split, metrics)
         program = ask.program if isinstance(ask, messages.Fit) else program
         if program is not None:
             policy.project(caller.project).within_size(program)
+        return mode
 
     def _run(
-        self, job: str, plan: Plan, cohort: Cohort, split: str, told: Callable[[int, int, int], None]
+        self,
+        job: str,
+        plan: Plan,
+        cohort: Cohort,
+        split: str,
+        told: Callable[[int, int, int], None],
+        mode: Mode,
+        hold: Callable[[Answer, Any], None],
     ) -> tuple[Answer, Receipt]:
         done = beats = 0
 
@@ -248,8 +292,8 @@ class Desk:
 
         try:
             answer = plan.run(cohort.view(split), progress)
-            receipt = self._ledger.settle(job, statement(answer.values, answer.tensors), answer.tensors)
-            return answer, receipt
+            said, wait = statement(answer.values, answer.tensors), partial(hold, answer)
+            return answer, self._ledger.settle(job, said, answer.tensors, about={"mode": mode}, also=wait)
         except Cancelled as error:
             self._ledger.abandon(job, "cancelled")
             raise error from None
@@ -271,15 +315,13 @@ def _question(caller: Caller, request: bytes, tensors: bytes) -> bytes:
 
 def permit(
     policy: Policy, caller: Caller, lane: str, schema: Schema, split: str, metrics: Iterable[str]
-) -> None:
-    """Raise PolicyError unless the policy lets the caller's questions of this lane be answered."""
-    release = policy.allows(caller.researcher, caller.project, schema.name, lane, metrics=metrics)
-    if release != "auto":
-        raise PolicyError(
-            f"Answers of the lane {lane} are released here by {release}.",
-            "This version of the site cannot collect a custodian's release yet, so it does not ask the records.",
-            'Ask the custodians to sign release = "auto" for this lane, if they agree to that.',
-        )
+) -> Mode:
+    """Who releases the answer, if the policy lets the caller's questions of this lane be answered.
+
+    Raises:
+        PolicyError: it does not.
+    """
+    mode = policy.allows(caller.researcher, caller.project, schema.name, lane, metrics=metrics)
     smallest, expected = policy.project(caller.project).smallest_cohort, schema.expected(split)
     if expected is not None and expected < smallest:
         raise PolicyError(
@@ -288,6 +330,24 @@ def permit(
             "Ask about a larger split.",
             field="split",
         )
+    return mode
+
+
+def _at_once(mode: Mode) -> None:
+    """A loop's gradients leave step by step: nobody could look at each."""
+    if mode != "auto":
+        raise PolicyError(
+            f"Answers of the lane train are released here by {mode}.",
+            "A training loop of your own gets a private gradient at every step, and none of them can wait.",
+            "Use patients.train.fit(...), whose one answer can.",
+        )
+
+
+def _told(job: str, ask: Ask, delta: float, answer: Answer) -> dict[str, Any]:
+    """The release of an answer as the curator knows it: all but the site's name and the receipt."""
+    fields = {name: getattr(ask, name) for name in ("dataset", "split", "epsilon")}
+    tensors = hashlib.sha256(answer.tensors).hexdigest()
+    return {"job": job, "op": _op(ask), "delta": delta, "values": answer.values, "tensors": tensors, **fields}
 
 
 def _failed(job: str) -> RefusedError:
@@ -296,6 +356,10 @@ def _failed(job: str) -> RefusedError:
         "An internal error ended it; the steps that had run stay charged.",
         f"Tell the site's custodian the job's number {job}.",
     )
+
+
+def _lane(ask: Ask) -> str:
+    return LANES.get(_op(ask), "aggregate")
 
 
 def _op(ask: Ask) -> str:

@@ -15,7 +15,7 @@ import hashlib
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -235,13 +235,22 @@ class Ledger:
                 )
             db.execute("UPDATE job SET touched = touched + ? WHERE name = ?", (steps, job))
 
-    def settle(self, job: str, release: bytes, tensors: bytes = b"") -> Receipt:
+    def settle(
+        self,
+        job: str,
+        release: bytes,
+        tensors: bytes = b"",
+        about: Mapping[str, str] | None = None,
+        also: Callable[[sqlite3.Connection], object] = lambda db: None,
+    ) -> Receipt:
         """Charge what was touched, refund the rest, keep the release and log it, all at once.
 
         Args:
             job: the job.
             release: what was answered, whose hash goes into the log; it names the hash of `tensors`.
             tensors: what was answered beside it.
+            about: labels that this charge carries besides the site's own.
+            also: what has to be true with the charge or not at all, in the same transaction.
 
         Raises:
             RequestError: if the job is not open, or touched nothing and so cannot have an answer.
@@ -256,11 +265,13 @@ class Ledger:
                 )
             self._charge(job, loss.part(touched))
             digest = hashlib.sha256(release).hexdigest()
-            entry = self._record("charge", job, release=digest, steps=touched, **self._about)
+            labels = {**self._about, **(about or {})}
+            entry = self._record("charge", job, release=digest, steps=touched, **labels)
             db.execute(
                 "UPDATE job SET state = 'settled', release = ?, tensors = ?, entry = ? WHERE name = ?",
                 (release, tensors, entry, job),
             )
+            also(db)
         receipt = self.receipt_of(job)
         assert receipt is not None
         return receipt
@@ -293,6 +304,13 @@ class Ledger:
             ).fetchone()
             receipt = self.receipt_of(job) if row else None
         return None if row is None or receipt is None else (bytes(row[0]), bytes(row[1]), receipt)
+
+    def kept(self, job: str) -> tuple[bytes, Receipt] | None:
+        """Tensors and receipt of a job that was settled."""
+        with self._lock:
+            row = self._db.execute("SELECT tensors FROM job WHERE name = ?", (job,)).fetchone()
+            receipt = self.receipt_of(job)
+        return None if row is None or receipt is None else (bytes(row[0]), receipt)
 
     def receipt_of(self, job: str) -> Receipt | None:
         """Proof that the job's charge is in the log as it is now, or None if it released nothing."""
@@ -354,6 +372,16 @@ class Ledger:
         """Log what is no charge, such as a policy or a cell's hash; its index in the log."""
         with self._transaction() as db:
             return self.log.append(db, kind, fields)
+
+    def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
+        """The ledger's database, for what is kept beside the accounts: all or nothing, and durable once left."""
+        return self._transaction()
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """The ledger's database, to read from while nobody writes."""
+        with self._lock, _readable():
+            yield self._db
 
     def _recover(self) -> None:
         with self._transaction() as db:

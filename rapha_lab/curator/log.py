@@ -21,8 +21,9 @@ from rapha_lab.protocol.errors import LogError, RequestError
 __all__ = ["SCHEMA", "Kind", "Log"]
 
 Kind = Literal[
-    "release-of-enclave", "policy", "approval", "cell", "account", "reserve", "charge", "abandon", "recover"
-]
+    "release-of-enclave", "policy", "statement", "cell", "account", "reserve", "charge", "abandon", "recover",
+    "airlock", "decision", "shown", "opt-outs",
+]  # fmt: skip
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS entry (number INTEGER PRIMARY KEY, body BLOB NOT NULL) STRICT;

@@ -77,6 +77,8 @@ class Server:
                 self._quick.submit(self._desk.sweep, call.id)
             elif call.do == "quote":
                 self._pricing.submit(self._look_up, call)
+            elif call.do == "collect":
+                self._pool.submit(self._reply, call, self._desk.collect, time.monotonic(), call.text)
             elif call.do != "ask":
                 self._quick.submit(self._look_up, call)
             elif (request := messages.read_frame(self._reader)) is not None:
@@ -103,9 +105,12 @@ class Server:
             if planned > 1:
                 self._say({"id": call.id, "step": done, "steps": planned, "spent": spent})
 
+        self._reply(call, self._desk.answer, came, request, tensors, on_step)
+
+    def _reply(self, call: Call, answer: Callable[..., Any], came: float, *asked: Any) -> None:
         try:
             caller = Caller(call.researcher, call.project, call.id)
-            release, blob = self._desk.answer(caller, request, tensors, on_step)
+            release, blob = answer(caller, *asked)
             # a step of a loop is the same work whoever is drawn, and there are thousands
             leave = (
                 self._leave

@@ -17,12 +17,12 @@ import msgspec
 from rapha_lab.enclave.curator import Curator, CuratorLost
 from rapha_lab.enclave.sandbox import Limits, Worker, Zygote
 from rapha_lab.protocol import messages
-from rapha_lab.protocol.errors import RaphaError, RequestError, SiteError
+from rapha_lab.protocol.errors import RaphaError, RequestError, SiteError, WaitingError
 from rapha_lab.protocol.release import MIME, Release, canonical
 
-__all__ = ["Cell", "Cells", "Order"]
+__all__ = ["Cell", "Cells", "Order", "kept"]
 
-State = Literal["queued", "running", "done", "failed", "cancelled", "lost"]
+State = Literal["queued", "running", "waiting", "done", "failed", "cancelled", "lost"]
 ENDED = ("done", "failed", "cancelled", "lost")
 MAX_SESSIONS, MAX_QUEUE, MAX_CELLS, MAX_OUTPUT = 4, 32, 500, 64 << 20
 
@@ -63,6 +63,8 @@ class Cell:
     asking: str | None = None
     asked_at: float = 0.0
     cancelled: bool = False
+    orphaned: bool = False
+    waits: dict[str, Any] | None = None
     size: int = 0
 
     def summary(self) -> dict[str, Any]:
@@ -83,7 +85,18 @@ class Cell:
             "ended": self.ended,
             "source_line": telling[:200],
             "origin": self.order.origin,
+            "waits": self.waits,
         }
+
+
+def kept(cell: str, told: dict[str, Any]) -> dict[str, Any]:
+    """What a job list shows of a cell that is gone, for whose answer custodians are waited for."""
+    ended = Cell(cell, told["researcher"], Order("", told["dataset"], told["lane"], told["project"]))
+    return ended.summary() | {
+        "state": "waiting",
+        "started": told["time"],
+        "waits": {"field": told["subject"]},
+    }
 
 
 class Cells:
@@ -114,6 +127,7 @@ class Cells:
         self._sessions: dict[tuple[str, str], _Session] = {}
         self._idled: set[tuple[str, str]] = set()
         self._issued: set[bytes] = set()
+        self._decisions = 0
 
     def submit(self, researcher: str, order: Order, tensors: bytes) -> Cell:
         """Queue a cell in its session, which is started if it is new.
@@ -219,6 +233,7 @@ class Cells:
             if cell.state == "queued":
                 self._end(cell, "cancelled")
             asking, running = cell.asking, cell.state == "running"
+            self._changed.notify_all()
             mine = [session for session in self._sessions.values() if cell in session.cells]
         if asking is not None:
             self._curator.cancel(asking)
@@ -232,6 +247,12 @@ class Cells:
             mine = [s for k, s in self._sessions.items() if k[0] == researcher and session in (None, k[1])]
         for each in mine:
             each.kill()
+
+    def decided(self) -> None:
+        """A custodian decided on something: whoever waits in the airlock asks again."""
+        with self._changed:
+            self._decisions += 1
+            self._changed.notify_all()
 
     def busy(self) -> bool:
         """Whether any cell waits or runs."""
@@ -290,20 +311,26 @@ class Cells:
             if epsilon:
                 cell.asked_at, cell.step, cell.steps = time.time(), 0, 0
                 cell.asked[cell.asking] = epsilon
-            job = loop or cell.asking
-        asked = cell.asking, cell.researcher, cell.order.project, request, tensors, on_step
-        try:
-            wire, blob = self._curator.ask(*asked)
-        except CuratorLost as lost:
-            wire, blob = self._again(asked, lost)
-        except RaphaError:
+            number = cell.asking
+            job = loop or number
+        asked = number, cell.researcher, cell.order.project, request, tensors, on_step
+        while True:
+            seen = self._decisions
+            try:
+                wire, blob = self._asked(asked)
+                break
+            except WaitingError as waits:
+                self._wait(cell, waits, seen)
+            except RaphaError:
+                with self._changed:
+                    if job not in cell.spent:
+                        cell.asked.pop(job, None)  # refused before anything was touched: nothing was granted
+                raise
+            finally:
+                with self._changed:
+                    cell.asking = None
             with self._changed:
-                if job not in cell.spent:
-                    cell.asked.pop(job, None)  # refused before anything was touched: nothing was granted
-            raise
-        finally:
-            with self._changed:
-                cell.asking = None
+                cell.asking = number
         if "op" not in wire:
             return wire, blob  # a step of a loop, which is one release when it closes
         with self._changed:
@@ -315,12 +342,32 @@ class Cells:
         self._add(cell, {"type": "display", "data": data, "metadata": {}, "of": MIME})
         return wire, blob
 
+    def _asked(self, asked: tuple[Any, ...]) -> tuple[dict[str, Any], bytes]:
+        try:
+            return self._curator.ask(*asked)
+        except CuratorLost as lost:
+            return self._again(asked, lost)
+
+    def _wait(self, cell: Cell, waits: WaitingError, seen: int) -> None:
+        """Wait until a custodian decides on something; the cell is cancelled or its session ends before, perhaps."""
+        with self._changed:
+            cell.state, cell.waits = "waiting", waits.to_wire()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._decisions != seen or cell.cancelled or cell.orphaned)
+            cell.state, cell.waits = "running", None
+            self._changed.notify_all()
+            if cell.cancelled or cell.orphaned:
+                raise _Stopped("The cell was stopped while it waited.", waits.why, _COLLECT)
+
     def _again(self, asked: tuple[Any, ...], lost: CuratorLost) -> tuple[dict[str, Any], bytes]:
         """The answer if it was settled before the curator died: it is paid for, and asking for it again is free."""
         try:
             return self._curator.ask(*asked)
         except RaphaError:
             raise lost from None
+
+
+_COLLECT = "What waited is still in the airlock: site.airlock() lists it, site.collect(subject) brings it."
 
 
 class _Stopped(SiteError):
@@ -407,6 +454,10 @@ class _Session:
     def _mourn(self) -> None:
         """Once the worker is gone, stop what it still asks: nobody could receive the answer."""
         self._worker.wait()
+        with self._cells._changed:
+            for cell in self.cells:
+                cell.orphaned = True
+            self._cells._changed.notify_all()
         for asking in [cell.asking for cell in self.cells if cell.asking is not None]:
             with contextlib.suppress(RaphaError):
                 self._cells._curator.cancel(asking)

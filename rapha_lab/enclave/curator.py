@@ -161,6 +161,12 @@ class Curator:
             with self._lock:
                 self._waiting.pop(header["id"], None)
 
+    def collect(self, researcher: str, subject: str) -> tuple[dict[str, Any], bytes]:
+        """An approved answer of the researcher's that waited in the airlock, as `ask` gives it."""
+        number = f"collect-{next(self._numbers)}"
+        header = {"do": "collect", "id": number, "researcher": researcher, "text": subject}
+        return self._call(header, lambda *_: None)
+
     def cancel(self, job: str) -> None:
         """Stop a job before its next step; does nothing if it has ended."""
         self._send({"do": "cancel", "id": job})

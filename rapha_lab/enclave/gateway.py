@@ -10,7 +10,7 @@ error that depends on nothing inside the enclave.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -49,6 +49,12 @@ class Name(msgspec.Struct, forbid_unknown_fields=True):
     id: str = ""
 
 
+class Text(msgspec.Struct, forbid_unknown_fields=True):
+    """Names something in the airlock, or holds a custodian's signed word on it."""
+
+    text: Annotated[str, msgspec.Meta(max_length=16384)] = ""
+
+
 class Range(msgspec.Struct, forbid_unknown_fields=True):
     """Asks for a part of the log: from a size on, to another one or to today's."""
 
@@ -68,7 +74,8 @@ class Gateway:
         evidence: attestation evidence for a nonce, as JSON.
         sealing_key, signing_key: of this enclave; both are bound in the evidence.
         identity: hash of the binding in the evidence; requests must have been sealed for it.
-        known: raises PolicyError for a key that no project of the policy names.
+        known: raises PolicyError for a key that the policy names neither as a researcher's nor as a custodian's.
+        custody: by kind, what is asked of the airlock: (who, text) -> result and tensors.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class Gateway:
         signing_key: PrivateKey,
         identity: Callable[[], bytes],
         known: Callable[[str], None],
+        custody: Mapping[str, Callable[[str, str], tuple[Any, bytes]]],
     ) -> None:
         self._cells, self._card, self._log, self._evidence, self._known = cells, card, log, evidence, known
         self._sealing, self._signing, self._replay = sealing_key, signing_key, sealing.Replay()
@@ -92,13 +100,13 @@ class Gateway:
             "card": lambda who, header, blob: (self._card(who), b""),
             "run": self._run,
             "watch": self._watch,
-            "jobs": lambda who, header, blob: ([cell.summary() for cell in self._cells.of(who)], b""),
             "cancel": self._cancel,
             "end": self._end,
             "log": lambda who, header, blob: (self._log(_read(header, Range).start), b""),
             "extends": lambda who, header, blob: (extends(*_range(header)), b""),
             "quote": lambda who, header, blob: (quote(who, _read(header, Inquiries)), b""),
         }
+        self._kinds |= {kind: _worded(answer) for kind, answer in custody.items()}
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -198,6 +206,12 @@ class Gateway:
 def _range(header: bytes) -> tuple[int, int | None]:
     asked = _read(header, Range)
     return asked.start, asked.end
+
+
+def _worded(
+    answer: Callable[[str, str], tuple[Any, bytes]],
+) -> Callable[[str, bytes, bytes], tuple[Any, bytes]]:
+    return lambda who, header, blob: answer(who, _read(header, Text).text)
 
 
 def _read(header: bytes, kind: type[Any]) -> Any:

@@ -17,7 +17,7 @@ import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from rapha_lab.enclave.attester import SimulatedAttester, attester
-from rapha_lab.enclave.cells import Cells
+from rapha_lab.enclave.cells import Cells, kept
 from rapha_lab.enclave.curator import Curator
 from rapha_lab.enclave.gateway import Gateway
 from rapha_lab.enclave.sandbox import Zygote
@@ -101,6 +101,7 @@ class Site:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self._in_force: Policy | None = None
         self._state = Path(config.state)
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         seed = _secret(self._state / "site.key")
@@ -132,11 +133,13 @@ class Site:
             signing_key=self.signing_key,
             identity=lambda: self._binding(bytes(32), bytes(32)).identity(),
             known=self._known,
+            custody=self._custody(),
         )
 
     def _policy(self) -> Policy:
         """The policy in force, read anew: a veto or a revocation holds from the next request on."""
-        return Signed.load(self.config.policy).check()
+        self._in_force = Signed.load(self.config.policy).check(after=self._in_force)
+        return self._in_force
 
     def _curator_config(self, seed: bytes) -> dict[str, Any]:
         return {
@@ -161,8 +164,40 @@ class Site:
         digest = hashlib.sha256(canonical(data)).hexdigest()
         return told | {"key": str(self.signing_key.public), "digest": digest, "signature": signature}
 
+    def _custody(self) -> dict[str, Callable[[str, str], tuple[Any, bytes]]]:
+        """What custodians and researchers ask of the airlock; the curator judges who may."""
+
+        def asks(what: str) -> Callable[[str, str], tuple[Any, bytes]]:
+            return lambda who, text: (self._curator.look_up(what, researcher=who, text=text), b"")
+
+        def says(what: str) -> Callable[[str, str], tuple[Any, bytes]]:
+            def say(who: str, text: str) -> tuple[Any, bytes]:
+                said = asks(what)(who, text)
+                self.cells.decided()
+                return said
+
+            return say
+
+        return {
+            "airlock": asks("airlock"),
+            "item": asks("item"),
+            "decide": says("decide"),
+            "state": says("state"),
+            "collect": self._curator.collect,
+            "jobs": lambda who, text: (self._jobs(who), b""),
+        }
+
+    def _jobs(self, researcher: str) -> list[dict[str, Any]]:
+        """The researcher's cells, oldest first; before them answers that wait although their cell is gone."""
+        mine = [cell.summary() for cell in self.cells.of(researcher)]
+        here = {told["id"] for told in mine}
+        held = self._curator.look_up("airlock", researcher=researcher)
+        gone = {told["job"].partition("-")[0]: told for told in held if told["state"] == "waiting"}
+        return [kept(cell, told) for cell, told in gone.items() if cell not in here] + mine
+
     def _known(self, researcher: str) -> None:
-        if not self._policy().projects_of(researcher):
+        policy = self._policy()
+        if not policy.projects_of(researcher) and researcher not in {c.key for c in policy.custodians}:
             raise PolicyError(
                 "No project of this site names your key.",
                 researcher,

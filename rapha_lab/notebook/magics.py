@@ -134,7 +134,7 @@ def _follow(job: Job) -> None:
     for outputs in job.follow():
         for output in outputs:
             _show(output)
-        if job.told.get("steps", 0) > 1 or card is not None:
+        if job.told.get("steps", 0) > 1 or job.state == "waiting" or card is not None:
             bundle = job._repr_mimebundle_()
             if card is None:
                 card = display(bundle, raw=True, display_id=True)

@@ -6,7 +6,8 @@
     │   └── ProgramError   a model or loss the curator's table cannot lift to patients
     ├── RefusedError       well-formed, but this site does not answer it
     │   ├── PolicyError    the custodians' policy says no
-    │   └── BudgetError    it would overdraw the privacy budget
+    │   ├── BudgetError    it would overdraw the privacy budget
+    │   └── WaitingError   a custodian has not decided on it yet
     ├── TrustError         evidence, a signature, a seal or the log does not hold
     │   ├── EvidenceError
     │   ├── SealError
@@ -35,6 +36,7 @@ __all__ = [
     "SealedError",
     "SiteError",
     "TrustError",
+    "WaitingError",
     "from_wire",
 ]
 
@@ -99,6 +101,10 @@ class PolicyError(RefusedError):
 
 class BudgetError(RefusedError):
     """The answer would cost more privacy budget than is left."""
+
+
+class WaitingError(RefusedError):
+    """It is in the airlock: custodians have to decide on it first. `field` is what they know it by."""
 
 
 class TrustError(RaphaError):

@@ -234,13 +234,14 @@ class Statement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def state(
     act: Literal["sign", "veto", "revoke"],
-    policy: Policy,
+    policy: Policy | str,
     key: PrivateKey,
     subject: str = "",
     reason: str = "",
 ) -> Statement:
-    """`key`'s statement on `policy`, to append to its file of signatures."""
-    bare = Statement(act, policy.hash.hex(), str(key.public), int(time.time()), subject, reason)
+    """`key`'s statement on `policy`, given as a page or by its hash, to append to its file of signatures."""
+    name = policy if isinstance(policy, str) else policy.hash.hex()
+    bare = Statement(act, name, str(key.public), int(time.time()), subject, reason)
     return msgspec.structs.replace(bare, signature=key.sign(bare.signed_bytes()))
 
 
@@ -324,6 +325,10 @@ def _consistent(page: _Page) -> None:
         for name in p.datasets:
             if name not in deltas:
                 _wrong(f"gives project {p.name!r} a dataset it does not have: {name!r}")
+            if "review" in p.lanes and p.lanes["review"].release == "auto":
+                _wrong(
+                    f"has nobody look at the lane review of project {p.name!r}, which nothing else protects"
+                )
             if p.delta > deltas[name]:
                 _wrong(f"gives project {p.name!r} a larger delta than its dataset {name!r}")
 

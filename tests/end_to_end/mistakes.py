@@ -43,16 +43,16 @@ class ChargesAfterTheRelease(Desk):
 
     out: Callable[[dict[str, Any], bytes], None]
 
-    def _run(self, job: str, plan: Any, cohort: Any, split: str, on_step: Any) -> Any:
+    def _run(self, *args: Any) -> Any:
         honest = self._ledger.settle
 
-        def settle(job: str, release: bytes, tensors: bytes = b"") -> Any:
+        def settle(job: str, release: bytes, tensors: bytes = b"", **more: Any) -> Any:
             self.out({"id": job, "release": {"values": json.loads(release)["values"]}}, tensors)
-            return honest(job, release, tensors)
+            return honest(job, release, tensors, **more)
 
         self._ledger.settle = settle  # type: ignore[method-assign]
         try:
-            return super()._run(job, plan, cohort, split, on_step)
+            return super()._run(*args)
         finally:
             self._ledger.settle = honest  # type: ignore[method-assign]
 
@@ -79,7 +79,7 @@ class RunsBeforeItReserves(Desk):
 class TouchesAfterItRan(Desk):
     """Journals a block when the next begins."""
 
-    def _run(self, job: str, plan: Any, cohort: Any, split: str, on_step: Any) -> Any:
+    def _run(self, *args: Any) -> Any:
         late: list[int] = []
         honest = self._ledger.touch
 
@@ -89,13 +89,13 @@ class TouchesAfterItRan(Desk):
                 honest(job, late.pop())
             late.append(steps)
 
-        def settle(job: str, *rest: Any) -> Any:
+        def settle(job: str, *rest: Any, **more: Any) -> Any:
             while late:
                 honest(job, late.pop())
-            return Ledger.settle(self._ledger, job, *rest)
+            return Ledger.settle(self._ledger, job, *rest, **more)
 
         with replaced(self._ledger, "touch", touch), replaced(self._ledger, "settle", settle):
-            return super()._run(job, plan, cohort, split, on_step)
+            return super()._run(*args)
 
 
 class AbandonsNothing(Desk):
@@ -126,14 +126,14 @@ class RefundsWhatStopped(Desk):
 class SettlesNothing(Desk):
     """Answers and leaves the books as they are."""
 
-    def _run(self, job: str, plan: Any, cohort: Any, split: str, on_step: Any) -> Any:
+    def _run(self, *args: Any) -> Any:
         first = self._ledger.record("cell", source="")
 
-        def settle(job: str, release: bytes, tensors: bytes = b"") -> Any:
+        def settle(job: str, *rest: Any, **more: Any) -> Any:
             return Receipt(job, first, b"", [], self._ledger.log.checkpoint())
 
         with replaced(self._ledger, "settle", settle):
-            return super()._run(job, plan, cohort, split, on_step)
+            return super()._run(*args)
 
 
 class ForgetsASplit(Desk):

@@ -124,9 +124,9 @@ class Watched(Ledger):
         self.witness.job = job
         self.witness.point()
 
-    def settle(self, job: str, *rest: Any) -> Any:
+    def settle(self, job: str, *rest: Any, **more: Any) -> Any:
         self.witness.point()
-        receipt = super().settle(job, *rest)
+        receipt = super().settle(job, *rest, **more)
         self.witness.point()
         return receipt
 

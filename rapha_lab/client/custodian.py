@@ -1,0 +1,138 @@
+"""A custodian's side of a site's airlock: see what waits, and sign a decision on the very document that was shown."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any
+
+import msgspec
+
+from rapha_lab.client.site import Site
+from rapha_lab.protocol.decision import Act, decide, subject_of
+from rapha_lab.protocol.errors import RequestError, TrustError
+from rapha_lab.protocol.keys import PrivateKey
+from rapha_lab.protocol.policy import state
+
+__all__ = ["Custodian", "changes", "in_words"]
+
+
+class Custodian:
+    """A connection that signs as a custodian.
+
+    Args:
+        site: connected with the custodian's key.
+        key: that key.
+    """
+
+    def __init__(self, site: Site, key: PrivateKey) -> None:
+        self.site, self._key = site, key
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """What waits for a decision, oldest first."""
+        return [told for told in self.site.airlock() if told["state"] == "waiting"]
+
+    def show(self, subject: str) -> dict[str, Any]:
+        """All of one thing: its document, the findings of the automatic checks, what was decided so far.
+
+        Args:
+            subject: or its first letters, if no other thing that waits begins with them.
+
+        Raises:
+            TrustError: the site showed another document than the one named.
+        """
+        told = self.site._channel.call("item", {"text": self._whole(subject)})[0]
+        if subject_of(told["document"].encode()) != told["subject"]:
+            raise TrustError("The site showed another document than the one that waits.", "", "Do not sign.")
+        return dict(told)
+
+    def approve(self, subject: str) -> dict[str, Any]:
+        """Approve it: a function may then run, an answer may leave, once enough custodians have."""
+        return self._decide("approve", subject, "")
+
+    def refuse(self, subject: str, reason: str) -> dict[str, Any]:
+        """Refuse it for good; the researcher is told the reason."""
+        return self._decide("refuse", subject, reason)
+
+    def veto(self, reason: str) -> None:
+        """End the policy at once, and with it everything that runs."""
+        self._state("veto", "", reason)
+
+    def revoke(self, subject: str, reason: str = "") -> None:
+        """Take a researcher's key or a project out of the policy at once."""
+        self._state("revoke", subject, reason)
+
+    def _decide(self, act: Act, subject: str, reason: str) -> dict[str, Any]:
+        told = self.show(subject)
+        decision = decide(act, told["document"].encode(), told["policy"], self._key, reason)
+        return dict(self.site._channel.call("decide", {"text": msgspec.json.encode(decision).decode()})[0])
+
+    def _state(self, act: Any, subject: str, reason: str) -> None:
+        self.site.refresh()
+        said = state(act, self.site.card()["policy"]["hash"], self._key, subject, reason)
+        self.site._channel.call("state", {"text": msgspec.json.encode(said).decode()})
+
+    def _whole(self, subject: str) -> str:
+        found = [told["subject"] for told in self.site.airlock() if told["subject"].startswith(subject)]
+        if len(found) != 1:
+            what = "There is nothing" if not found else "There is more than one thing"
+            raise RequestError(f"{what} in the airlock that begins with {subject!r}.", field="subject")
+        return str(found[0])
+
+
+def in_words(told: dict[str, Any]) -> str:
+    """One thing of the airlock as a custodian reads it: what it is, what it asks, what it costs, what changed."""
+    document = json.loads(told["document"])
+    lines = [
+        f"{told['kind']} {told['subject']}",
+        f"project {told['project']}, dataset {told['dataset']}, lane {told['lane']}; asked by {told['researcher']}",
+        f"released by {told['mode']}; {told['missing']} still to approve"
+        if told["state"] == "waiting"
+        else told["state"],
+    ]
+    lines += _function(document, told.get("before")) if told["kind"] == "function" else _answer(document)
+    lines += ["Automatic checks:", *(f"  {line}" for line in told["findings"] or ["nothing found"])]
+    lines += [
+        f"{d['act']} by {d['key']}" + (f": {d['reason']}" if d["reason"] else "") for d in told["decisions"]
+    ]
+    return "\n".join(lines)
+
+
+def _answer(document: dict[str, Any]) -> list[str]:
+    release = document["release"]
+    price = f"epsilon {release['epsilon']:g}, delta {release['delta']:g} per patient"
+    if release["op"] == "review":
+        price = "NO differential privacy: what you approve here is all that protects the patients"
+    values = json.dumps(release["values"], indent=1, ensure_ascii=True).splitlines()
+    return [f"answer to {release['op']} on {release['split']}, {price}", *(f"  {line}" for line in values)]
+
+
+def _function(document: dict[str, Any], before: str | None) -> list[str]:
+    asks = document["asks"]
+    return [
+        f"asks for the columns {', '.join(asks['columns'])} of the split {document['split']}, as they are",
+        f"takes {asks['seconds']:g} s in a sandbox without network; costs no epsilon, because it has no guarantee",
+        "its answer will wait here again before anybody sees it",
+        f"inputs: {json.dumps(asks['inputs'])[:400]}; tensors {asks['tensors'][:12]}",
+        f"environment {document['environment']}",
+        "source:",
+        *(f"  {line}" for line in asks["source"].splitlines()),
+        *changes(document, json.loads(before) if before else None),
+    ]
+
+
+def changes(document: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
+    """What a function changed since the one last approved in its project, line by line."""
+    if before is None:
+        return ["No function of this project was approved before."]
+    lines = []
+    old, new = before["asks"], document["asks"]
+    for name in sorted({*old, *new} - {"source"}):
+        if old.get(name) != new.get(name):
+            lines.append(f"  {name}: was {old.get(name)}, is {new.get(name)}")
+    for name in ("split", "environment", "policy", "researcher"):
+        if before.get(name) != document.get(name):
+            lines.append(f"  {name}: was {before.get(name)}, is {document.get(name)}")
+    told = difflib.unified_diff(old["source"].splitlines(), new["source"].splitlines(), lineterm="", n=2)
+    lines += [f"  {line}" for line in list(told)[2:]]
+    return ["Since the last approved version:", *(lines or ["  nothing but its time"])]
