@@ -25,6 +25,7 @@ from rapha_lab.curator.mechanisms import Plan, aggregate, loop, shards
 from rapha_lab.curator.noise import SystemNoise
 from rapha_lab.curator.plans import plan_of, words
 from rapha_lab.protocol import messages
+from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.expression import extended
 from rapha_lab.protocol.messages import Split
@@ -178,12 +179,17 @@ def _few(request: messages.Shards, small: Schema, patients: float) -> Plan:
 
 
 def encoded(schema: Schema, patients: polars.DataFrame, columns: str | list[str]) -> torch.Tensor:
-    """Local patients as a program's input, by the very code that does it at the site."""
+    """Local patients, or their rows in a table, as a program's input, by the very code that does it at the site."""
     names = [columns] if isinstance(columns, str) else list(columns)
+    schema.layout(columns)
+    table = schema.table_of(names[0]) if names else None
+    if table is not None:
+        people = patients.select(polars.col(table.patient).alias(schema.patient)).unique(maintain_order=True)
+        anyone = Column(name="anyone", type="boolean", meaning="A patient.", public="By design.")
+        part = msgspec.structs.replace(schema, columns=(anyone,), tables=(table,), patients=None)
+        rows = people.with_columns(anyone=True)
+        return Cohort(part, rows, bytes(16), tables={table.name: patients}).view("all").tensor(columns)
     asked = tuple({column.name: column for column, _ in map(schema.find, names)}.values())
-    if any(schema.table_of(name) for name in names):
-        what, why = "Rows of a table cannot be encoded here.", "A frame has one row a patient."
-        raise RequestError(what, why, "Name columns of the patients.", field="columns")
     rows = patients.with_columns(polars.int_range(polars.len()).alias(schema.patient))
     part = msgspec.structs.replace(schema, columns=asked, tables=(), patients=None)
     return Cohort(part, rows, salt=bytes(16)).view("all").tensor(columns)

@@ -351,7 +351,8 @@ class Dataset:
         """Your own patients as a model's input: scaled and coded as the site does it, (n, *shape).
 
         Args:
-            patients: one row a patient, with the schema's columns that are asked for; others may be absent.
+            patients: one row a patient, with the schema's columns that are asked for; others may be absent. For
+                columns of a table, its rows; patients come in the order in which they appear.
             columns: as given to `fit`'s `inputs`.
         """
         from rapha_lab.client.rehearsal import encoded

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from wards import FIELDS, SALT, TABLES, hospital, ward
 
 from rapha_lab.client.mock import mock, mock_tables
+from rapha_lab.client.rehearsal import encoded
 from rapha_lab.curator import tables as module
 from rapha_lab.curator.cohort import Cohort, View
 from rapha_lab.curator.mechanisms import aggregate
@@ -196,6 +197,12 @@ class TestViews:
         )
         present = made_up.view("all").tensor("labs.present").sum(1)
         assert (present[0], present[1], made_up.findings["labs"].beyond > 0) == (0, 4, True)
+
+    def test_rows_of_ones_own_are_encoded_as_the_site_does_it(self):
+        """Patients come in the order in which they appear."""
+        rows = labs(("p2", 1, 1.0), ("p0", 3, 2.0), ("p2", 2, 3.0))
+        own, there = encoded(hospital(), rows, LISTS[0]), view(("p0", 3, 2.0), ("p2", 1, 1.0), ("p2", 2, 3.0))
+        assert torch.equal(own[:, :, 0], there.tensor(LISTS[0])[[2, 0], :, 0])
 
 
 class TestTimes:
