@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from rapha_lab.protocol.errors import RaphaError, RequestError
-from rapha_lab.protocol.keys import PrivateKey
+from rapha_lab.protocol.keys import PrivateKey, PublicKey
 
 __all__ = ["main"]
 
@@ -53,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     show = keys.add_parser("show", help="print a key's public half")
     show.add_argument("file", type=Path)
     show.set_defaults(run=_show_key)
+
+    nonce = keys.add_parser("nonce", help="the nonce to ask your hospital's identity provider with")
+    nonce.add_argument("key", help="the key's public half")
+    nonce.set_defaults(run=_nonce)
 
     policy = commands.add_parser("policy", help="the custodians' policy").add_subparsers(required=True)
     _policy_parsers(policy)
@@ -281,6 +285,12 @@ def _new_key(args: argparse.Namespace) -> None:
     key = PrivateKey.create()
     key.save(args.file, _passphrase("A passphrase for it, 10 characters or more: "))
     print(key.public)
+
+
+def _nonce(args: argparse.Namespace) -> None:
+    from rapha_lab.enclave.identity import token_nonce
+
+    print(token_nonce(str(PublicKey.parse(args.key))))
 
 
 def _show_key(args: argparse.Namespace) -> None:

@@ -48,6 +48,7 @@ def connect(
     release_keys: Collection[str] = (),
     minimum_tcb: Mapping[str, int] | None = None,
     endorsements: Endorsements | None = None,
+    token: str | None = None,
 ) -> Site:
     """Connect to a hospital's site, or to the demo on this machine, which is started if need be.
 
@@ -63,6 +64,7 @@ def connect(
         release_keys: keys whose signed releases to trust, as the custodians published them.
         minimum_tcb: lowest firmware versions to accept of an AMD platform, such as {"snp": 23}.
         endorsements: the vendor's collateral for the hardware's evidence, if not the site's own mirror.
+        token: of the hospital's identity provider, where the site asks for one; see `Site.login`.
 
     Raises:
         EvidenceError: the enclave is not to be trusted; nothing was sent.
@@ -87,6 +89,8 @@ def connect(
                 minimum_tcb=minimum_tcb or {},
             )
             found = _open[url, str(secret.public)] = Site(Channel(url, secret, policy, endorsements), project)
+    if token is not None:
+        found.login(token)
     found.refresh()
     witness(found._channel)
     _remember(found, where, key if isinstance(key, (str, Path)) else None)
@@ -165,6 +169,14 @@ class Site:
     def __init__(self, channel: Channel, project: str = "") -> None:
         self._channel, self.project = channel, project
         self._card: dict[str, Any] = {}
+
+    def login(self, token: str) -> None:
+        """Log in with an ID token that was asked for with the nonce that `rapha-lab keys nonce` prints.
+
+        Raises:
+            PolicyError: the token does not hold, or is not for your key.
+        """
+        self._channel.call("login", {"token": token})
 
     def refresh(self) -> None:
         """Ask the site again for what it says of itself."""

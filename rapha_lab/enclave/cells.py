@@ -254,6 +254,11 @@ class Cells:
             self._decisions += 1
             self._changed.notify_all()
 
+    def researchers(self) -> set[str]:
+        """Who has a session open."""
+        with self._changed:
+            return {key[0] for key, session in self._sessions.items() if not session.over}
+
     def busy(self) -> bool:
         """Whether any cell waits or runs."""
         with self._changed:

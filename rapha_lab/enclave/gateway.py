@@ -13,22 +13,27 @@ import io
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
+import anyio
+import anyio.to_thread
 import msgspec
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from rapha_lab.enclave.cells import Cells, Order
+from rapha_lab.enclave.identity import Login
+from rapha_lab.enclave.limits import Limits, neighbourhood
 from rapha_lab.protocol import messages, sealing
-from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError
+from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError, SiteError
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
 from rapha_lab.protocol.quote import Inquiries
 
 __all__ = ["Gateway"]
 
 MAX_BODY = 256 << 20
+MAX_HELD = 1 << 30
+"""Bytes of all envelopes together that are on their way in or being answered."""
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
@@ -62,6 +67,12 @@ class Range(msgspec.Struct, forbid_unknown_fields=True):
     end: Size | None = None
 
 
+class Token(msgspec.Struct, forbid_unknown_fields=True):
+    """An ID token of the hospital's identity provider."""
+
+    token: Annotated[str, msgspec.Meta(max_length=16_384)]
+
+
 class Gateway:
     """Opens envelopes, knows who sent them, and answers sealed.
 
@@ -76,6 +87,7 @@ class Gateway:
         identity: hash of the binding in the evidence; requests must have been sealed for it.
         known: raises PolicyError for a key that the policy names neither as a researcher's nor as a custodian's.
         custody: by kind, what is asked of the airlock: (who, text) -> result and tensors.
+        login: where the hospital has an identity provider, who is logged in.
     """
 
     def __init__(
@@ -92,10 +104,15 @@ class Gateway:
         identity: Callable[[], bytes],
         known: Callable[[str], None],
         custody: Mapping[str, Callable[[str, str], tuple[Any, bytes]]],
+        login: Login | None = None,
     ) -> None:
         self._cells, self._card, self._log, self._evidence, self._known = cells, card, log, evidence, known
         self._sealing, self._signing, self._replay = sealing_key, signing_key, sealing.Replay()
-        self._identity = identity
+        self._identity, self._login = identity, login
+        self.strangers, self.researchers = Limits(10.0, 100), Limits(10.0, 500)
+        self._held = 0
+        # strangers wait for each other, never researchers for strangers
+        self._hardware, self._rooms = anyio.CapacityLimiter(2), anyio.CapacityLimiter(64)
         self._kinds: dict[str, Callable[[str, bytes, bytes], tuple[Any, bytes]]] = {
             "card": lambda who, header, blob: (self._card(who), b""),
             "run": self._run,
@@ -105,6 +122,7 @@ class Gateway:
             "log": lambda who, header, blob: (self._log(_read(header, Range).start), b""),
             "extends": lambda who, header, blob: (extends(*_range(header)), b""),
             "quote": lambda who, header, blob: (quote(who, _read(header, Inquiries)), b""),
+            "login": self._enter,
         }
         self._kinds |= {kind: _worded(answer) for kind, answer in custody.items()}
 
@@ -124,22 +142,34 @@ class Gateway:
             )
             return JSONResponse(error.to_wire(), 400)
         try:
-            evidence = await run_in_threadpool(self._evidence, nonce)
-        except RaphaError as error:  # no policy is in force, or the hardware gave nothing
-            return JSONResponse(error.to_wire(), 503)
+            self.strangers.admit(_stranger(request))
+            evidence = await anyio.to_thread.run_sync(self._evidence, nonce, limiter=self._hardware)
+        except RaphaError as error:  # too many ask, no policy is in force, or the hardware gave nothing
+            return JSONResponse(error.to_wire(), 429 if isinstance(error, SiteError) else 503)
         return Response(messages.encode(evidence), media_type="application/json")
 
     async def _post_open(self, request: Request) -> Response:
-        body = bytearray()
+        body, stranger = bytearray(), _stranger(request)
         try:
+            self.strangers.admit(stranger, cost=0)
             async for part in request.stream():
+                self._held += len(part)
                 body += part
                 if len(body) > MAX_BODY:
                     error = RequestError("The envelope is too large.", f"The limit is {MAX_BODY >> 20} MiB.")
                     return JSONResponse(error.to_wire(), 413)
+                if self._held > MAX_HELD:
+                    raise SiteError("The site is busy.", "Too much is sent to it at once.", "Send it again.")
+            response = await anyio.to_thread.run_sync(self.answer, bytes(body), limiter=self._rooms)
+            if response.status_code == 400:  # it did not open, so nobody known sent it
+                self.strangers.admit(stranger, cost=1 + len(body) / (8 << 20))
+            return response
+        except SiteError as error:
+            return JSONResponse(error.to_wire(), 429)
         except ClientDisconnect:
             return Response(status_code=400)
-        return await run_in_threadpool(self.answer, bytes(body))
+        finally:
+            self._held -= len(body)
 
     def answer(self, envelope: bytes) -> Response:
         """Open one envelope and seal the answer to its sender."""
@@ -156,6 +186,9 @@ class Gateway:
         researcher = str(request.researcher)
         try:
             self._known(researcher)
+            self.researchers.admit(researcher)
+            if self._login is not None and request.kind != "login":
+                self._login.require(researcher)
             header, blob = self._dispatch(request.kind, researcher, request.body)
         except RaphaError as error:
             header, blob = {"error": error.to_wire()}, b""
@@ -182,6 +215,11 @@ class Gateway:
         result, blob = self._kinds[kind](researcher, *frame)
         return {"result": result}, blob
 
+    def _enter(self, who: str, header: bytes, blob: bytes) -> tuple[Any, bytes]:
+        if self._login is None:
+            raise RequestError("This site asks for no login.", "Your key is enough.", field="token")
+        return {"until": self._login.enter(who, _read(header, Token).token)}, b""
+
     def _run(self, who: str, header: bytes, blob: bytes) -> tuple[Any, bytes]:
         return {"cell": self._cells.submit(who, _read(header, Order), blob).id}, b""
 
@@ -201,6 +239,10 @@ class Gateway:
     def _end(self, who: str, header: bytes, blob: bytes) -> tuple[Any, bytes]:
         self._cells.end(who, _read(header, Name).id or None)
         return {}, b""
+
+
+def _stranger(request: Request) -> str:
+    return neighbourhood(request.client.host if request.client else "")
 
 
 def _range(header: bytes) -> tuple[int, int | None]:

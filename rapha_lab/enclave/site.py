@@ -20,11 +20,12 @@ from rapha_lab.enclave.attester import SimulatedAttester, attester
 from rapha_lab.enclave.cells import Cells, kept
 from rapha_lab.enclave.curator import Curator
 from rapha_lab.enclave.gateway import Gateway
+from rapha_lab.enclave.identity import Login, Provider
 from rapha_lab.enclave.sandbox import Zygote
 from rapha_lab.enclave.shards import CORES, ShardWorkers
 from rapha_lab.protocol.builds import Build
 from rapha_lab.protocol.checkpoint import Inclusion
-from rapha_lab.protocol.errors import PolicyError, RequestError
+from rapha_lab.protocol.errors import PolicyError, RaphaError, RequestError
 from rapha_lab.protocol.evidence import Binding, Endorsements, Evidence, key_hash
 from rapha_lab.protocol.keys import PrivateKey
 from rapha_lab.protocol.policy import Policy, Signed
@@ -59,6 +60,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
         tls_certificate: PEM certificate that researchers' TLS connections end at, here or at a proxy; its key
             goes into the evidence.
         tls_key: its private key, to end TLS here.
+        oidc: the hospital's identity provider, whose login is then asked for on top of the key.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     suite: Literal["x-wing", "x25519"] = "x-wing"
     tls_certificate: str = ""
     tls_key: str = ""
+    oidc: Provider | None = None
 
     @classmethod
     def load(cls, path: Path) -> Config:
@@ -91,6 +94,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
         for name in ("release", "endorsements", "tls_certificate", "tls_key"):
             if getattr(config, name):
                 setattr(config, name, str(base / getattr(config, name)))
+        if config.oidc is not None:
+            config.oidc.jwks = str(base / config.oidc.jwks)
         for dataset in config.datasets:
             dataset.schema, dataset.folder = str(base / dataset.schema), str(base / dataset.folder)
         return config
@@ -134,6 +139,7 @@ class Site:
             identity=lambda: self._binding(bytes(32), bytes(32)).identity(),
             known=self._known,
             custody=self._custody(),
+            login=Login(config.oidc) if config.oidc is not None else None,
         )
 
     def _policy(self) -> Policy:
@@ -265,6 +271,16 @@ class Site:
         keys = {s.key for s in said if s.policy == policy.hash.hex()}
         return [f"{c.name} ({c.role})" for c in policy.custodians if c.key in keys]
 
+    def end_revoked(self) -> None:
+        """End the sessions of researchers whom the policy in force no longer names; of all, if none is."""
+        working = self.cells.researchers()
+        try:
+            named = {who for who in working if self._policy().projects_of(who)} if working else set()
+        except RaphaError:
+            named = set()
+        for researcher in working - named:
+            self.cells.end(researcher)
+
     @property
     def tier(self) -> str:
         """The sandbox tier that was proved at start."""
@@ -294,16 +310,20 @@ def serve(
         site.gateway.app(), host=host, port=int(port), log_level="warning", server_header=False,
         ssl_certfile=told.tls_certificate if told.tls_key else None, ssl_keyfile=told.tls_key or None,
     )  # fmt: skip
-    _Server(config, ready, stop).run()
+    _Server(config, ready, stop, site.end_revoked).run()
     site.close()
 
 
 class _Server(uvicorn.Server):
     def __init__(
-        self, config: uvicorn.Config, ready: Callable[[str], None], stop: Callable[[], bool] | None
+        self,
+        config: uvicorn.Config,
+        ready: Callable[[str], None],
+        stop: Callable[[], bool] | None,
+        sweep: Callable[[], None],
     ) -> None:
         super().__init__(config)
-        self._ready, self._stop = ready, stop
+        self._ready, self._stop, self._sweep = ready, stop, sweep
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -311,8 +331,9 @@ class _Server(uvicorn.Server):
         self._ready(f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}")
 
     async def on_tick(self, counter: int) -> bool:
-        if counter % 10 == 0 and self._stop is not None and self._stop():
-            self.should_exit = True
+        if counter % 10 == 0:
+            self._sweep()
+            self.should_exit |= self._stop is not None and self._stop()
         return await super().on_tick(counter)
 
 

@@ -64,15 +64,17 @@ def prepare(
     name: str,
     *,
     others: Sequence[PrivateKey] = (),
+    custodians: Sequence[PrivateKey] = (),
     **terms: Any,
 ) -> tuple[Config, PrivateKey]:
     """Write schema, records, signed policy and configuration; gives them with the researcher's key.
 
     Args:
         others: further researchers of the same project.
+        custodians: who sign it, if the test needs their keys.
         terms: of the policy.
     """
-    researcher, custodians = PrivateKey.create(), [PrivateKey.create(), PrivateKey.create()]
+    researcher, custodians = PrivateKey.create(), custodians or [PrivateKey.create(), PrivateKey.create()]
     (folder / f"{name}.toml").write_text(schema)
     frame.write_parquet(folder / f"{name}.parquet")
     page = policy([researcher, *others], custodians, [name], **terms)

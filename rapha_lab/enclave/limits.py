@@ -1,0 +1,81 @@
+"""How often one may ask: so that nobody keeps the site from the others, or from its hardware."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from ipaddress import ip_address, ip_network
+
+from rapha_lab.protocol.errors import SiteError
+
+__all__ = ["Limits", "neighbourhood"]
+
+
+@dataclass
+class _Bucket:
+    left: float
+    since: float
+    refused: int = 0
+    locked: float = 0.0
+
+
+class Limits:
+    """A bucket for each name, refilled steadily; who goes on asking an empty one is locked out for a while.
+
+    Args:
+        rate: how much is refilled a second.
+        burst: how much a full bucket holds.
+        lock: seconds of the lockout, which begins when `burst` requests in a row were refused.
+        names: how many names are remembered; beyond, strangers are refused until others have been quiet.
+    """
+
+    def __init__(self, rate: float, burst: int, *, lock: float = 60.0, names: int = 10_000) -> None:
+        self._rate, self._burst, self._lock_for, self._names = rate, burst, lock, names
+        self._buckets: dict[str, _Bucket] = {}
+        self._lock = threading.Lock()
+
+    def admit(self, name: str, *, cost: float = 1.0, now: float | None = None) -> None:
+        """Take `cost` out of the bucket of `name`; 0 asks only whether anything is left.
+
+        Raises:
+            SiteError: the bucket is empty, or `name` is locked out.
+        """
+        now = time.monotonic() if now is None else now
+        with self._lock:
+            bucket = self._bucket(name, now)
+            bucket.left = min(self._burst, bucket.left + (now - bucket.since) * self._rate)
+            bucket.since = now
+            if now < bucket.locked:
+                raise _too_many(f"You are locked out for {bucket.locked - now:.0f} s.")
+            if bucket.left >= 1.0:  # a large request may leave a debt
+                bucket.left, bucket.refused = bucket.left - cost, 0
+                return
+            bucket.refused += 1
+            if bucket.refused >= self._burst:
+                bucket.locked, bucket.refused = now + self._lock_for, 0
+            raise _too_many(f"The limit is {self._rate:g} a second.")
+
+    def _bucket(self, name: str, now: float) -> _Bucket:
+        found = self._buckets.get(name)
+        if found is None:
+            if len(self._buckets) >= self._names:
+                quiet = now - self._burst / self._rate
+                self._buckets = {n: b for n, b in self._buckets.items() if b.since > quiet or b.locked > now}
+            if len(self._buckets) >= self._names:
+                raise _too_many("Too many others ask at this moment.")
+            found = self._buckets[name] = _Bucket(self._burst, now)
+        return found
+
+
+def neighbourhood(address: str) -> str:
+    """What counts as one stranger: an IPv4 address, or the network of 64 bits that one gets of IPv6."""
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return "unknown"
+    return str(found if found.version == 4 else ip_network((found, 64), strict=False))
+
+
+def _too_many(why: str) -> SiteError:
+    return SiteError("Too many requests.", why, "Wait a little, then go on.")
