@@ -89,17 +89,20 @@ def test_mutant_that_asks_the_policy_once_runs_to_the_end(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The question before each step is what stops it."""
-    permit, asked = Desk._permit, list[int]()
+    permit, answers = Desk._permit, list[object]()
 
-    def once(self: Desk, *args: object, **how: object) -> None:
-        asked.append(1)
-        if len(asked) == 1:
-            permit(self, *args, **how)  # type: ignore[arg-type]
+    def once(self: Desk, *args: object, **how: object) -> object:
+        answers.append(answers[0] if answers else permit(self, *args, **how))  # type: ignore[arg-type]
+        return answers[0]
 
     monkeypatch.setattr(Desk, "_permit", once)
-    house.policy, before = house.policy, house.policy
-    house.desk._policy = lambda: before
-    model = nn.Linear(1, 1)
-    house.patients.train.fit(model, inputs=["a"], target="y", epochs=1, batch=200, epsilon=1)
-    assert len(asked) > 2
+    touch = house.ledger.touch
+
+    def touched(job: str, steps: int) -> None:
+        touch(job, steps)
+        house.policy = revoked(house.policy)
+
+    house.ledger.touch = touched  # type: ignore[method-assign]
+    house.patients.train.fit(nn.Linear(1, 1), inputs=["a"], target="y", epochs=1, batch=200, epsilon=1)
+    assert len(answers) > 2
     assert house.releases
