@@ -1,9 +1,10 @@
 """The share of patients without an event by time: Kaplan and Meier 1958 on public bins, with noise.
 
-A patient is in one cell: the bin of their time, and whether it ended with the event. With d_i events and n_i at
-risk in bin i (half of those censored in it are taken to be at risk), H = Σ d_i / n_i is summed from noisy counts
-as they are, since clipping them would bias the curve; the survival shown is exp(-H), made to fall. Its interval
-covers the patients' sampling (Aalen's estimate Σ d_i / n_i²) and the noise (by linearisation of H).
+A patient is in one cell: the bin of their time, or the one beyond the time's upper bound, and whether it ended with
+the event. With d_i events and n_i at risk in bin i (half of those censored in it are taken to be at risk, Cutler and
+Ederer 1958), S = Π (1 - d_i / n_i) is taken of noisy counts as they are, since clipping them would bias the curve, and
+made to fall. Its interval, on the scale of H = -log S, covers the patients' sampling (Greenwood 1926) and the noise
+(by linearisation of H).
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ def curve(time: Column, event: Column, by: Keys, bins: int) -> Question:
     def exact(view: View) -> np.ndarray:
         cells = by.cells(view)
         known = (view.known(time.name) & view.known(event.name)).numpy() & (cells < by.size)
-        cell = (cells * 2 + view.codes(event.name).numpy()) * size + where_of(view, time, edges)
-        return np.bincount(cell[known], minlength=2 * by.size * size)
+        beyond = view.numbers(time.name).numpy() >= time.limits[1]
+        where = np.where(beyond, size, where_of(view, time, edges))
+        cell = (cells * 2 + view.codes(event.name).numpy()) * (size + 1) + where
+        return np.bincount(cell[known], minlength=2 * by.size * (size + 1))
 
     def read(noisy: list[int], sd: float) -> dict[str, Any]:
-        counts = np.array(noisy, dtype=float).reshape(by.size, 2, size)
+        counts = np.array(noisy, dtype=float).reshape(by.size, 2, size + 1)
         curves = [
             {"name": by.label(cell) or "survival", **_curve(counts[cell], edges, sd)}
             for cell in range(by.size)
@@ -68,19 +71,17 @@ def curve(time: Column, event: Column, by: Keys, bins: int) -> Question:
 def _curve(counts: np.ndarray, edges: np.ndarray, sd: float) -> dict[str, Any]:
     """Survival at the end of each bin, its error and 95 % interval, from (censored, events) of one cell."""
     censored, events = counts
-    both = censored + events
-    left = np.cumsum(both[::-1])[::-1]  # at risk at the start of each bin
-    at_risk = left - censored / 2
-    noise = sd * np.sqrt(2 * np.arange(len(both), 0, -1))
-    good = np.logical_and.accumulate(at_risk > np.maximum(FEW * noise, 1.0))
-    size = int(good.sum())
+    left = np.cumsum((censored + events)[::-1])[::-1]  # at risk at the start of each bin
+    at_risk = (left - censored / 2)[:-1]
+    noise = sd * np.sqrt(2 * np.arange(len(left), 1, -1))
+    size = int(np.logical_and.accumulate(at_risk > np.maximum(FEW * noise, 1.0)).sum())
     n, d = at_risk[:size], events[:size]
-    hazard = d / n if size else np.zeros(0)
-    sampling = np.cumsum(np.maximum(d, 0.0) / n**2)
-    variance = sampling + sd**2 * _gradients(n, hazard, len(both))
-    hazards, errors = np.maximum.accumulate(np.maximum(np.cumsum(hazard), 0.0)), np.sqrt(variance)
+    hazard = np.minimum(d / n, 0.99)
+    weight = 1 / (n * (1 - hazard))
+    greenwood = np.cumsum(np.maximum(hazard, 0.0) * weight)
+    errors = np.sqrt(greenwood + sd**2 * _gradients(weight, hazard * weight, len(left)))
+    hazards = np.maximum.accumulate(np.maximum(np.cumsum(-np.log1p(-hazard)), 0.0))
     survival = np.exp(-hazards)
-    # the curve is not above 1 for certain, and falls; its interval does the same
     low = np.exp(-(hazards + Z * errors))
     high = np.minimum(np.exp(-(hazards - Z * errors)), 1.0)
     return {
@@ -91,18 +92,16 @@ def _curve(counts: np.ndarray, edges: np.ndarray, sd: float) -> dict[str, Any]:
     }
 
 
-def _gradients(n: np.ndarray, hazard: np.ndarray, bins: int) -> np.ndarray:
-    """Σ (∂H_k/∂cell)² over all cells, for each k: what one unit of noise in every cell does to H_k."""
-    size = len(n)
-    slope = hazard / n if size else np.zeros(0)
-    found = np.zeros(size)
-    through = np.cumsum(slope)  # Σ_{i ≤ j} h_i / n_i
+def _gradients(weight: np.ndarray, slope: np.ndarray, bins: int) -> np.ndarray:
+    """Σ (∂H_k/∂cell)² over all cells, for each k: what one unit of noise in every cell does to H_k.
+
+    One more event in bin j adds `weight` there, and one more at risk takes `slope` off in each bin up to j.
+    """
+    size = len(weight)
+    found, through = np.zeros(size), np.cumsum(slope)
     for k in range(size):
-        reach = np.full(bins, through[k])
-        reach[: k + 1] = through[: k + 1]
-        own = np.zeros(bins)
-        own[: k + 1] = 1 / n[: k + 1]
-        half = np.zeros(bins)
+        reach, own, half = np.full(bins, through[k]), np.zeros(bins), np.zeros(bins)
+        reach[: k + 1], own[: k + 1] = through[: k + 1], weight[: k + 1]
         half[: k + 1] = slope[: k + 1] / 2  # of those censored in a bin half are at risk in it
         found[k] = ((own - reach) ** 2).sum() + ((half - reach) ** 2).sum()
     return found
