@@ -80,15 +80,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("subject")
         command.set_defaults(run=_state, act=act, subject="")
 
-    data = commands.add_parser("data", help="a hospital's tables").add_subparsers(required=True)
-    snapshot = data.add_parser("snapshot", help="read a PostgreSQL database into files that never change")
-    snapshot.add_argument("schema", type=Path)
-    snapshot.add_argument(
-        "--database", required=True, help="postgresql://user@host/name; the password is PGPASSWORD"
-    )
-    snapshot.add_argument("--folder", type=Path, help="the data folder; the schema's if not given")
-    snapshot.set_defaults(run=_snapshot)
-
+    _data_commands(commands.add_parser("data", help="a hospital's tables").add_subparsers(required=True))
     demo = commands.add_parser("demo", help="the demo site's datasets").add_subparsers(required=True)
     build = demo.add_parser("build", help="build one more from the package that carries it")
     build.add_argument("name", help="support2, rhc, nafld, eunomia, clinic or flchain")
@@ -103,6 +95,24 @@ def _parser() -> argparse.ArgumentParser:
     witness.add_argument("--allow-simulated", action="store_true")
     witness.set_defaults(run=_witness)
     return line
+
+
+def _data_commands(data: Any) -> None:
+    add = data.add_parser("add", help="walk from the tables in a folder to a schema; writes NAME.toml there")
+    add.add_argument("folder", type=Path)
+    add.add_argument("--answers", type=Path, help="answers written beforehand, as TOML")
+    add.set_defaults(run=_add_data)
+    check = data.add_parser("check", help="try a schema on the records; shows rows, for custodians alone")
+    check.add_argument("schema", type=Path)
+    check.add_argument("--folder", type=Path, help="the data folder; the schema's if not given")
+    check.set_defaults(run=_check_data)
+    snapshot = data.add_parser("snapshot", help="read a PostgreSQL database into files that never change")
+    snapshot.add_argument("schema", type=Path)
+    snapshot.add_argument(
+        "--database", required=True, help="postgresql://user@host/name; the password is PGPASSWORD"
+    )
+    snapshot.add_argument("--folder", type=Path, help="the data folder; the schema's if not given")
+    snapshot.set_defaults(run=_snapshot)
 
 
 def _log_commands(log: Any) -> None:
@@ -236,6 +246,37 @@ def _witness(args: argparse.Namespace) -> None:
     (args.out.write_text if args.out else print)(note)
     name = args.name or witness.witness_name(key.public)
     print(f"Others check your cosignature with --witness {witness.verifier_key(name, key.public)}")
+
+
+def _add_data(args: argparse.Namespace) -> None:
+    from rapha_lab.custodian.add import add
+    from rapha_lab.custodian.answers import File, Terminal
+    from rapha_lab.custodian.check import report, unset
+
+    asker = File(args.answers) if args.answers else Terminal()
+    name, text = add(args.folder, asker)
+    if isinstance(asker, File):
+        asker.close()
+    path = args.folder / f"{name}.toml"
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RequestError(
+            f"{path} exists.", "Nothing was written.", "Move it away, or choose another name.", field="name"
+        ) from None
+    print(f"Written: {path}. It is what researchers will see; read it before you serve it.")
+    if left := unset(text):
+        print("To be set before it is a schema:", *left, sep="\n  ")
+        print(f"Then run: rapha-lab data check {path}")
+    else:
+        print(report(path, args.folder))
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    from rapha_lab.custodian.check import report
+
+    print(report(args.schema, args.folder or args.schema.parent))
 
 
 def _snapshot(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ Times were published as days from each person's index date, which is put on 2000
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from pathlib import Path
 
@@ -35,6 +36,9 @@ def write(folder: Path) -> None:
     for number in range(1 + int(people["id"].max()) // SIZE):  # type: ignore[arg-type]
         part = events.filter(pl.col("subject_id") // SIZE == number)
         part.write_parquet(data / f"{number}.parquet")
+    about = {"dataset_name": "NAFLD", "etl_name": "rapha_lab.demo.nafld", "meds_version": "0.4"}
+    (folder / "nafld" / "metadata").mkdir()
+    (folder / "nafld" / "metadata" / "dataset.json").write_text(json.dumps(about))
     _visits(tests).write_parquet(folder / "nafld-visits.parquet")
 
 

@@ -11,7 +11,7 @@ import polars as pl
 from rapha_lab.curator.sources.files import digest_of
 from rapha_lab.protocol.errors import RequestError
 
-__all__ = ["connect", "needs", "quoted", "read"]
+__all__ = ["connect", "needs", "quoted", "read", "tables"]
 
 
 def needs(package: str) -> RequestError:
@@ -51,7 +51,28 @@ def connect(path: Path) -> Any:
         raise RequestError(what, why, "Close it there, or copy it.", field="source") from None
 
 
-def read(path: Path, table: str, names: list[str], seen: Callable[[bytes], None]) -> pl.DataFrame:
+def tables(path: Path) -> dict[str, dict[str, pl.DataType]]:
+    """The file's tables and views, each with the names and types of its columns.
+
+    Raises:
+        RequestError: if it cannot be opened.
+        OSError: if there is no such file.
+    """
+    connection = connect(path)
+    try:
+        names = connection.execute("SELECT table_name FROM information_schema.tables ORDER BY 1").fetchall()
+        return {name: _types(connection, name) for (name,) in names}
+    finally:
+        connection.close()
+
+
+def _types(connection: Any, table: str) -> dict[str, pl.DataType]:
+    return dict(pl.DataFrame(connection.sql(f"SELECT * FROM {quoted(table)} LIMIT 0")).schema)  # noqa: S608
+
+
+def read(
+    path: Path, table: str, names: list[str], seen: Callable[[bytes], None] = lambda data: None
+) -> pl.DataFrame:
     """Those of the named columns that a table or view has; upper and lower case are one.
 
     Raises:

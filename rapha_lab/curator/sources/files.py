@@ -11,12 +11,12 @@ import polars as pl
 
 from rapha_lab.protocol.errors import RequestError
 
-__all__ = ["MANIFEST", "digest_of", "read"]
+__all__ = ["MANIFEST", "columns", "digest_of", "read"]
 
 MANIFEST = "snapshot.json"
 
 
-def read(path: Path, names: list[str], seen: Callable[[bytes], None]) -> pl.DataFrame:
+def read(path: Path, names: list[str], seen: Callable[[bytes], None] = lambda data: None) -> pl.DataFrame:
     """Those of the named columns that a file has.
 
     Raises:
@@ -36,6 +36,21 @@ def read(path: Path, names: list[str], seen: Callable[[bytes], None]) -> pl.Data
         what = f"The file {path.name} cannot be read as {path.suffix[1:]}."
         raise RequestError(what, instead="Write it again.", field="source") from None
     return frame.select(name for name in names if name in frame.columns)
+
+
+def columns(path: Path) -> dict[str, pl.DataType]:
+    """The names and stored types of a file's columns; those of a CSV are all text.
+
+    Raises:
+        RequestError: if it is none of its kind.
+    """
+    try:
+        if path.suffix == ".parquet":
+            return dict(pl.read_parquet_schema(path))
+        return dict(pl.read_csv(path, infer_schema=False, glob=False, n_rows=0).schema)
+    except pl.exceptions.PolarsError:
+        what = f"The file {path.name} cannot be read as {path.suffix[1:]}."
+        raise RequestError(what, instead="Write it again.", field="source") from None
 
 
 def digest_of(path: Path) -> bytes:

@@ -18,7 +18,7 @@ from rapha_lab.curator.sources.files import digest_of
 from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.errors import RequestError
 
-__all__ = ["read"]
+__all__ = ["KINDS", "events", "read"]
 
 SUBJECT, TIME, CODE, NUMBER, TEXT = "subject_id", "time", "code", "numeric_value", "text_value"
 KINDS: dict[str, Any] = {
@@ -45,12 +45,12 @@ def read(
         RequestError: if the folder is none of MEDS.
         OSError: if there is no such folder.
     """
-    events = _events(folder, seen)
+    every = events(folder, seen)
     coded = [column for column in columns if column.code]
     keys = [SUBJECT] if per_patient else [SUBJECT, TIME]
     if per_patient or coded:
-        subjects = events.select(SUBJECT).unique().sort(SUBJECT) if per_patient else None
-        found = [_of_code(events, column, keys) for column in coded]
+        subjects = every.select(SUBJECT).unique().sort(SUBJECT) if per_patient else None
+        found = [_of_code(every, column, keys) for column in coded]
         frame = (
             subjects if subjects is not None else pl.concat([part.select(keys) for part in found]).unique()
         )
@@ -60,7 +60,7 @@ def read(
         frame = frame.with_columns(pl.col(name).fill_null(value=False) for name in absent)
     else:
         listed = [code for column in columns if column.name == CODE for code in column.categories]
-        frame = events.filter(pl.col(CODE).is_in(listed)) if listed else events
+        frame = every.filter(pl.col(CODE).is_in(listed)) if listed else every
     names = {SUBJECT: patient} | ({TIME: time} if time else {})
     return frame.rename({old: new for old, new in names.items() if old in frame.columns and old != new})
 
@@ -80,7 +80,13 @@ def _of_code(events: pl.DataFrame, column: Column, keys: list[str]) -> pl.DataFr
     return chosen.group_by(keys, maintain_order=True).agg(pl.col(column.name).last()).collect()
 
 
-def _events(folder: Path, seen: Callable[[bytes], None]) -> pl.DataFrame:
+def events(folder: Path, seen: Callable[[bytes], None] = lambda data: None) -> pl.DataFrame:
+    """All events of a folder, in the standard's own columns.
+
+    Raises:
+        RequestError: if the folder is none of MEDS.
+        OSError: if there is no such folder.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(2, "No such folder", str(folder))
     parts = sorted((folder / "data").rglob("*.parquet"))

@@ -1,0 +1,95 @@
+"""Finds the tables in a data folder, and shows what is in a column to the custodian alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from rapha_lab.curator.sources import database, files, meds
+from rapha_lab.protocol.errors import RequestError
+
+__all__ = ["Found", "find", "glance"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A table that records may be in.
+
+    Attributes:
+        folder: the data folder.
+        source: how a schema names it.
+        columns: names and stored types; nothing of a record.
+    """
+
+    folder: Path
+    source: str
+    columns: dict[str, pl.DataType]
+
+    @property
+    def untyped(self) -> bool:
+        """Whether its file says nothing of types, as CSV."""
+        return self.source.endswith(".csv")
+
+    def column(self, name: str) -> pl.Series:
+        """One column of the records.
+
+        Raises:
+            RequestError: if it cannot be read.
+        """
+        path = self.folder / self.source
+        if self.source.endswith("/"):
+            return meds.events(path)[name]
+        if path.parent.suffix == ".duckdb":
+            return database.read(path.parent, path.name, [name])[name]
+        return files.read(path, [name])[name]
+
+
+def find(folder: Path) -> list[Found]:
+    """Every table below the folder, by path; hidden files and folders are passed over.
+
+    Raises:
+        RequestError: if there is none, or one cannot be read.
+    """
+    found: list[Found] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place)
+        # a snapshot's own folder is reached by its name without a date
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and ".snapshot." not in n)
+        if (here / "metadata" / "dataset.json").exists() and here != folder:
+            kinds = {name: _plain(kind) for name, kind in meds.KINDS.items()}
+            found.append(Found(folder, f"{here.relative_to(folder)}/", kinds))
+            folders.clear()
+            continue
+        for path in (here / name for name in sorted(names) if not name.startswith(".")):
+            relative = path.relative_to(folder)
+            if path.suffix == ".duckdb":
+                held = database.tables(path).items()
+                found += [Found(folder, f"{relative}/{name}", kinds) for name, kinds in held]
+            elif path.suffix in (".parquet", ".csv"):
+                found.append(Found(folder, str(relative), files.columns(path)))
+    if not found:
+        what = f"There is no table in {folder}."
+        why = "Looked for .parquet, .csv and .duckdb files and MEDS folders."
+        instead = "For PostgreSQL write the schema and run: rapha-lab data snapshot."
+        raise RequestError(what, why, instead, field="folder")
+    return found
+
+
+def glance(series: pl.Series) -> str:
+    """What a custodian sees of a column: how much is missing, the range or the commonest values."""
+    lacking = f"{series.null_count():,} of {len(series):,} rows lack it."
+    known = series.drop_nulls()
+    if known.dtype.is_numeric() and len(known):
+        ends = [known.min(), *(known.quantile(q) for q in (0.01, 0.5, 0.99)), known.max()]
+        told = "Least, 1 %, middle, 99 %, most: " + ", ".join(f"{float(end):g}" for end in ends)  # type: ignore[arg-type]
+    else:
+        counts = known.cast(pl.String, strict=False).value_counts(sort=True).head(20)
+        told = "Commonest: " + ", ".join(f"{str(value)[:40]!r} ({count:,})" for value, count in counts.rows())
+    return f"{lacking} {told}"
+
+
+def _plain(kind: object) -> pl.DataType:
+    return kind() if isinstance(kind, type) else kind  # type: ignore[return-value]
