@@ -170,9 +170,7 @@ def launch_measurement(media_type: str, payload: bytes) -> str:
         EvidenceError: if the evidence is too short to hold one.
     """
     if media_type == NITRO:
-        import cbor2
-
-        found = bytes(cbor2.loads(cbor2.loads(payload)[2])["pcrs"][0])
+        found = _pcr0(payload)
     elif media_type == SNP:
         found = payload[0x90:0xC0]
     else:  # a TDX quote: MRTD and the first three run-time registers
@@ -180,6 +178,15 @@ def launch_measurement(media_type: str, payload: bytes) -> str:
     if len(found) != 48 or len(payload) < 520:
         raise EvidenceError("The hardware's evidence holds no measurement.", "", "See docs/trust.md.")
     return f"sha384:{found.hex()}"
+
+
+def _pcr0(document: bytes) -> bytes:
+    import cbor2
+
+    try:
+        return bytes(cbor2.loads(cbor2.loads(document)[2])["pcrs"][0])
+    except (cbor2.CBORError, LookupError, TypeError, ValueError, RecursionError, OverflowError):
+        return b""
 
 
 def measure(root: Path | None = None) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import struct
 import subprocess
 import sys
+import venv
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,17 @@ from rapha_lab.enclave import attester as attesters
 from rapha_lab.enclave.attester import SimulatedAttester, TsmAttester, measure
 from rapha_lab.protocol.builds import Build
 from rapha_lab.protocol.errors import EvidenceError
-from rapha_lab.protocol.evidence import BANNER, SIMULATED, SNP, TDX, Binding, Claims, Evidence, simulation_key
+from rapha_lab.protocol.evidence import (
+    BANNER,
+    NITRO,
+    SIMULATED,
+    SNP,
+    TDX,
+    Binding,
+    Claims,
+    Evidence,
+    simulation_key,
+)
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
 
 MEASUREMENT = "sha256:" + "ab" * 32
@@ -323,6 +337,44 @@ class TestAttesters:
         with pytest.raises(EvidenceError, match="arm_cca"):
             TsmAttester(_Configfs(tmp_path, "arm_cca")).evidence(binding)  # type: ignore[arg-type]
 
+    def test_tsm_refuses_a_report_that_another_process_wrote_to(
+        self, binding: Binding, tmp_path: Path
+    ) -> None:
+        """Its generation says so."""
+        with pytest.raises(EvidenceError, match="generation is not 1"):
+            TsmAttester(_Configfs(tmp_path, "sev_guest", "2")).evidence(binding)  # type: ignore[arg-type]
+
+    def test_tsm_without_a_tee_behind_it_says_so(self, binding: Binding, tmp_path: Path) -> None:
+        """The module is loaded and the kernel refuses an entry, as it does where no TEE registered."""
+        with pytest.raises(EvidenceError, match="The hardware gave no evidence"):
+            TsmAttester(tmp_path / "no" / "such").evidence(binding)
+
+    def test_tsm_knows_its_own_measurement(self, tmp_path: Path) -> None:
+        """As its clients will read it: the launch digest of a SEV-SNP report."""
+        report = bytes(0x90) + b"m" * 48 + bytes(0x4A0 - 0xC0)
+        root = _Configfs(tmp_path, "sev_guest", report=report)
+        assert TsmAttester(root).measurement == f"sha384:{(b'm' * 48).hex()}"  # type: ignore[arg-type]
+        with pytest.raises(EvidenceError, match="holds no measurement"):
+            TsmAttester(_Configfs(tmp_path, "sev_guest", report=b"short")).measurement  # type: ignore[arg-type]  # noqa: B018
+
+    def test_nitro_asks_the_module_for_a_document(
+        self, binding: Binding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One ioctl with a request and room for an answer, as the driver's header lays them out."""
+        cbor2 = pytest.importorskip("cbor2")
+        document = cbor2.dumps([b"", {}, cbor2.dumps({"pcrs": {0: b"m" * 48}, "pad": bytes(600)}), b""])
+        answers = [{"Attestation": {"document": document}}]
+        asked = _nsm(monkeypatch, tmp_path, cbor2, answers)
+        evidence = attesters.NitroAttester().evidence(binding)
+        assert (evidence.media_type, evidence.payload) == (NITRO, document)
+        assert asked == [
+            {"Attestation": {"user_data": binding.report_data(), "nonce": None, "public_key": None}}
+        ]
+        assert attesters.NitroAttester().measurement == f"sha384:{(b'm' * 48).hex()}"
+        answers[0] = {"Error": "InvalidOperation"}
+        with pytest.raises(EvidenceError, match="gave no document"):
+            attesters.NitroAttester().evidence(binding)
+
     def test_without_hardware_the_attester_is_simulated(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
@@ -346,6 +398,30 @@ class TestAttesters:
         )
         assert measure() == measure(tmp_path) == elsewhere.stdout.strip()
 
+    def test_two_environments_in_two_folders_measure_the_same(self, tmp_path: Path) -> None:
+        """Two virtual environments with the same pins, two copies of the sources, other names and times."""
+        packages, code = (
+            Path(rapha_lab.__file__).parent,
+            "from rapha_lab.enclave.attester import measure; print(measure())",
+        )
+        pins = Path(msgspec.__file__).parents[1]
+        found = set()
+        for name in ("a", "a/longer name"):
+            where = tmp_path / name
+            venv.create(where / "env", with_pip=False)
+            ignored = shutil.ignore_patterns("__pycache__", "labextension", "data")
+            shutil.copytree(packages, where / "src" / "rapha_lab", ignore=ignored)
+            for path in (where / "src").rglob("*.py"):
+                os.utime(path, (0, 0))
+            (site,) = (where / "env" / "lib").glob("python*/site-packages")
+            (site / "paths.pth").write_text(f"{where / 'src'}\n{pins}\n")
+            python = where / "env" / "bin" / "python"
+            done = subprocess.run(
+                [python, "-I", "-c", code], capture_output=True, text=True, check=True, cwd="/"
+            )
+            found.add(done.stdout.strip())
+        assert found == {measure()}
+
     def test_every_source_counts(self, tmp_path: Path) -> None:
         """A changed byte, a new file, a renamed file: another measurement each."""
         for wing in attesters.WINGS:
@@ -363,19 +439,40 @@ class TestAttesters:
         assert len(seen) == 5
 
 
+def _nsm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cbor2: Any, answers: list[Any]) -> list[Any]:
+    """A file in the module's place and an ioctl that answers as the driver does; gives what it is asked."""
+    asked: list[Any] = []
+
+    def ioctl(device: Any, number: int, message: Any) -> int:
+        assert number == 0xC0200A00  # _IOWR(0x0A, 0, 32 bytes)
+        request, size, room, limit = message
+        asked.append(cbor2.loads(ctypes.string_at(request, size)))
+        answer = cbor2.dumps(answers[0])
+        assert len(answer) <= limit
+        ctypes.memmove(room, answer, len(answer))
+        message[3] = len(answer)
+        return 0
+
+    (tmp_path / "nsm").touch()
+    monkeypatch.setattr(attesters, "NSM", tmp_path / "nsm")
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    return asked
+
+
 class _Configfs:
     """A folder whose entries answer as the kernel's do."""
 
-    def __init__(self, path: Path, provider: str) -> None:
-        self._path, self._provider = path, provider
+    def __init__(self, path: Path, provider: str, generation: str = "1", report: bytes | None = None) -> None:
+        self._path, self._told = path, {"provider": provider, "generation": generation}
+        self._report = report
 
     def __truediv__(self, name: str) -> _Entry:
-        return _Entry(self._path / name, self._provider)
+        return _Entry(self._path / name, self._told, self._report)
 
 
 class _Entry:
-    def __init__(self, path: Path, provider: str) -> None:
-        self._path, self._provider = path, provider
+    def __init__(self, path: Path, told: dict[str, str], report: bytes | None) -> None:
+        self._path, self._told, self._report = path, told, report
         self._data = b""
 
     def mkdir(self) -> None:
@@ -397,10 +494,11 @@ class _File:
         self._entry._data = data
 
     def read_bytes(self) -> bytes:
-        return {"outblob": b"report over " + self._entry._data}[self._name]
+        assert self._name == "outblob"
+        return self._entry._report if self._entry._report is not None else b"report over " + self._entry._data
 
     def read_text(self) -> str:
-        return {"provider": self._entry._provider, "generation": "1"}[self._name] + "\n"
+        return self._entry._told[self._name] + "\n"
 
 
 def test_a_verifier_needs_no_clock_of_the_machine(binding: Binding) -> None:
