@@ -28,17 +28,30 @@ __all__ = [
 
 WINGS = ("protocol", "curator", "enclave", "session")
 PINS = (
+    "PyJWT",
+    "anyio",
+    "cbor2",
     "cryptography",
+    "duckdb",
+    "ipython",
+    "landlockpy",
+    "matplotlib",
     "msgspec",
     "numpy",
     "opacus",
     "opendp",
+    "pillow",
     "polars",
+    "pydicom",
+    "pyseccomp",
+    "rfc8785",
     "safetensors",
+    "scipy",
     "starlette",
     "torch",
     "uvicorn",
 )
+"""Every package that the wings import; one that is not installed measures as absent."""
 
 TSM = Path("/sys/kernel/config/tsm/report")
 NSM = Path("/dev/nsm")
@@ -201,9 +214,15 @@ def measure(root: Path | None = None) -> str:
     for path in sorted(p.relative_to(root).as_posix() for wing in WINGS for p in (root / wing).rglob("*.py")):
         digest.update(f"{path} {hashlib.sha256((root / path).read_bytes()).hexdigest()}\n".encode())
     for package in PINS:
-        version = metadata.version(package).partition("+")[0]  # "+cpu" names a build of the same release
-        digest.update(f"{package}=={version}\n".encode())
+        digest.update(f"{package}=={_version(package)}\n".encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package).partition("+")[0]  # "+cpu" names a build of the same release
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def _text(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import fcntl
 import hashlib
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import venv
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -421,6 +423,24 @@ class TestAttesters:
             )
             found.add(done.stdout.strip())
         assert found == {measure()}
+
+    def test_every_package_that_the_wings_import_counts(self) -> None:
+        """By its version: what is imported in them is in the list, under the name it is installed by."""
+        distributions = metadata.packages_distributions()
+        imported = set()
+        for path in (
+            p for wing in attesters.WINGS for p in (Path(rapha_lab.__file__).parent / wing).rglob("*.py")
+        ):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    names = [node.module]
+                imported |= {name.partition(".")[0] for name in names}
+        outside = imported - set(sys.stdlib_module_names) - {"rapha_lab"}
+        pinned = {name.lower() for name in attesters.PINS}
+        assert {
+            name for name in outside if not {d.lower() for d in distributions.get(name, [name])} & pinned
+        } == set()
 
     def test_every_source_counts(self, tmp_path: Path) -> None:
         """A changed byte, a new file, a renamed file: another measurement each."""
