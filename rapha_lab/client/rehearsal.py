@@ -5,6 +5,7 @@ The same interpreter, mechanisms and checks as at the site, with a cohort drawn 
 
 from __future__ import annotations
 
+import copy
 import io
 import threading
 import time
@@ -55,16 +56,16 @@ class Rehearsal:
         schema: Schema,
         *,
         epsilon: float | None,
-        inputs: dict[str, Any],
+        inputs: tuple[dict[str, Any], bytes] = ({}, b""),
         show: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        """Run a cell; what it shows goes to `show`, or nowhere.
+        """Run a cell with inputs as `send` packed them; what it shows goes to `show`, or nowhere.
 
         Raises:
             RaphaError: what would have failed at the site, before anything was sent.
         """
         with self._lock:
-            self.namespace.update(inputs)
+            self.namespace.update(parcels.unpack(*inputs, into=self.namespace))
             self.namespace["patients"] = Patients(
                 schema, partial(self._answer, schema), epsilon=epsilon, most_steps=STEPS
             )
@@ -128,8 +129,18 @@ class Rehearsal:
         return chosen(self._cohorts[known], ask)
 
     def take(self, values: dict[str, Any], blob: bytes, also: dict[str, Any]) -> dict[str, Any]:
-        """The values a job brought back; modules are loaded into the rehearsed ones, else into those of `also`."""
-        return parcels.unpack(values, blob, into={**also, **self.namespace})
+        """The values a job brought back; modules are loaded into copies of the rehearsed ones, else into those of `also`.
+
+        Copies, so that the next rehearsal's few steps on made-up patients leave the notebook's weights alone.
+        """
+        into = dict(also)
+        for name in values.get("values", {}):
+            if isinstance(rehearsed := self.namespace.get(name), torch.nn.Module):
+                try:
+                    into[name] = copy.deepcopy(rehearsed)
+                except Exception:  # one that cannot be copied must not keep paid weights away
+                    into[name] = rehearsed
+        return parcels.unpack(values, blob, into=into)
 
     @staticmethod
     def send(namespace: dict[str, Any], names: list[str]) -> tuple[dict[str, Any], bytes]:

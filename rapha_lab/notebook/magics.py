@@ -88,9 +88,8 @@ class EnclaveMagics(Magics):
         dataset = latest().dataset(args.dataset)
         sent = self._rehearsal.send(self.shell.user_ns, args.input)
         if args.rehearse_only or not args.no_rehearsal:
-            inputs = {name: self.shell.user_ns[name] for name in args.input}
             show = _show if args.rehearse_only else None
-            self._rehearsal.run(cell, dataset.schema, epsilon=args.epsilon, inputs=inputs, show=show)
+            self._rehearsal.run(cell, dataset.schema, epsilon=args.epsilon, inputs=sent, show=show)
         if args.rehearse_only:
             print("Made-up patients: it would run at the site. Nothing was sent, no ε was spent.")
             return

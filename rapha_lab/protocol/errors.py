@@ -20,6 +20,8 @@ The three sentences are the three lines of the blocked card. None may hold anyth
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "WaitingError",
     "from_wire",
 ]
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 class RaphaError(Exception):
@@ -69,6 +73,16 @@ class RaphaError(Exception):
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.what, self.why, self.instead) if part)
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the caller's own lines and the three sentences, no frame of this package."""
+        frames = traceback.extract_tb(self.__traceback__)
+        own = [
+            frame
+            for frame in frames
+            if not frame.filename.startswith(_PACKAGE) and "IPython" not in frame.filename
+        ]
+        return [*traceback.format_list(own), f"{type(self).__name__}: {self}"]
 
     def to_wire(self) -> dict[str, Any]:
         """The error as plain fields, for a reply."""

@@ -146,7 +146,9 @@ class PrivateKey:
             key = cls(algorithm, parts)
             intact = str(key.public) == public
         except OSError as error:
-            _refuse(f"There is no key at {path}.", str(error.strerror), "rapha-lab keys new")
+            _refuse(
+                f"There is no key at {path}.", f"{error.strerror}.", 'Make one with "rapha-lab keys new".'
+            )
         except (ValueError, TypeError):
             intact = False
         if shared:

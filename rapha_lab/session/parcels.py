@@ -53,7 +53,7 @@ def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int) -
     if isinstance(value, (torch.Tensor, numpy.ndarray, numpy.generic)):
         return _pack_array(value, path, tensors)
     if type(value).__module__.startswith("pandas") and hasattr(value, "columns"):
-        value = polars.from_pandas(value)
+        value = _from_pandas(value)
     if isinstance(value, polars.DataFrame):
         return _pack_table(value, path, tensors, depth)
     if hasattr(value, "savefig"):
@@ -106,6 +106,15 @@ def _pack_table(frame: polars.DataFrame, path: str, tensors: dict[str, torch.Ten
         else:
             columns[name] = _pack(column.to_list(), f"{path}/{name}", tensors, depth + 1)
     return {"kind": "table", "columns": columns}
+
+
+def _from_pandas(frame: Any) -> polars.DataFrame:
+    """A pandas frame as a polars one, as which it arrives; polars itself asks for pyarrow if there are strings."""
+    columns = {}
+    for name, column in frame.items():
+        values = zip(column.tolist(), column.isna().tolist(), strict=True)
+        columns[str(name)] = [None if missing else value for value, missing in values]
+    return polars.DataFrame(columns, strict=False)
 
 
 def unpack(parcel: Mapping[str, Any], blob: bytes, into: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -170,6 +170,27 @@ note = {'columns': columns, 'tensor': torch.arange(3), 'inf': float('inf')}"""
     ]
 
 
+def test_a_module_goes_there_again_and_a_rehearsal_leaves_the_one_here_alone(notebook: Notebook) -> None:
+    """Its weights are loaded into the session's own module; the steps on made-up patients are taken on a copy."""
+    cell = "import torch\nmodule = torch.nn.Linear(2, 1)"
+    assert not errors(notebook.run(f"%%enclave flchain -o module\n{cell}"))
+    notebook.run("import torch\nwith torch.no_grad(): _ = module.weight.fill_(7.0)")
+    fit = "patients.train.fit(module, inputs=['age', 'sex'], target='death', epochs=1, epsilon=0.5)"
+    outputs = notebook.run(f"%%enclave flchain -i module\nprint(module.weight.tolist())\n{fit}")
+    assert "[[7.0, 7.0]]" in str(outputs)
+    assert notebook.value("module.weight.tolist()") == [[7.0, 7.0]]
+
+
+def test_a_mistake_in_a_plain_cell_shows_the_cells_line_and_no_frame_of_ours(notebook: Notebook) -> None:
+    """Its own line, what is wrong, why, and what to do."""
+    outputs = notebook.run("def ask():\n    return site.dataset('nowhere')\nask()")
+    (error,) = [output for output in outputs if output["output_type"] == "error"]
+    text = "\n".join(error["traceback"])
+    assert "has no dataset 'nowhere'" in text
+    assert "site.dataset('nowhere')" in text
+    assert "rapha_lab" not in text
+
+
 def test_an_error_of_the_cell_reads_as_a_local_one(notebook: Notebook) -> None:
     """Type, message and the line of the cell; no frame of ours."""
     outputs = notebook.run("%%enclave flchain --no-rehearsal\nx = 1\ny = x / 0")

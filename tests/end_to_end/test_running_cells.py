@@ -258,6 +258,15 @@ nan, huge = float("nan"), 2**60
         assert math.isnan(got["nan"])
         assert got["huge"] == 2**60
 
+    def test_a_pandas_frame_comes_back_as_a_polars_one(self, site):
+        """Strings, gaps and categories included."""
+        pytest.importorskip("pandas", reason="it comes with the demo extra")
+        source = """
+import pandas
+frame = pandas.DataFrame({"a": [1, 2], "b": ["x", None], "c": [0.5, None], "d": pandas.Categorical(["u", "v"])})"""
+        expected = polars.DataFrame({"a": [1, 2], "b": ["x", None], "c": [0.5, None], "d": ["u", "v"]})
+        assert brought(site, source, "frame")["frame"].equals(expected)
+
     def test_a_module_comes_back_as_weights_of_the_module_that_is_here(self, site):
         """Into the very object, no pickle."""
         here = torch.nn.Linear(2, 1)

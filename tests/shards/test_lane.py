@@ -79,7 +79,7 @@ class TestARehearsal:
         """What a cell with this function shows."""
         shown = []
         cell = self.CELL.format(body, terms)
-        Rehearsal().run(cell, SCHEMA, epsilon=None, inputs={}, show=shown.append)
+        Rehearsal().run(cell, SCHEMA, epsilon=None, show=shown.append)
         return "".join(output.get("text", "") for output in shown)
 
     def test_shows_its_author_what_the_function_prints(self):
