@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from rapha_lab.notebook.listings import note_in
 from rapha_lab.notebook.tables import Table, tables_in_text, tables_of
 
 __all__ = ["find_rows"]
@@ -71,6 +72,11 @@ _DIRECT = {
     "health record numbers": re.compile(r"(MRN|PAT|PT|NHS|HOSP|UHB|SUBJ|P|S)[-_: ]?\d{4,}"),
     "UK postcodes": re.compile(r"[A-Z]{1,2}\d[A-Z\d]? \d[A-Z]{2}"),
 }
+_VALUES = {
+    "date": re.compile(r"\d{4}-\d\d-\d\d([T ].*)?|\d{1,2}[./]\d{1,2}[./]\d{4}"),
+    "sex": re.compile(r"[FMfm]|(fe)?male|(Fe|M)ale"),
+    "diagnosis": re.compile(r"[A-Z]\d\d(\.?\d{1,2})?"),
+}
 
 
 def find_rows(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -85,14 +91,24 @@ def find_rows(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found, mocks = [], _mock_names(cells)
     for cell in cells:
         source = _joined(cell.get("source", ""))
-        if reason := _doubt(_pasted(source, cell.get("cell_type", ""))):
+        if reason := _doubt(_pasted(source, cell.get("cell_type", ""))) or _note(cell):
             found.append({"cell": cell.get("id", ""), "index": -1, "reason": reason})
         if ".mock(" in source or mocks & set(re.findall(r"[A-Za-z_]\w*", source)):
             continue
         for index, output in enumerate(cell.get("outputs", [])):
-            if reason := _doubt(_tables(output)):
+            if reason := _doubt(_tables(output)) or _note(output):
                 found.append({"cell": cell.get("id", ""), "index": index, "reason": reason})
     return found
+
+
+def _note(shown: dict[str, Any]) -> str:
+    """Why an output or a markdown cell looks like a note about a person, or nothing."""
+    texts = [shown.get(key, "") for key in ("text", "evalue")] + [shown.get("data", {}).get("text/plain", "")]
+    if shown.get("cell_type") == "markdown":
+        texts.append(shown.get("source", ""))
+    own = any(mime in shown.get("data", {}) for mime in _OWN)
+    said = not own and any(note_in(_joined(text)) for text in texts)
+    return "it names a person by a record number or a date of birth." if said else ""
 
 
 def _mock_names(cells: list[dict[str, Any]]) -> set[str]:
@@ -130,6 +146,8 @@ def _reason(table: Table) -> str:
         return ""
     if kind := _direct_identifiers(table):
         return f"it holds {kind}."
+    if not any(names):
+        return "its rows describe single persons." if _are_persons(table) else ""
     if _is_statistics(table, names):
         return ""
     for index, name in enumerate(names):
@@ -156,6 +174,18 @@ def _direct_identifiers(table: Table) -> str:
             if len(values) > 1 and sum(bool(pattern.fullmatch(v)) for v in values) > 0.8 * len(values):
                 return kind
     return ""
+
+
+def _are_persons(table: Table) -> bool:
+    """Whether columns without names hold dates, sexes and diagnoses, two of them at least."""
+    columns = [table.column(index) for index in range(len(table.header))]
+    kinds = {
+        kind
+        for kind, pattern in _VALUES.items()
+        for values in columns
+        if len(values) > 1 and all(map(pattern.fullmatch, values))
+    }
+    return len(kinds) > 1
 
 
 def _is_nhs_number(text: str) -> bool:

@@ -9,7 +9,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from itertools import zip_longest
 from typing import Any
+
+from rapha_lab.notebook.listings import columns_in, is_series, records_in
 
 __all__ = ["Table", "tables_in_json", "tables_in_text", "tables_of"]
 
@@ -47,13 +50,17 @@ def tables_in_text(text: str) -> Iterator[Table]:
     text = re.sub(r"\x1b\[[0-9;]*m", "", text[:MAX_TEXT])
     for block in re.split(r"\n\s*\n", text):
         lines = [line for line in block.splitlines() if line.strip()]
-        for read in (_boxed, _piped, _delimited, _aligned):
+        for read in (_boxed, _piped, _delimited, _aligned) if not is_series(lines) else ():
             if (table := read(lines)) is not None:
                 table.total = _total(text)
                 yield table
                 break
     if (records := _literal(text)) is not None:
         yield from tables_in_json(records)
+    for found in records_in(text):
+        yield from tables_in_json(found)
+    for columns in columns_in(text):
+        yield Table([*columns], [[*row] for row in zip_longest(*columns.values(), fillvalue="")][:MAX_ROWS])
 
 
 def tables_in_json(content: Any, depth: int = 0) -> Iterator[Table]:
@@ -63,6 +70,10 @@ def tables_in_json(content: Any, depth: int = 0) -> Iterator[Table]:
     if isinstance(content, list):
         if len(content) > 1 and all(isinstance(item, dict) and item for item in content):
             yield _from_records(content[:MAX_ROWS], len(content))
+        elif len(content) > 1 and all(isinstance(item, (str, int, float, list, tuple)) for item in content):
+            rows = [[*item] if isinstance(item, (list, tuple)) else [item] for item in content[:MAX_ROWS]]
+            width = max(map(len, rows))
+            yield Table([""] * max(width, 2), [[_text(value) for value in row] for row in rows], len(content))
         else:
             for item in content[:50]:
                 yield from tables_in_json(item, depth + 1)
@@ -185,6 +196,10 @@ def _aligned_from(lines: list[str]) -> Table | None:
     if len(lines) < 2:
         return None
     header = lines[0].replace("\\", " ").split()
+    if index := _index_names(lines):
+        width, rows = len(index) + len(header), [line.split() for line in lines[2 : MAX_ROWS + 2]]
+        # rows that share a label of the index print it once
+        return Table([*index, *header], [[""] * (width - len(row)) + row for row in rows])
     # A value with a blank in it ("2019-03-01 10:20:00", "Anna Lee") takes two words: split at two blanks there.
     rows = []
     for line in lines[1 : MAX_ROWS + 1]:
@@ -198,6 +213,13 @@ def _aligned_from(lines: list[str]) -> Table | None:
     if not rows or len(header) < 2 or max(indexed, bare) < 0.8 * len(rows):
         return None
     return Table(["", *header] if indexed >= bare else header, rows)
+
+
+def _index_names(lines: list[str]) -> list[str]:
+    """The names of a printed frame's index, which pandas puts in a line of their own under the header."""
+    beside = len(lines[0]) - len(lines[0].lstrip())
+    alone = len(lines) > 2 and 0 < len(lines[1].rstrip()) <= beside and not lines[1][0].isspace()
+    return lines[1].split() if alone and not re.search(r"\d", lines[1]) else []
 
 
 def _literal(text: str) -> Any:

@@ -1,7 +1,8 @@
 """Binder's files, run as Binder runs them: no privileges, no user namespaces, a private home, a fresh environment.
 
 Not covered here: the solving of environment.yml and its base image. The packages of the environment that
-runs the tests stand in for it, and so does the front end as built in this tree.
+runs the tests stand in for it, and so does the front end as built in this tree: here the package is installed
+without node, as from a wheel or an sdist.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ class Machine:
         subprocess.run([python, "-m", "venv", "--without-pip", self.prefix], check=True)
         site = self.prefix / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
         (site / "stands-in-for-the-image.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        no_node = self.prefix / "bin" / "node"
+        no_node.write_text("#!/bin/sh\nexit 127\n")
+        no_node.chmod(0o755)
         for path in [folder, *folder.rglob("*")]:
             os.chown(path, USER, USER, follow_symlinks=False)
 
