@@ -167,5 +167,5 @@ def _shown(error: RaphaError, line: str) -> RaphaError:
             told["suggestion"] = f"%%enclave {line.split()[0]}\n{error.suggestion}"
         display(cards.blocked(told), raw=True)
     said = f"{type(error).__name__}: {error.what if carded else error}"
-    error._render_traceback_ = lambda: [said]  # type: ignore[attr-defined]
+    error._render_traceback_ = lambda: [said]  # type: ignore[method-assign]
     return error
