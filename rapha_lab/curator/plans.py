@@ -6,7 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 from rapha_lab.curator.cohort import View
-from rapha_lab.curator.mechanisms import Answer, Plan, Progress, aggregate, evaluate, shards, train
+from rapha_lab.curator.mechanisms import (
+    Answer,
+    Plan,
+    Progress,
+    aggregate,
+    concordance,
+    evaluate,
+    shards,
+    train,
+)
 from rapha_lab.curator.mechanisms.shards import Workers
 from rapha_lab.curator.noise import Noise
 from rapha_lab.protocol import messages
@@ -57,6 +66,8 @@ def _plan(
 ) -> Plan:
     if isinstance(ask, messages.Fit):
         return train.plan(ask, tensors, schema, delta, noise)
+    if isinstance(ask, messages.Evaluate) and "concordance" in ask.metrics:
+        return concordance.plan(ask, tensors, schema)
     if isinstance(ask, messages.Evaluate):
         return evaluate.plan(ask, tensors, schema, delta)
     if isinstance(ask, Aggregate):

@@ -131,7 +131,8 @@ def _evaluate(asked: Inquiry, epsilon: float, schema: Schema, delta: float) -> t
         return loss, told | {
             "notes": ["The error depends on the number of patients, which the dataset does not declare."]
         }
-    errors = _expected_errors(asked.metrics, round(expected), epsilon, asked.prevalence, asked.auroc)
+    names = tuple(name for name in asked.metrics if name not in ("confusion", "concordance"))
+    errors = _expected_errors(names, round(expected), epsilon, asked.prevalence, asked.auroc)
     assumed = f"Simulated on made-up scores: {asked.prevalence:.3g} of the patients positive, AUROC {asked.auroc:g}."
     notes = (
         [assumed, "Sampling of the patients and noise together, as the release will state it."]
@@ -197,7 +198,8 @@ def _epsilon_for_metric(asked: Inquiry, wished: float, schema: Schema) -> float:
 
     def error(step: int) -> float:
         epsilon = _rounded(10 ** (step / 16))
-        found = _expected_errors(asked.metrics[:1], round(expected), epsilon, asked.prevalence, asked.auroc)
+        names = tuple({*asked.metrics[:1]} - {"confusion", "concordance"})
+        found = _expected_errors(names, round(expected), epsilon, asked.prevalence, asked.auroc)
         return found.get(asked.metrics[0], math.inf)
 
     low, high = -33, 32  # from 0.01 to 100, in steps of 15 %

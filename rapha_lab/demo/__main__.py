@@ -13,6 +13,7 @@ import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
@@ -20,6 +21,7 @@ from rapha_lab.demo.build import build, built
 from rapha_lab.enclave.site import Config, Dataset, Site, serve
 from rapha_lab.protocol.errors import RaphaError
 from rapha_lab.protocol.keys import PrivateKey
+from rapha_lab.protocol.messages import Metric
 from rapha_lab.protocol.policy import Policy, state
 
 __all__ = ["main", "policy"]
@@ -68,7 +70,7 @@ def policy(researcher: str, keys: list[PrivateKey], datasets: list[str]) -> Poli
     return Policy.parse("\n".join(page) + "\n")
 
 
-METRICS = ["auroc", "auprc", "accuracy", "sensitivity", "specificity", "brier", "logloss", "calibration"]
+METRICS = list(get_args(Metric))
 
 
 def main() -> None:

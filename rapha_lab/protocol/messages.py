@@ -54,7 +54,16 @@ Columns = Name | Annotated[list[Name], Meta(min_length=1, max_length=4096)]
 Inputs = Annotated[dict[Name, Columns], Meta(min_length=1, max_length=64)]
 Positive = Annotated[float, Meta(gt=0.0, le=1e6)]
 Metric = Literal[
-    "auroc", "auprc", "accuracy", "sensitivity", "specificity", "brier", "logloss", "calibration"
+    "auroc",
+    "auprc",
+    "accuracy",
+    "sensitivity",
+    "specificity",
+    "brier",
+    "logloss",
+    "calibration",
+    "confusion",
+    "concordance",
 ]
 
 MAX_HEADER = 64 << 20
@@ -222,12 +231,21 @@ class Close(
 
 
 class Evaluate(Ask, frozen=True, tag="evaluate"):
-    """Judge scores on held-out patients: `program` is one patient's logit, `target` a boolean column."""
+    """Judge scores on held-out patients: `program` is one patient's logit, `target` a boolean column.
+
+    Attributes:
+        threshold: the probability from which on a score counts as a yes.
+        by: a column with public values, to judge each group of patients and their gaps.
+        time: of a concordance, which is asked for alone: when the target was seen, or follow-up ended.
+    """
 
     program: Program
     inputs: Inputs
     target: Name
     metrics: Annotated[list[Metric], Meta(min_length=1, max_length=16)]
+    threshold: Annotated[float, Meta(ge=0.001, le=0.999)] = 0.5
+    by: Annotated[list[Name], Meta(max_length=2)] = []
+    time: Name | None = None
 
 
 class Shards(Ask, kw_only=True, frozen=True, tag="shards"):

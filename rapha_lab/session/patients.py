@@ -170,10 +170,20 @@ class Patients(Questions):
         epsilon: float | None = None,
         inputs: Columns | Mapping[str, Columns] | None = None,
         target: str | None = None,
+        threshold: float = 0.5,
+        by: str | Sequence[str] = (),
+        time: str | None = None,
     ) -> Release:
         """Judge a model's logits on these patients: any metrics from one noisy histogram of scores a class.
 
-        `inputs` and `target` are those of the model's last fit if not given.
+        Args:
+            model: gives one logit, or one risk score, for each patient.
+            metrics: as many as one likes at one price; a "concordance" is asked for alone.
+            epsilon: the (ε, δ) guarantee of the answer.
+            inputs, target: those of the model's last fit if not given.
+            threshold: the probability from which on a score counts as a yes.
+            by: columns with public values, to judge each group of patients and their gaps.
+            time: of a concordance: when the target was seen, or follow-up ended.
         """
         known = _fitted.get(_module(model))
         if known is None and (inputs is None or target is None):
@@ -193,6 +203,7 @@ class Patients(Questions):
             )
         traced = tracing.score_program(model, self._examples(named))
         asked = {"inputs": named, "target": goal, "metrics": metrics, **self._common(epsilon)}
+        asked |= {"threshold": float(threshold), "by": self._several(by), "time": time}
         return self._release(made(messages.Evaluate, program=traced.program, **asked), traced.blob)
 
     def shards(

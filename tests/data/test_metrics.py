@@ -38,7 +38,7 @@ def judged(y, s, epsilon, names=NAMES):
     """What the curator would answer about these scores."""
     s = evaluate.bounded(torch.tensor(s))
     share = evaluate.share_for_placing(float(len(y)), epsilon)
-    find, scale = evaluate._finder(share * epsilon), 1 / ((1 - 2 * share) * epsilon)
+    find, scale = evaluate.finder(share * epsilon), 1 / ((1 - 2 * share) * epsilon)
     edges = evaluate.edges_between(
         *(float(evaluate.CANDIDATES[find(part)]) for part in evaluate.utilities(s))
     )

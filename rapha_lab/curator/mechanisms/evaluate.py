@@ -24,13 +24,23 @@ from rapha_lab.curator.accounting import Pure
 from rapha_lab.curator.cohort import View
 from rapha_lab.curator.lift import lift
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress, metrics
-from rapha_lab.curator.mechanisms.question import laplace, touched
+from rapha_lab.curator.mechanisms.question import Keys, laplace, touched
 from rapha_lab.curator.mechanisms.train import fits
 from rapha_lab.protocol.errors import ProgramError, RequestError
 from rapha_lab.protocol.messages import Evaluate
 from rapha_lab.protocol.schema import Schema
 
-__all__ = ["bounded", "cells", "edges_between", "logits", "plan", "price", "share_for_placing", "utilities"]
+__all__ = [
+    "bounded",
+    "cells",
+    "edges_between",
+    "finder",
+    "logits",
+    "plan",
+    "price",
+    "share_for_placing",
+    "utilities",
+]
 
 LARGEST = 8.0
 """Scores are clamped to this many logits; beyond, a probability is within 0.0004 of 0 or 1."""
@@ -49,7 +59,10 @@ UP = 1 + 1e-9
 """More than the rounding of the three parts of ε together."""
 
 BINS = 11
-"""Bins of a class: eight equal ones, two tails, and one more where 0 divides one."""
+"""Bins of a class: eight equal ones, two tails, and one more where the cut divides one."""
+
+GROUPS = 20
+"""Groups at most, since each adds noise of its own to its metrics."""
 
 
 def plan(ask: Evaluate, tensors: bytes, schema: Schema, delta: float) -> Plan:
@@ -66,6 +79,9 @@ def plan(ask: Evaluate, tensors: bytes, schema: Schema, delta: float) -> Plan:
         ProgramError: if the program is not one patient's logit in allowed operations.
     """
     target = schema.column(ask.target)
+    keys = Keys([schema.column(name) for name in ask.by])
+    if keys.size > GROUPS:
+        raise RequestError(f"There are {keys.size} groups.", f"{GROUPS} are the most.", field="by")
     if target.type != "boolean":
         raise RequestError(
             f"The target {target.name} is no boolean column.",
@@ -75,7 +91,8 @@ def plan(ask: Evaluate, tensors: bytes, schema: Schema, delta: float) -> Plan:
         )
     score = logits(ask, tensors, schema)
     loss, placing, scale = price(ask.epsilon, schema.expected(ask.split))
-    find = _finder(placing)
+    cut = math.log(ask.threshold / (1 - ask.threshold))
+    find = finder(placing)
     add_noise = laplace(scale)
 
     def run(view: View, progress: Progress) -> Answer:
@@ -83,13 +100,36 @@ def plan(ask: Evaluate, tensors: bytes, schema: Schema, delta: float) -> Plan:
         known = view.known(target.name)
         labels, scores = view.codes(target.name)[known].numpy(), bounded(score(view)[known])
         low, high = (float(CANDIDATES[find(part)]) for part in utilities(scores))
-        edges = edges_between(low, high)
-        noisy = np.array(add_noise(cells(scores, labels, edges).ravel())).reshape(2, -1)
-        judged = metrics.judge(noisy, edges, scale, ask.metrics)
-        patients = _totals(noisy, metrics.spread(scale))
-        return Answer({"kind": "evaluation", "target": target.name, "patients": patients, **judged})
+        edges = edges_between(low, high, cut)
+        groups = keys.cells(view)[known.numpy()]
+        exact = cells(scores, groups * 2 + labels, edges, 2 * keys.size)
+        noisy = np.array(add_noise(exact.ravel())).reshape(keys.size, 2, -1)
+        told = {"kind": "evaluation", "target": target.name, "threshold": ask.threshold, **keys.told()}
+        judged = _judged(noisy, edges, scale, ask.metrics, cut, keys)
+        patients = _totals(noisy.sum(0), metrics.spread(scale) * math.sqrt(keys.size))
+        return Answer({**told, "patients": patients, **judged})
 
     return Plan(loss, 1, touched(ask.split), run)
+
+
+def _judged(
+    noisy: np.ndarray, edges: np.ndarray, scale: float, names: list[Any], cut: float, keys: Keys
+) -> dict[str, Any]:
+    """All metrics; by group, if there are groups, with each one's gap to the first."""
+    parts = [metrics.judge(counts, edges, scale, names, cut) for counts in noisy]
+    if not keys.columns:
+        return parts[0]
+    found: dict[str, Any] = {"metrics": {}, "groups": {}}
+    for cell, part in enumerate(parts):
+        label = keys.label(cell)
+        found["groups"][label] = {name: value for name, value in part.items() if name != "metrics"}
+        for name, told in part["metrics"].items():
+            found["metrics"][f"{name}, {label}"] = told
+    for cell, part in enumerate(parts[1:], 1):
+        for name in sorted({*part["metrics"]} & {*metrics.METRICS, *metrics.RATES}):
+            label = f"{name}, {keys.label(cell)} minus {keys.label(0)}"
+            found["metrics"][label] = metrics.gap(part["metrics"][name], parts[0]["metrics"][name])
+    return found
 
 
 def price(epsilon: float, expected: float | None) -> tuple[Pure, float, float]:
@@ -121,22 +161,22 @@ def utilities(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low.astype(np.int64), high.astype(np.int64)
 
 
-def edges_between(low: float, high: float) -> np.ndarray:
-    """The inner edges of the bins: an equally spaced grid about two quantiles, and 0."""
+def edges_between(low: float, high: float, cut: float = 0.0) -> np.ndarray:
+    """The inner edges of the bins: an equally spaced grid about two quantiles, and the cut."""
     low, high = min(low, high), max(low, high)
     width = max(high - low, 0.05)
     edges = np.linspace(low - 1.5 * width, high + 1.5 * width, BINS - 2)
-    return np.sort(np.append(edges, 0.0))
+    return np.sort(np.append(edges, cut))
 
 
-def cells(scores: np.ndarray, labels: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Patients by class and bin, (2, len(edges) + 1); each is in one."""
+def cells(scores: np.ndarray, labels: np.ndarray, edges: np.ndarray, classes: int = 2) -> np.ndarray:
+    """Patients by class and bin, (classes, len(edges) + 1); each is in one, or in none if of no such class."""
     size = len(edges) + 1
     where = labels * size + np.searchsorted(edges, scores, side="right")
-    return np.bincount(where, minlength=2 * size).reshape(2, size)
+    return np.bincount(where[labels < classes], minlength=classes * size).reshape(classes, size)
 
 
-def _finder(epsilon: float) -> Callable[[np.ndarray], int]:
+def finder(epsilon: float) -> Callable[[np.ndarray], int]:
     """The index of about the largest utility, (epsilon, 0)-private."""
     space = dp.vector_domain(dp.atom_domain(T="i64")), dp.linf_distance(T="i64")
     noisy_max = dp.m.make_noisy_max(*space, dp.max_divergence(), scale=UP * 2 * REACH / epsilon)

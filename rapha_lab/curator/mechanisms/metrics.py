@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["METRICS", "RATES", "judge", "mend", "refine", "spread"]
+__all__ = ["METRICS", "RATES", "gap", "judge", "mend", "refine", "spread"]
 
 Counts = np.ndarray
 
@@ -37,7 +37,9 @@ def spread(scale: float) -> float:
     return math.sqrt(2 * math.exp(-1 / scale)) / -math.expm1(-1 / scale)
 
 
-def judge(noisy: Counts, edges: np.ndarray, scale: float, names: Iterable[str]) -> dict[str, Any]:
+def judge(
+    noisy: Counts, edges: np.ndarray, scale: float, names: Iterable[str], cut: float = 0.0
+) -> dict[str, Any]:
     """The metrics asked for, each with its standard error and 95 % interval, and the curves behind them.
 
     Value, error and interval speak of all patients like these: they include both the sampling of the
@@ -45,21 +47,24 @@ def judge(noisy: Counts, edges: np.ndarray, scale: float, names: Iterable[str]) 
 
     Args:
         noisy: (2, K) counts with noise.
-        edges: (K-1,) inner edges of the bins, 0 and an equally spaced grid.
+        edges: (K-1,) inner edges of the bins: an equally spaced grid, and the cut.
         scale: of the discrete Laplace noise of each count.
-        names: of RATES and METRICS, and "calibration".
+        names: of RATES and METRICS, "calibration", and "confusion".
+        cut: the logit from which on a score counts as a yes.
     """
     sd = spread(scale)
     counts = mend(noisy.astype(float), sd)
     draws = mend(_simulate(counts, scale), sd)
-    (fine, logits), (fine_draws, _) = refine(counts, edges), refine(draws, edges)
-    caution, ties = _caution(counts, sd), _ties(counts, edges)
+    (fine, logits), (fine_draws, _) = refine(counts, edges, cut), refine(draws, edges, cut)
+    caution, ties = _caution(counts, sd), _ties(counts, edges, cut)
     answer: dict[str, Any] = {"metrics": {}}
     for name in dict.fromkeys(names):
         if name == "calibration":
             answer["calibration"] = _calibration(counts, draws, edges, 4 * sd)
+        elif name == "confusion":
+            answer["metrics"] |= _confusion(noisy, sd, edges, cut)
         elif name in RATES:
-            answer["metrics"][name] = _rate(counts, sd, name, edges)
+            answer["metrics"][name] = _rate(counts, sd, name, edges, cut)
         else:
             metric, most = METRICS[name]
             value, drawn = float(metric(fine, logits)), metric(fine_draws, logits)
@@ -89,9 +94,9 @@ def _caution(counts: Counts, sd: float) -> float:
     return 1 + CAUTION * math.sqrt(noise) if noise < 0.5 else math.inf
 
 
-def _ties(counts: Counts, edges: np.ndarray) -> float:
+def _ties(counts: Counts, edges: np.ndarray, cut: float) -> float:
     """The cube of the share of pairs in one bin: a bound of experience on what their order adds to a rank."""
-    grid = _without_zero(counts, edges)[0]
+    grid = _without_cut(counts, edges, cut)[0]
     return float(_share(grid.prod(0).sum(), grid.sum(1).prod(), 1.0)) ** 3
 
 
@@ -109,20 +114,20 @@ def _within(value: float, error: float, low: float, high: float, most: float = 1
     return {"value": value, "error": error, "interval": ends}
 
 
-def _without_zero(counts: Counts, edges: np.ndarray) -> tuple[Counts, np.ndarray]:
-    """The counts on the equally spaced grid alone, the bin that 0 divides put together again."""
-    zero = int(np.searchsorted(edges, 0.0))
+def _without_cut(counts: Counts, edges: np.ndarray, cut: float) -> tuple[Counts, np.ndarray]:
+    """The counts on the equally spaced grid alone, the bin that the cut divides put together again."""
+    zero = int(np.searchsorted(edges, cut))
     joined = counts[..., zero : zero + 2].sum(-1, keepdims=True)
     return np.concatenate([counts[..., :zero], joined, counts[..., zero + 2 :]], -1), np.delete(edges, zero)
 
 
-def refine(counts: Counts, edges: np.ndarray) -> tuple[Counts, np.ndarray]:
+def refine(counts: Counts, edges: np.ndarray, cut: float = 0.0) -> tuple[Counts, np.ndarray]:
     """Counts and logits of finer bins, each class falling linearly within a bin as its neighbours suggest.
 
     Returns:
         counts (..., 2, PARTS * (K-1)) and the middles of their bins. A tail is taken to be as wide as a bin.
     """
-    counts, edges = _without_zero(counts, edges)
+    counts, edges = _without_cut(counts, edges, cut)
     width = edges[1] - edges[0]
     starts = np.append(edges[0] - width, edges)
     x = (np.arange(PARTS) + 0.5) / PARTS
@@ -177,19 +182,19 @@ METRICS: dict[str, tuple[Callable[[Counts, np.ndarray], np.ndarray], float]] = {
 }
 """Metrics of the whole distribution of scores, with their largest possible values."""
 
-# the cells (negatives, positives) of bins below and above 0 that count as right, and out of which
+# the cells (negatives, positives) of bins below and above the cut that count as right, and out of which
 _CELLS = {
     "accuracy": ([[1, 0], [0, 1]], [[1, 1], [1, 1]]),
     "sensitivity": ([[0, 0], [0, 1]], [[0, 0], [1, 1]]),
     "specificity": ([[1, 0], [0, 0]], [[1, 1], [0, 0]]),
 }
 RATES = frozenset(_CELLS)
-"""Metrics at probability 0.5, which are shares of patients."""
+"""Metrics at the cut, which are shares of patients."""
 
 
-def _rate(counts: Counts, sd: float, name: str, edges: np.ndarray) -> dict[str, Any]:
+def _rate(counts: Counts, sd: float, name: str, edges: np.ndarray, cut: float) -> dict[str, Any]:
     """A share of patients; its interval is that of Agresti and Coull (1998) plus the noise of its cells."""
-    above = (np.arange(len(edges) + 1) > np.searchsorted(edges, 0.0)).astype(int)
+    above = _above(edges, cut)
     right, of = (np.array(cells)[:, above] for cells in _CELLS[name])
     part, whole = float((counts * right).sum()), float((counts * of).sum())
     value = part / whole if whole > 0 else 0.5
@@ -197,6 +202,36 @@ def _rate(counts: Counts, sd: float, name: str, edges: np.ndarray) -> dict[str, 
     noise = sd**2 * float((of * (right - value) ** 2).sum())
     error = min(math.sqrt(centre * (1 - centre) * size + noise) / size, 1.0)
     return _within(value, error, centre - 2 * error, centre + 2 * error)
+
+
+def _above(edges: np.ndarray, cut: float) -> np.ndarray:
+    """1 for each bin of scores that count as a yes, else 0."""
+    return (np.arange(len(edges) + 1) > np.searchsorted(edges, cut)).astype(int)
+
+
+def _confusion(noisy: Counts, sd: float, edges: np.ndarray, cut: float) -> dict[str, Any]:
+    """Patients by outcome and by what the score says; these speak of the very patients that were judged."""
+    above = _above(edges, cut).astype(bool)
+    told = {}
+    for name, row, where in (
+        ("true negatives", 0, ~above),
+        ("false positives", 0, above),
+        ("false negatives", 1, ~above),
+        ("true positives", 1, above),
+    ):
+        value, error = float(noisy[row, where].sum()), sd * math.sqrt(int(where.sum()))
+        told[name] = _within(max(value, 0.0), error, value - 2 * error, value + 2 * error, math.inf)
+    return told
+
+
+def gap(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """First minus second of two independent figures; the interval is that of Zou and Donner (2008), from theirs."""
+    value = first["value"] - second["value"]
+    (low, high), (under, over) = first["interval"], second["interval"]
+    down = math.hypot(first["value"] - low, over - second["value"])
+    up = math.hypot(high - first["value"], second["value"] - under)
+    error = math.hypot(first["error"], second["error"])
+    return {"value": value, "error": error, "interval": [value - down, value + up]}
 
 
 def _roc(counts: Counts) -> dict[str, list[float]]:
