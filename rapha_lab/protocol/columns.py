@@ -12,7 +12,21 @@ from msgspec import Meta
 
 from rapha_lab.protocol.errors import RequestError
 
-__all__ = ["MISSING", "PRESENT", "TIME", "Category", "Column", "Dtype", "Public", "Table", "Text", "Word"]
+__all__ = [
+    "MISSING",
+    "PRESENT",
+    "TIME",
+    "Category",
+    "Column",
+    "Dtype",
+    "Public",
+    "Table",
+    "Text",
+    "Word",
+    "check_column",
+    "check_correlations",
+    "check_source",
+]
 
 Dtype = Literal["float32", "int64"]
 Word = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")]
@@ -52,6 +66,8 @@ class Column(Public, frozen=True):
         files: of a text: whether cells name text files instead of holding the text.
         shape: of an image, as in [1, 64, 64]: channels, rows, columns. Cells name .npy, .png or .dcm files.
         code: in a MEDS folder, the code of the events it speaks of; of a category, how their codes begin.
+        correlates: earlier columns with which it goes together in made-up patients, and how closely (-1 to 1), as in
+            [["age", 0.4]]; from the literature, never from the records.
     """
 
     name: Word
@@ -67,6 +83,7 @@ class Column(Public, frozen=True):
     vocabulary: Annotated[int, Meta(ge=16, le=1 << 20)] | None = None
     files: bool = False
     code: Annotated[str, Meta(max_length=200)] = ""
+    correlates: Annotated[tuple[tuple[str, float], ...], Meta(max_length=16)] = ()
     shape: Annotated[tuple[Annotated[int, Meta(ge=1, le=4096)], ...], Meta(max_length=4)] = ()
 
     @property
@@ -159,6 +176,7 @@ class Table(Public, frozen=True):
                 raise RequestError(what, why, "Give every column its own name.", field=field)
             seen.add(column.name)
             check_column(column, f"{self.name}.")
+        check_correlations(self.columns, f"{self.name}.")
 
 
 def check_source(source: str, field: str) -> None:
@@ -218,6 +236,26 @@ def check_column(column: Column, prefix: str = "") -> None:
         raise fail("shape", "an image has a linear scale and at most 2^24 pixels.", "Make it smaller.")
     if column.bounds is not None:
         _check_bounds(column, column.bounds, fail)
+
+
+def check_correlations(columns: tuple[Column, ...], prefix: str = "") -> None:
+    """Hold that columns correlate with earlier ones, and no more closely than is possible.
+
+    Raises:
+        RequestError: naming the column and the way out.
+    """
+    earlier: set[str] = set()
+    for column in columns:
+        field = f"{prefix}{column.name}.correlates"
+        for name, _ in column.correlates:
+            if name not in earlier or column.type in ("text", "image"):
+                what = f"The column {prefix}{column.name} cannot correlate with {name[:64]}."
+                why = "Numbers, booleans and categories correlate with such columns that stand before them."
+                raise RequestError(what, why, "Change their order, or leave it out.", field=field)
+        if not sum(much * much for _, much in column.correlates) <= 1:
+            what = f"The column {prefix}{column.name} correlates too closely."
+            raise RequestError(what, "The squares add up to more than 1.", "Write smaller ones.", field=field)
+        earlier |= {column.name} if column.type not in ("text", "image") else set()
 
 
 def _check_bounds(column: Column, bounds: tuple[float, float], fail: Callable[..., RequestError]) -> None:

@@ -27,6 +27,7 @@ from rapha_lab.protocol.columns import (
     Text,
     Word,
     check_column,
+    check_correlations,
     check_source,
 )
 from rapha_lab.protocol.errors import RequestError
@@ -34,6 +35,9 @@ from rapha_lab.protocol.errors import RequestError
 __all__ = ["MISSING", "SPLITS", "Column", "Dtype", "Schema", "Shares", "Table"]
 
 SPLITS = ("train", "validation", "test")
+
+ROOM = 1 << 30
+"""Numbers that one input may have over all patients: 4 GiB."""
 
 
 class Shares(Public, frozen=True):
@@ -134,6 +138,7 @@ class Schema(Public, frozen=True):
         check_source(self.source, "source")
         for column in self.columns:
             check_column(column)
+        check_correlations(self.columns)
         names: set[str] = set()
         for table in self.tables:
             clash = [name for name in seen if name.startswith(f"{table.name}.")]
@@ -179,16 +184,24 @@ class Schema(Public, frozen=True):
         there is a row; `"labs.time"` is a number, the days before the patient's last row.
 
         Raises:
-            RequestError: for an unknown column, or names of several tables in one list.
+            RequestError: for an unknown column, names of several tables in one list, or more than the site's memory
+                is sure to hold for the declared number of patients.
         """
         if isinstance(columns, str):
             rows = self.rows(columns)
             column, flag = self.find(columns)
             shape, dtype = ((), "float32") if flag else column.alone
-            return (*rows, *shape), dtype
+            return self._held((*rows, *shape)), dtype
         names = list(columns)
         width = sum(1 if flag else column.width for column, flag in map(self.find, names))
-        return (*self.rows(*names), width), "float32"
+        return self._held((*self.rows(*names), width)), "float32"
+
+    def _held(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        entries = math.prod(shape) * (self.patients or 1)
+        if entries > ROOM:
+            what = f"These columns are {entries:,} numbers for the {self.patients or 1:,} patients declared."
+            raise RequestError(what, f"At most {ROOM:,} are held at once.", "Name fewer.", field="inputs")
+        return shape
 
     def rows(self, *names: str) -> tuple[int, ...]:
         """How many rows `names` give one patient: (most,) if they are of a table, () if of the patients.

@@ -1,6 +1,7 @@
 """Many rows a patient become padded tensors of a public shape; one patient's rows never move another's."""
 
 import copy
+import json
 from datetime import datetime, timedelta
 
 import msgspec
@@ -61,7 +62,9 @@ def view(*rows: tuple, patients: int = 3, opt_outs: tuple[str, ...] = ()) -> Vie
 
 
 def cohort(samples: pl.DataFrame, patients: int = 3, opt_outs: tuple[str, ...] = ()) -> Cohort:
-    frame = mock(hospital(), patients).with_columns(id=pl.Series([f"p{n}" for n in range(patients)]))
+    frame = mock(hospital(), patients).with_columns(
+        id=pl.Series([f"p{n}" for n in range(patients)], dtype=pl.String)
+    )
     return Cohort(hospital(), frame, SALT, opt_outs, {"labs": samples, "notes": NOTES})
 
 
@@ -87,6 +90,16 @@ class TestTensors:
             assert str(tensor.dtype) == f"torch.{dtype}"
             assert tensor.isfinite().all()
             assert (tensor.abs() <= (63 if dtype == "int64" else 1)).all()
+
+    def test_a_split_without_patients_has_the_layout_too(self):
+        """Nobody is a cohort as well."""
+        for part in (
+            cohort(labs(), patients=0).view("all"),
+            cohort(labs(("p0", 1, 1.0)), patients=0).view("test"),
+        ):
+            for columns in (*LISTS, *ALONE, "age", ["age", "site"]):
+                assert part.tensor(columns).shape == (0, *hospital().layout(columns)[0])
+            assert part.table("labs").height == 0
 
     @given(samples, st.sampled_from(["p0", "p1", "p2"]))
     def test_without_one_patients_rows_the_others_are_the_same_bit_for_bit(self, rows, gone):
@@ -270,6 +283,13 @@ class TestErrors:
         with pytest.raises(RequestError) as error:
             ward(tables=[table])
         assert error.value.field == field
+
+    def test_more_than_memory_is_sure_to_hold_is_refused_by_public_figures(self):
+        """Before anything runs, and whoever the patients are."""
+        wide = json.loads(hospital().to_json())["tables"][0] | {"most": 10_000}
+        with pytest.raises(RequestError, match="are held at once"):
+            ward(tables=[wide], patients=10**6).layout("labs.value")
+        assert ward(tables=[wide], patients=1000).layout("labs.value") == ((10_000,), "float32")
 
     def test_names_of_several_tables_do_not_mix_in_a_list(self):
         """What would the shape be?"""
