@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("name", help="support2, rhc, nafld, eunomia, clinic or flchain")
     build.set_defaults(run=_build_demo)
 
+    _review_parsers(commands.add_parser("review", help="what waits for custodians in a site's airlock"))
     _log_commands(commands.add_parser("log", help="a site's transparency log").add_subparsers(required=True))
     witness = commands.add_parser("witness", help="check that a log extends what was seen of it, and cosign")
     witness.add_argument("what", help='a bundle, "demo" or an address')
@@ -139,6 +140,62 @@ def _log_commands(log: Any) -> None:
     check.add_argument("entry", type=Path)
     check.add_argument("--key", required=True, help="the site's public key")
     check.set_defaults(run=_check_entry)
+
+
+def _review_parsers(review: argparse.ArgumentParser) -> None:
+    acts = review.add_subparsers(required=True)
+    for name, words in (
+        ("list", "what waits for a decision"),
+        ("show", "one thing: what it is, what it asks and costs, what changed, what the checks found"),
+        ("approve", "let a function run, or an answer leave"),
+        ("refuse", "refuse it for good, with a reason"),
+        ("veto", "end the policy at once"),
+    ):
+        act = acts.add_parser(name, help=words)
+        act.add_argument("site", help="its address")
+        if name in ("show", "approve", "refuse"):
+            act.add_argument("subject", help="or its first letters")
+        if name in ("refuse", "veto"):
+            act.add_argument("--reason", required=True)
+        act.add_argument("--key", type=Path, required=True, help="yours, as a custodian")
+        act.add_argument("--allow-simulated", action="store_true")
+        act.add_argument("--measurement", action="append", default=[], help="of an enclave to trust")
+        act.set_defaults(run=_review, act=name)
+    sign = acts.add_parser("sign", help="sign what a console shows, in a file, without a connection")
+    sign.add_argument("file", type=Path)
+    sign.add_argument("--key", type=Path, required=True)
+    sign.set_defaults(run=_sign)
+
+
+def _review(args: argparse.Namespace) -> None:
+    from rapha_lab.client.custodian import Custodian, in_words
+    from rapha_lab.client.site import connect
+    from rapha_lab.protocol.keys import PrivateKey
+
+    key = PrivateKey.load(args.key, _passphrase("Your passphrase: "))
+    site = connect(args.site, key=key, allow_simulated=args.allow_simulated, measurements=args.measurement)
+    custodian = Custodian(site, key)
+    if args.act == "list":
+        for told in custodian.waiting():
+            about = f"{told['kind']} of {told['project']} on {told['dataset']}, lane {told['lane']}"
+            print(f"{told['subject'][:16]}  {about}: {told['missing']} of {told['mode']} to approve")
+    elif args.act == "show":
+        print(in_words(custodian.show(args.subject)))
+    elif args.act == "veto":
+        custodian.veto(args.reason)
+        print("The policy is no longer in force.")
+    else:
+        reason = (args.reason,) if args.act == "refuse" else ()
+        told = getattr(custodian, args.act)(args.subject, *reason)
+        print(f"{told['subject'][:16]} is {told['state']}.")
+
+
+def _sign(args: argparse.Namespace) -> None:
+    from rapha_lab.client.custodian import countersign
+    from rapha_lab.protocol.keys import PrivateKey
+
+    text = args.file.read_text()
+    print(countersign(text, PrivateKey.load(args.key, _passphrase("Your passphrase: ")), print))
 
 
 def _policy_parsers(policy: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from rapha_lab.client.site import Site
-from rapha_lab.protocol.decision import Act, decide, subject_of
+from rapha_lab.protocol.decision import Act, decide, signed_login, subject_of
 from rapha_lab.protocol.errors import RequestError, TrustError
 from rapha_lab.protocol.keys import PrivateKey
 from rapha_lab.protocol.policy import state
 
-__all__ = ["Custodian", "changes", "in_words"]
+__all__ = ["Custodian", "changes", "countersign", "in_words"]
 
 
 class Custodian:
@@ -78,6 +79,28 @@ class Custodian:
             what = "There is nothing" if not found else "There is more than one thing"
             raise RequestError(f"{what} in the airlock that begins with {subject!r}.", field="subject")
         return str(found[0])
+
+
+def countersign(text: str, key: PrivateKey, show: Callable[[str], object] = print) -> str:
+    """What a console's file asks to be signed, signed, as a line to paste; `show` is given what it says first.
+
+    Raises:
+        RequestError: it is no file of a console's.
+    """
+    try:
+        asked = json.loads(text)
+        if asked["sign"] == "log-in":
+            show(f"Log in to the console of {asked['site']}.")
+            return signed_login(asked["site"], asked["challenge"], key)
+        show(in_words(asked["item"]))
+        show(f"You {asked['sign']} it." + (f" Reason: {asked['reason']}" if asked.get("reason") else ""))
+        document, policy = asked["item"]["document"].encode(), asked["item"]["policy"]
+        said = decide(asked["sign"], document, policy, key, asked.get("reason", ""))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RequestError(
+            "This file asks for no signature.", "", "Take it from the console.", field="file"
+        ) from None
+    return msgspec.json.encode(said).decode()
 
 
 def in_words(told: dict[str, Any]) -> str:

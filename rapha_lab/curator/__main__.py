@@ -99,7 +99,15 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
     workers = EnclaveWorkers(config.workers, config.cores)
     airlock, noise = Airlock(ledger), SystemNoise()
     desk = Desk(
-        in_force, ledger, cohorts, noise, config.site, workers, simulated=config.simulated, airlock=airlock
+        in_force,
+        ledger,
+        cohorts,
+        noise,
+        config.site,
+        workers,
+        simulated=config.simulated,
+        airlock=airlock,
+        reviews=f"{config.measurement} {config.tier}" if config.tier == "S3" else None,
     )
     free = _free(ledger, in_force, cohorts, build) | _custody(airlock, in_force)
     return Server(desk, free, reader, writer)

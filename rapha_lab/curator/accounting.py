@@ -27,6 +27,7 @@ __all__ = [
     "Nothing",
     "Order",
     "Pure",
+    "Reviewed",
     "SampledGaussian",
     "budget_at",
     "decode_loss",
@@ -97,6 +98,17 @@ class Nothing(Loss, frozen=True, tag="nothing"):
 
     def rdp(self, alpha: int) -> float:
         """Zero at every order."""
+        return 0.0
+
+
+class Reviewed(Loss, frozen=True, tag="reviewed"):
+    """An answer that custodians release by looking at it: outside every guarantee, and so at no price.
+
+    What an account has spent says nothing of such answers; the log names each one.
+    """
+
+    def rdp(self, alpha: int) -> float:
+        """Zero: it is not counted."""
         return 0.0
 
 
@@ -194,7 +206,7 @@ class Pure(Loss, frozen=True, tag="pure"):
         return Pure(1 / noise)
 
 
-_decoder = msgspec.json.Decoder(Nothing | Gaussian | SampledGaussian | Pure)
+_decoder = msgspec.json.Decoder(Nothing | Reviewed | Gaussian | SampledGaussian | Pure)
 
 
 def encode_loss(loss: Loss) -> str:

@@ -1,17 +1,214 @@
-"""Automatic checks of what waits in the airlock: prompts for the custodian who decides, never a verdict."""
+"""Automatic checks of what waits in the airlock: prompts for the custodian who decides, never a verdict.
+
+The rules and their thresholds are those of acro (Smith et al. 2023, ACRO: a toolkit for semi-automated output
+checking) as it ships them: counts below 10, the p % rule at 10 %, the (n, k) rule at two patients and 90 %. A few
+things end the matter: a kind of value we have no word for, more than can be looked at, a patient's identifier.
+"""
 
 from __future__ import annotations
 
-from safetensors.torch import load
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["tensors"]
+import numpy as np
+import polars as pl
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from rapha_lab.curator.cohort import View
+
+__all__ = ["Found", "result", "tensors"]
+
+THRESHOLD, NEAR, FEW, SHARE = 10, 0.1, 2, 0.9
+MOST, DEPTH, DIGITS = 100_000, 16, 4
+PLACES = 5
+"""Of each kind of finding so many places are named, and the others counted."""
+
+Leaf = tuple[str, Any]
+
+
+@dataclass
+class Found:
+    """What the checks found: why it must not leave, if so, and what to look at."""
+
+    stopped: str = ""
+    prompts: list[str] = field(default_factory=list)
+
+
+class _StoppedError(Exception):
+    pass
+
+
+def result(parcel: Any, blob: bytes, view: View) -> Found:
+    """Check what a reviewed function returned; total, whatever it is.
+
+    Args:
+        parcel: its description, as JSON.
+        blob: its tensors, safetensors.
+        view: the patients it saw.
+    """
+    found = Found()
+    try:
+        leaves = list(_leaves(parcel["values"]["result"], "result", load(blob) if blob else {}, 0))
+        if len(leaves) > MOST:
+            raise _StoppedError(
+                f"It has {len(leaves):,} values; {MOST:,} are the most that anybody can look at."
+            )
+        if any(isinstance(value, str) and _names(value, view) for _, value in leaves):
+            raise _StoppedError("A patient's identifier is in it.")
+        if any(isinstance(v, int | float) and abs(v) >= 1000 and view.knows(f"{v:.0f}") for _, v in leaves):
+            found.prompts.append("A number in it is also a patient's identifier.")
+        numbers = [(w, float(v)) for w, v in leaves if isinstance(v, int | float) and not isinstance(v, bool)]
+        numbers = [(where, value) for where, value in numbers if np.isfinite(value)]
+        found.prompts += [
+            *_sizes(leaves, view),
+            *_counts(numbers),
+            *_rounding(numbers),
+            *_strings(leaves),
+            *_singled(numbers, view),
+            *_tables(parcel["values"]["result"], "result", view),
+        ]
+    except _StoppedError as why:
+        return Found(str(why))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, SafetensorError):
+        return Found("It holds something that cannot be looked at.")
+    return found
 
 
 def tensors(blob: bytes) -> list[str]:
     """What the tensors are beside an answer: name, kind, shape and range, a line each."""
     lines = []
-    for name, tensor in sorted(load(blob).items()) if blob else ():
-        kind = str(tensor.dtype).removeprefix("torch.")
-        span = f", {float(tensor.min()):.4g} to {float(tensor.max()):.4g}" if tensor.numel() else ""
-        lines.append(f"{name}: {kind} {tuple(tensor.shape)}{span}")
+    for name, array in sorted(load(blob).items()) if blob else ():
+        span = f", {float(array.min()):.4g} to {float(array.max()):.4g}" if array.size else ""
+        lines.append(f"{name}: {array.dtype} {array.shape}{span}")
     return lines
+
+
+def _leaves(spec: Any, where: str, arrays: Mapping[str, np.ndarray], depth: int) -> Iterator[Leaf]:
+    """Every number and string of a parcel with its place.
+
+    Raises:
+        _StoppedError: for a kind that cannot be checked.
+    """
+    kind = spec["kind"]
+    if depth > DEPTH or not isinstance(where, str):
+        raise _StoppedError("It is nested too deeply.")
+    if kind == "plain" and (spec["value"] is None or isinstance(spec["value"], bool | int | float | str)):
+        yield where, spec["value"]
+    elif kind == "float":
+        yield where, float(spec["value"])
+    elif kind in ("tensor", "array"):
+        array = arrays[spec["tensor"]]
+        if array.size > MOST:
+            raise _StoppedError(f"It has an array of {array.size:,} values; {MOST:,} are the most.")
+        for place, value in np.ndenumerate(array):
+            yield f"{where}{list(place) if place else ''}", value.item()
+    elif kind == "strings":
+        for place, text in np.ndenumerate(np.asarray(spec["value"], dtype=str)):
+            yield f"{where}{list(place)}", str(text)
+    elif kind in ("list", "tuple"):
+        for number, item in enumerate(spec["items"]):
+            yield from _leaves(item, f"{where}[{number}]", arrays, depth + 1)
+    elif kind in ("dict", "table", "module"):
+        parts = spec[{"dict": "items", "table": "columns", "module": "state"}[kind]]
+        for name, item in parts.items():
+            yield f"a name in {where}", str(name)
+            yield from _leaves(item, f"{where}.{name}", arrays, depth + 1)
+    else:
+        raise _StoppedError(f"It holds a {kind}, which cannot be checked.")
+
+
+def _names(text: str, view: View) -> bool:
+    """Whether a text or a word of it is a patient's identifier."""
+    words = "".join(c if c.isalnum() or c in "-_./" else " " for c in text).split()
+    return any(view.knows(word) for word in [text.strip(), *words])
+
+
+def _sizes(leaves: list[Leaf], view: View) -> Iterator[str]:
+    if len(leaves) > 1000:
+        yield f"Size: {len(leaves):,} values. Could a few say the same?"
+    for where, value in leaves:
+        if not isinstance(value, str) and value == len(view) and len(view) >= THRESHOLD:
+            yield f"Size: {where} is the exact number of patients."
+            return
+
+
+def _counts(numbers: list[Leaf]) -> Iterator[str]:
+    small = [where for where, value in numbers if 0 < value < THRESHOLD and value == int(value)]
+    zeros = [where for where, value in numbers if value == 0]
+    yield from _listed(f"Small counts, below {THRESHOLD}, if these are counts", small)
+    yield from _listed("Zeros, which say that nobody is there, if these are counts", zeros)
+
+
+def _rounding(numbers: list[Leaf]) -> Iterator[str]:
+    whole = [where for where, v in numbers if abs(v) >= THRESHOLD and v == np.floor(v) and v % 5]
+    exact = [where for where, v in numbers if v != np.floor(v) and float(f"{v:.{DIGITS}g}") != v]
+    yield from _listed("Not rounded to 5, if these are counts", whole)
+    yield from _listed(f"More than {DIGITS} digits", exact)
+
+
+def _strings(leaves: list[Leaf]) -> Iterator[str]:
+    texts = [w for w, v in leaves if isinstance(v, str) and not w.startswith("a name in")]
+    yield from _listed("Text, which may say anything", texts)
+
+
+def _singled(numbers: list[Leaf], view: View) -> Iterator[str]:
+    """Numbers that are some few patients' very own: a minimum, a maximum, a record."""
+    seen: dict[str, list[str]] = {}
+    for column in view.schema.columns:
+        if column.numeric:
+            values, counts = np.unique(
+                view.numbers(column.name)[view.known(column.name)].numpy(), return_counts=True
+            )
+            rare = set(values[counts < THRESHOLD].tolist())
+            seen[column.name] = [w for w, v in numbers if v in rare and v != int(v)]
+    for name, places in seen.items():
+        yield from _listed(f"Equal to the {name} of fewer than {THRESHOLD} patients", places)
+
+
+def _tables(spec: Any, where: str, view: View) -> Iterator[str]:
+    """For tables by categories of the schema: how many patients stand behind each row, and whether one rules it."""
+    if spec["kind"] in ("dict", "list", "tuple"):
+        parts = spec["items"].items() if spec["kind"] == "dict" else enumerate(spec["items"])
+        for name, item in parts:
+            yield from _tables(item, f"{where}.{name}", view)
+    if spec["kind"] != "table":
+        return
+    known = {c.name: c for c in view.schema.columns}
+    keys = [name for name in spec["columns"] if name in known and not known[name].numeric]
+    values = [c.name for c in known.values() if c.numeric and any(_about(n, c.name) for n in spec["columns"])]
+    if not keys:
+        return
+    groups = view.frame([*keys, *values]).group_by(keys)
+    sizes = groups.len().filter(pl.col("len") < THRESHOLD)
+    if len(sizes):
+        yield f"Threshold: {len(sizes)} row(s) of {where} stand for fewer than {THRESHOLD} patients."
+    for name in values:
+        ruled = [
+            str(key) for key, part in groups if _ruled(part[name].drop_nulls().abs().sort(descending=True))
+        ]
+        yield from _listed(f"Dominance: few patients make up most of {name} in these rows of {where}", ruled)
+
+
+def _about(name: str, column: str) -> bool:
+    return name == column or name.startswith(f"{column}_")
+
+
+def _ruled(sizes: pl.Series) -> bool:
+    """The (n, k) rule and the p % rule on a group's contributions, the largest first."""
+    total = float(sizes.sum())
+    if total <= 0:
+        return False
+    rest = total - float(sizes[:FEW].sum())
+    return float(sizes[:FEW].sum()) > SHARE * total or rest < NEAR * float(sizes[0])
+
+
+def _listed(what: str, places: list[str]) -> Iterator[str]:
+    if places:
+        named = ", ".join(
+            f"{place} ({n} times)" if n > 1 else place for place, n in Counter(places[:PLACES]).items()
+        )
+        more = f" and {len(places) - PLACES} more" if len(places) > PLACES else ""
+        yield f"{what}: {named}{more}."

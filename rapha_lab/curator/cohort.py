@@ -55,6 +55,7 @@ class Cohort:
 
     Attributes:
         findings: by column or table, what the custodian should know of it.
+        knows: whether a text is the identifier of one of its patients.
         digest: SHA-256 of the sources, for the custodians alone; empty if it was not opened from any.
 
     Raises:
@@ -99,6 +100,8 @@ class Cohort:
         self._points = torch.tensor(
             [_point(patient, salt, b"shard") >> 32 for patient in patients], dtype=torch.int64
         )
+        known = {_point(patient, salt, b"identifier") for patient in patients}
+        self.knows: Callable[[str], bool] = lambda text: _point(text, salt, b"identifier") in known
 
     @classmethod
     def open(cls, schema: Schema, folder: str | Path, salt: bytes, opt_outs: Collection[str] = ()) -> Cohort:
@@ -145,6 +148,10 @@ class View:
     def frame(self, columns: Iterable[str]) -> pl.DataFrame:
         """The columns as a frame, a row a patient, null where not known."""
         return pl.DataFrame([self._of(self.schema.column(name).name).series() for name in columns])
+
+    def knows(self, text: str) -> bool:
+        """Whether a text is the identifier of a patient of the cohort."""
+        return self._cohort.knows(text)
 
     def table(self, name: str) -> pl.DataFrame:
         """A table's rows that count, each with `__patient`, the patient's position in this view, and its time.

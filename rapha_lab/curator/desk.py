@@ -40,7 +40,7 @@ __all__ = ["Caller", "Cancelled", "Desk", "permit"]
 OnStep = Callable[[int, int, float], None]
 """Told (steps done, steps planned, ε once the next block has run) before each block; raises to cancel."""
 
-LANES = {"fit": "train", "open": "train", "evaluate": "evaluate", "shards": "shards"}
+LANES = {"review": "review", "fit": "train", "open": "train", "evaluate": "evaluate", "shards": "shards"}
 
 
 class Cancelled(RefusedError):
@@ -73,6 +73,7 @@ class Desk:
         site: the site's name, for the release.
         workers: where functions meet their shards.
         airlock: where answers wait for the custodians whom the policy names for their lane.
+        reviews: the environment in which reviewed functions run, for custodians to approve; None where none may.
     """
 
     def __init__(
@@ -86,10 +87,11 @@ class Desk:
         *,
         simulated: bool,
         airlock: Airlock | None = None,
+        reviews: str | None = None,
     ) -> None:
         self._policy, self._ledger, self._cohorts, self._noise = policy, ledger, cohorts, noise
         self._site, self._workers, self._simulated = site, workers, simulated
-        self._airlock = airlock or Airlock(ledger)
+        self._airlock, self._reviews = airlock or Airlock(ledger), reviews
         self._loops: dict[str, tuple[Caller, Loop, float, View]] = {}
 
     def answer(
@@ -131,6 +133,8 @@ class Desk:
             _at_once(mode)
             return self._open(caller, ask, cohort, account, question)
         plan = plan_of(ask, tensors, cohort.schema, account.delta, self._noise, self._workers)
+        if isinstance(ask, messages.Review):
+            self._approved(caller, ask, tensors, mode, policy)
         for split in plan.touches:
             self._ledger.open_account(caller.project, ask.dataset, split, account.epsilon, account.delta)
         self._ledger.reserve(caller.job, caller.project, ask.dataset, plan.touches, plan.loss, question)
@@ -237,6 +241,27 @@ class Desk:
         site = {"site": self._site, "simulated": self._simulated, "receipt": msgspec.to_builtins(kept[1])}
         return msgspec.convert(told | site, Release), kept[0]
 
+    def _approved(
+        self, caller: Caller, ask: messages.Review, tensors: bytes, mode: Mode, policy: Policy
+    ) -> None:
+        """Return if custodians approved this very function, with its inputs, here and under this policy.
+
+        Raises:
+            WaitingError, RefusedError: they did not, or not yet; nothing ran.
+        """
+        if self._reviews is None:
+            raise RefusedError(
+                "No function is reviewed here.",
+                "It would run on records, which needs all walls around it, and this site's sandbox is not of tier S3.",
+                "Ask for something else, or ask the site's operator.",
+            )
+        asks = msgspec.to_builtins(ask) | {"tensors": hashlib.sha256(tensors).hexdigest()}
+        about = {"researcher": caller.researcher, "project": caller.project, "dataset": ask.dataset}
+        where = {"environment": self._reviews, "policy": policy.hash.hex(), "split": ask.split}
+        document = canonical({"kind": "function", "asks": asks, "mode": mode, **about, **where})
+        self._airlock.propose(document, job=caller.job, lane="review", mode=mode, **about)
+        self._airlock.pass_function(document)
+
     def _hold(self, caller: Caller, ask: Ask, mode: Mode, delta: float) -> Callable[[Answer, Any], None]:
         """What lets an answer wait, in the transaction that charges it; nothing where none has to."""
         lane = _lane(ask)
@@ -246,7 +271,7 @@ class Desk:
             if mode != "auto":
                 told = {"release": _told(caller.job, ask, delta, answer), "lane": lane, "mode": mode}
                 document = canonical({"kind": "answer", **about, **told})
-                found = checks.tensors(answer.tensors)
+                found = [*answer.findings, *checks.tensors(answer.tensors)]
                 waits = {"job": caller.job, "lane": lane, "mode": mode, "findings": found}
                 self._airlock.hold(db, "answer", document, **about, **waits)
 

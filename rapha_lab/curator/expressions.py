@@ -59,6 +59,7 @@ class Chosen(Cohort):
         self.findings = cohort.findings
         self._of, self._derive, self._where = cohort, derive, where
         self._tables, self._points = cohort._tables, cohort._points
+        self.knows = cohort.knows
 
     def view(self, split: str) -> View:
         """The chosen patients of one split, or of "all"; who they are is found out when it is first used."""

@@ -13,6 +13,7 @@ from rapha_lab.curator.mechanisms import (
     aggregate,
     concordance,
     evaluate,
+    review,
     shards,
     train,
 )
@@ -72,8 +73,10 @@ def _plan(
         return evaluate.plan(ask, tensors, schema, delta)
     if isinstance(ask, Aggregate):
         return aggregate.plan(ask, schema, delta)
-    if isinstance(ask, messages.Shards):
+    if isinstance(ask, messages.Shards | messages.Review):
         if workers is None:
-            raise RefusedError("No functions on shards run here.")
+            raise RefusedError("No functions run here.")
+        if isinstance(ask, messages.Review):
+            return review.plan(ask, tensors, schema, workers)
         return shards.plan(ask, schema, delta, workers)
     raise RequestError("A loop is opened, stepped and closed.", "It is no single question.", field="op")

@@ -17,7 +17,7 @@ from msgspec import Meta
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
 
-__all__ = ["Act", "Decision", "decide", "subject_of"]
+__all__ = ["Act", "Decision", "decide", "login_bytes", "signed_login", "subject_of"]
 
 Act = Literal["approve", "refuse"]
 Hash = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -79,3 +79,16 @@ def decide(act: Act, document: bytes, policy: str, key: PrivateKey, reason: str 
     """
     bare = Decision(act, subject_of(document), policy, str(key.public), int(time.time()), reason)
     return msgspec.structs.replace(bare, signature=key.sign(bare.signed_bytes()))
+
+
+def login_bytes(site: str, challenge: str) -> bytes:
+    """What a custodian signs to be let into the console of `site`."""
+    return b"rapha-lab/console/v1\0" + msgspec.json.encode([site, challenge])
+
+
+def signed_login(site: str, challenge: str, key: PrivateKey) -> str:
+    """A custodian's answer to a console's challenge, as a line of JSON."""
+    signature = key.sign(login_bytes(site, challenge)).hex()
+    return msgspec.json.encode(
+        {"challenge": challenge, "key": str(key.public), "signature": signature}
+    ).decode()

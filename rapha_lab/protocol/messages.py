@@ -19,6 +19,7 @@ from rapha_lab.protocol.program import Program
 
 __all__ = [
     "ASKS",
+    "REVIEWED",
     "Aggregate",
     "Ask",
     "Close",
@@ -36,6 +37,7 @@ __all__ = [
     "Optimizer",
     "Price",
     "Quantiles",
+    "Review",
     "Rows",
     "Shards",
     "Split",
@@ -278,7 +280,25 @@ class Price(
     error: Positive
 
 
-ASKS = Question | Fit | Open | Gradient | Close | Evaluate | Shards | Price
+REVIEWED = 1 << 20
+"""Bytes that a reviewed function's answer always has: shorter ones are filled up."""
+
+
+class Review(Ask, kw_only=True, frozen=True, tag="review"):
+    """What a function returns on the records themselves, once custodians approved it, and then its answer.
+
+    `source` is any Python; `inputs` describes values whose tensors come in the tensors blob.
+    """
+
+    epsilon: Annotated[float, Meta(ge=0.0, le=0.0)] = 0.0
+    source: Annotated[str, Meta(min_length=1, max_length=100_000)]
+    name: Name
+    columns: Annotated[list[Name], Meta(min_length=1, max_length=4096)]
+    inputs: dict[str, Any] = {}
+    seconds: Annotated[float, Meta(gt=0.0, le=60.0)] = 10.0
+
+
+ASKS = Question | Fit | Open | Gradient | Close | Evaluate | Shards | Review | Price
 _decoder = msgspec.json.Decoder(ASKS)
 
 

@@ -108,6 +108,7 @@ class Release(msgspec.Struct, kw_only=True):
             "evaluation": f"How well {told.get('target', 'the target')} is predicted on {self.split}",
             "shards": f"{told.get('function', '')} of patients, averaged over {told.get('shards')} shards",
             "fit": f"Trained on {self.split}: {told.get('steps')} private steps",
+            "review": f"{told.get('function', '')}, released by custodians",
         }
         unit, where = told.get("unit"), told.get("where")
         shown = bool(column) or kind in ("survival", "missing")
@@ -181,6 +182,8 @@ class Release(msgspec.Struct, kw_only=True):
         number = self.receipt.get("index")
         receipt = f" · receipt {number}" if number is not None else ""
         where = f"{self.dataset}, {self.split}{receipt}{' · simulated enclave' if self.simulated else ''}"
+        if self.op == "review":
+            return f"no ε: outside every privacy guarantee · {where}"
         return f"ε {self.epsilon:g}, δ {self.delta:g} per {self.unit} · {where}"
 
     def __repr__(self) -> str:

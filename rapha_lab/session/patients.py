@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load
 
 from rapha_lab.protocol import messages
-from rapha_lab.protocol.errors import RequestError, SealedError
+from rapha_lab.protocol.errors import CellError, RequestError, SealedError
 from rapha_lab.protocol.messages import Columns, Split
 from rapha_lab.protocol.program import digest
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
-from rapha_lab.session import recipe, shard, tracing
+from rapha_lab.session import parcels, recipe, shard, tracing
 from rapha_lab.session.questions import Ask, Questions, made
 from rapha_lab.session.sealed import PATIENTS, Batch
 
@@ -254,6 +254,54 @@ class Patients(Questions):
             "seconds": float(seconds),
         }
         return self._release(made(messages.Shards, **asked, **self._common(epsilon)))
+
+    def review(
+        self,
+        function: Callable[..., Any],
+        *,
+        columns: str | Sequence[str] | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        seconds: float = 10.0,
+    ) -> Any:
+        """What a function returns on the records themselves, by the custodians' leave: it has no ε and no guarantee.
+
+        The cell waits twice: until custodians have read and approved the function with its inputs, and until they
+        have seen and released what it returned. Any change of either is a new function to approve.
+
+        Args:
+            function: of a polars frame of these patients, and of `inputs` by name. Its source travels, so it imports
+                what it needs inside and uses nothing else from outside.
+            columns: what the frame holds; all columns if not given.
+            inputs: further arguments: numbers, strings, arrays, tensors, frames, modules as their weights.
+            seconds: the time it has.
+
+        Returns:
+            Numbers, strings, arrays, tensors, frames, and lists and dicts of them, a mebibyte at most.
+
+        Raises:
+            RefusedError: a custodian refused it; says why.
+            CellError: the function failed; only where and with what kind of error is known.
+        """
+        names = [c.name for c in self.schema.columns] if columns is None else columns
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            self.schema.column(name)
+        given, blob = parcels.pack(inputs or {}, list(inputs or {}))
+        asked: dict[str, Any] = {"source": shard.source_of(function), "name": function.__name__}
+        asked |= {"columns": names, "inputs": given, "seconds": float(seconds)}
+        about = {
+            "dataset": self.schema.name,
+            "split": self._split,
+            "derive": self._derive,
+            "where": self._where,
+        }
+        wire, tensors = self._ask(made(messages.Review, **asked, **about), blob)
+        told = self._given(wire).values
+        if "parcel" not in told:
+            raise CellError(
+                f"{function.__name__} gave no result.", told["failed"], "Mend it, and propose it again."
+            )
+        return parcels.unpack(told["parcel"], tensors)["result"]
 
     # -- what they need -------------------------------------------------------------------------------
 

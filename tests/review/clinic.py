@@ -14,7 +14,7 @@ import msgspec
 import ward
 
 from rapha_lab.client.custodian import Custodian
-from rapha_lab.client.site import Job
+from rapha_lab.client.site import ENDED, Job
 from rapha_lab.client.site import Site as Connected
 from rapha_lab.enclave.site import Config, Dataset, Site
 from rapha_lab.protocol.keys import PrivateKey
@@ -91,11 +91,17 @@ def until(job: Job, state: str, seconds: float = 60) -> Job:
     """Follow the job until it is in that state."""
     end = time.monotonic() + seconds
     while job.state != state:
+        assert job.state not in ENDED, f"the job is {job.state}: {job.told.get('error')}"
         assert time.monotonic() < end, f"the job stays {job.state}: {job.told.get('error')}"
         job.poll(0.5)
     return job
 
 
-def newest(custodian: Custodian) -> dict[str, Any]:
-    """What came into the airlock last."""
-    return custodian.waiting()[-1]
+def newest(custodian: Custodian, kind: str = "", seconds: float = 60) -> dict[str, Any]:
+    """What came into the airlock last, of this kind, once something has."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := [told for told in custodian.waiting() if told["kind"].startswith(kind)]:
+            return found[-1]
+        time.sleep(0.1)
+    raise AssertionError(f"No {kind or 'thing'} came into the airlock.")

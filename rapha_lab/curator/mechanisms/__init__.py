@@ -18,10 +18,11 @@ the public clock between; raises to stop."""
 
 @dataclass(frozen=True)
 class Answer:
-    """A differentially private answer: plain JSON values, and tensors by name as safetensors bytes."""
+    """An answer: plain JSON values, tensors by name as safetensors bytes, and findings for custodians alone."""
 
     values: dict[str, Any]
     tensors: bytes = b""
+    findings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

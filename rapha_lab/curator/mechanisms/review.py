@@ -1,0 +1,80 @@
+"""Any function on the records themselves: no mechanism protects the patients here, two looks of the custodians do.
+
+Before anything runs they approve the function by the hash of its source, its inputs, the environment and the
+policy; what it answers waits in the airlock, with the findings of automatic checks, until they release it. It
+runs in a fresh process behind the walls, with the time of one shard and nothing to reach; what it prints or
+raises is gone. It has no privacy loss that could be stated, so its price is nought and its release says so.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import msgspec
+
+from rapha_lab.curator import checks
+from rapha_lab.curator.accounting import Reviewed
+from rapha_lab.curator.cohort import View
+from rapha_lab.curator.mechanisms import Answer, Plan, Progress
+from rapha_lab.curator.mechanisms.aggregate import touched
+from rapha_lab.curator.mechanisms.shards import Workers
+from rapha_lab.protocol import messages
+from rapha_lab.protocol.errors import RaphaError, RequestError
+from rapha_lab.protocol.messages import REVIEWED, Review
+from rapha_lab.protocol.release import canonical
+from rapha_lab.protocol.schema import Schema
+
+__all__ = ["plan"]
+
+MOST_INPUTS = 64 << 20
+
+
+def plan(ask: Review, tensors: bytes, schema: Schema, workers: Workers) -> Plan:
+    """How the function will be run.
+
+    Raises:
+        RequestError: naming the field that is out of range.
+    """
+    for name in ask.columns:
+        schema.column(name)
+    if len(tensors) > MOST_INPUTS:
+        raise RequestError(
+            "The inputs are too large.", f"The limit is {MOST_INPUTS >> 20} MiB.", field="inputs"
+        )
+
+    def run(view: View, progress: Progress) -> Answer:
+        jobs = [_job(ask, tensors, view)]
+        told = workers.answers(jobs, 1, REVIEWED, ask.seconds, lambda: progress(1), lambda: progress(0))
+        return _answer(ask.name, told[0], view)
+
+    return Plan(Reviewed(), 1, touched(ask.split), run, workers.waves(1))
+
+
+def _job(ask: Review, tensors: bytes, view: View) -> bytes:
+    """All that the worker is given: source, inputs, and the columns asked for."""
+    records, frame = io.BytesIO(), io.BytesIO()
+    view.frame(ask.columns).write_ipc(records)
+    header = {"source": ask.source, "name": ask.name, "inputs": ask.inputs, "records": records.tell()}
+    messages.write_frame(frame, messages.encode(header), records.getvalue() + tensors)
+    return frame.getvalue()
+
+
+def _answer(name: str, told: bytes, view: View) -> Answer:
+    """What the worker wrote, if it is a result in our own words; anything at all may have been written."""
+    parcel, blob, failed = None, b"", "It gave no answer in its time, or ended in another way."
+    try:
+        frame = messages.read_frame(io.BytesIO(told), max_header=REVIEWED, max_tensors=REVIEWED)
+        if frame is not None:
+            said = msgspec.json.decode(frame[0], type=dict)
+            parcel, blob, failed = said.get("parcel"), frame[1], str(said.get("failed", ""))[:200]
+            canonical(parcel)
+    except (RaphaError, msgspec.DecodeError, ValueError, TypeError, RecursionError, UnicodeDecodeError):
+        parcel, blob, failed = None, b"", "What it answered cannot be read."
+    values: dict[str, Any] = {"kind": "review", "function": name}
+    if parcel is None:
+        return Answer(values | {"failed": failed}, findings=("The function failed: there is no result.",))
+    found = checks.result(parcel, blob, view)
+    if found.stopped:
+        return Answer(values | {"failed": f"It was stopped: {found.stopped}"}, findings=tuple(found.prompts))
+    return Answer(values | {"parcel": parcel}, blob, tuple(found.prompts))
