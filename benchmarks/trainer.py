@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from rapha_lab.curator.lift import lift
+from rapha_lab.curator.lift.compiling import assembled
 from rapha_lab.curator.mechanisms import train
-from rapha_lab.curator.noise import SystemNoise
+from rapha_lab.curator.noise import SystemNoise, compile_noise
 from rapha_lab.session.tracing import loss_program
 
 
@@ -114,8 +115,9 @@ def engines(name: str, compiled: bool) -> dict[str, Callable[[], None]]:
         # the sizes are the benchmark's: a run pads to a microbatch and to the sample's upper bound
         it.microbatch = min(it.microbatch, size)
         weights, constants = it.tensors(traced.blob)
-        if engine == "compiled" and not it.compile(weights, constants):
+        if engine == "compiled" and it.compile(weights, constants) is None:
             continue
+        compile_noise(assembled)
         steps[engine] = private(it, weights, constants, {"x": x, "target": y}, size)
     return steps
 
@@ -126,8 +128,9 @@ def private(it, weights, constants, inputs, size) -> Callable[[], None]:  # type
 
     def step() -> None:
         total = train.clipped_sum(it, weights, constants, rows, drawn, 0.1)
+        grads = train.private(total, 0.1, size, noise, weights)
         for name, weight in weights.items():
-            weight.grad = train.private(total[name], 0.1, noise).div_(size).to(weight.dtype)
+            weight.grad = grads[name]
         optimizer.step()
 
     return step

@@ -16,15 +16,17 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-__all__ = ["Noise", "SeededNoise", "SystemNoise", "on_grid"]
+__all__ = ["Noise", "SeededNoise", "SystemNoise", "compile_noise", "noisy", "on_grid"]
 
-_WORDS = 1 << 17  # a megabyte of keystream at a time stays in cache
+_WORDS = 1 << 13  # what is made of so much keystream stays in cache
+_ZEROS = bytes(8 * _WORDS)
 _BITS = 53
 
 
@@ -45,15 +47,18 @@ class Noise(Protocol):
 
 
 class _Words:
-    """Noise made of a stream of uniform 53-bit words."""
+    """Noise made of a stream of uniform 64-bit words."""
 
     def _words(self, n: int) -> Tensor:
-        """`n` uniform integers below 2^53, int64."""
+        """`n` uniform integers, int64, `n` at most `_WORDS`."""
         raise NotImplementedError
 
     def uniform(self, n: int) -> Tensor:
         """`n` independent uniform numbers in [0, 1), float64."""
-        return self._words(n).double().mul_(2.0**-_BITS)
+        parts = [torch.empty(0, dtype=torch.float64)]
+        for start in range(0, n, _WORDS):
+            parts.append(_whole(self._words(min(_WORDS, n - start))).mul_(2.0**-_BITS))
+        return torch.cat(parts)
 
     def bernoulli(self, n: int, rate: float) -> Tensor:
         """`n` independent booleans, each True with probability `rate` to within 2^-53."""
@@ -61,15 +66,65 @@ class _Words:
 
     def gaussian(self, n: int) -> Tensor:
         """`n` independent standard normal numbers, float64."""
-        out = torch.empty(n + n % 2, dtype=torch.float64)
-        for start in range(0, len(out), _WORDS):
-            part = out[start : start + _WORDS]
-            words, half = self._words(len(part)), len(part) // 2
-            radius = (words[:half].double() + 1).mul_(2.0**-_BITS).log_().mul_(-2).sqrt_()
-            angle = words[half:].double().mul_(2.0**-_BITS * 2 * math.pi)
-            torch.mul(radius, angle.cos(), out=part[:half])
-            torch.mul(radius, angle.sin(), out=part[half:])
+        out = torch.empty(-(-n // _WORDS) * _WORDS, dtype=torch.float64)
+        for start in range(0, n, _WORDS):
+            wanted = n - start
+            if wanted > _WORDS // 2:
+                _normal(self._words(_WORDS), out[start : start + _WORDS])
+            else:
+                wanted += wanted % 2
+                box_muller(self._words(wanted), out[start : start + wanted])
         return out[:n]
+
+
+def _whole(words: Tensor) -> Tensor:
+    """The upper 53 bits of words as numbers in [0, 2^53)."""
+    return words.bitwise_right_shift(64 - _BITS).bitwise_and_((1 << _BITS) - 1).double()
+
+
+def box_muller(words: Tensor, out: Tensor) -> None:
+    """Normal numbers of an even number of words: half of them are radii, the other half angles."""
+    first, second = _whole(words).chunk(2)
+    radius = first.add_(1).mul_(2.0**-_BITS).log_().mul_(-2).sqrt_()
+    angle = second.mul_(2.0**-_BITS * 2 * math.pi)
+    half = len(words) // 2
+    torch.mul(radius, angle.cos(), out=out[:half])
+    torch.mul(radius, angle.sin(), out=out[half:])
+
+
+_normal: Callable[[Tensor, Tensor], None] = box_muller
+"""What makes normal numbers of `_WORDS` words: as above, or compiled."""
+
+
+def compile_noise(assembled: Callable[..., Callable[[list[Tensor]], Any]]) -> bool:
+    """Compile the transformation to twice its speed, if the result is the same; whether it was.
+
+    Args:
+        assembled: a compiler of functions of tensors, see `lift.compiling`.
+    """
+    global _normal
+    if _normal is not box_muller:
+        return True
+    words = SeededNoise(0)._words(_WORDS)
+    mine, plain = (torch.empty(_WORDS, dtype=torch.float64) for _ in range(2))
+
+    def normal(words: Tensor, out: Tensor) -> tuple[()]:
+        first, second = _whole(words).chunk(2)
+        radius = ((first + 1) * 2.0**-_BITS).log().mul(-2).sqrt()
+        angle = second * (2.0**-_BITS * 2 * math.pi)
+        out.copy_(torch.cat([radius * angle.cos(), radius * angle.sin()]))
+        return ()
+
+    try:
+        fast = assembled(normal, [words, mine])
+        fast([words, mine])
+    except Exception:
+        return False
+    box_muller(words, plain)
+    if not torch.allclose(mine, plain, rtol=1e-12, atol=1e-15):
+        return False
+    _normal = lambda words, out: fast([words, out])  # noqa: E731
+    return True
 
 
 class SystemNoise(_Words):
@@ -88,14 +143,8 @@ class SystemNoise(_Words):
         with self._lock:
             if os.getpid() != self._pid:
                 self._rekey()
-            self._stream.update_into(bytes(8 * n), buffer)
-        if not n:
-            return torch.empty(0, dtype=torch.int64)
-        return (
-            torch.frombuffer(buffer, dtype=torch.int64)
-            .bitwise_right_shift_(64 - _BITS)
-            .bitwise_and_((1 << _BITS) - 1)
-        )
+            self._stream.update_into(memoryview(_ZEROS)[: 8 * n], buffer)
+        return torch.frombuffer(buffer, dtype=torch.int64) if n else torch.empty(0, dtype=torch.int64)
 
 
 class SeededNoise(_Words):
@@ -105,10 +154,17 @@ class SeededNoise(_Words):
         self._generator = torch.Generator().manual_seed(seed)
 
     def _words(self, n: int) -> Tensor:
-        return torch.randint(1 << _BITS, (n,), generator=self._generator)
+        return torch.randint(-(1 << 63), (1 << 63) - 1, (n,), generator=self._generator)
+
+
+def noisy(values: Tensor, deviation: float, noise: Noise) -> Tensor:
+    """The vector `values`, float64, with Gaussian noise of this standard deviation added in place, on a fixed grid."""
+    for part in values.split(4 * _WORDS):
+        part.copy_(on_grid(noise.gaussian(len(part)).mul_(deviation).add_(part), deviation))
+    return values
 
 
 def on_grid(values: Tensor, scale: float) -> Tensor:
-    """The values rounded to a power of two just below `scale` / 2^20: the same grid whatever they are."""
+    """The values rounded, in place, to a power of two just below `scale` / 2^20: the same grid whatever they are."""
     grid = 2.0 ** (math.floor(math.log2(scale)) - 20)
-    return values.div(grid).round_().mul_(grid)
+    return values.mul_(1 / grid).round_().mul_(grid)

@@ -6,8 +6,9 @@ mixes two patients, whatever the program is. That independence is what the proof
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +23,19 @@ from rapha_lab.curator.lift import gradients, layers, losses, recurrent, reducti
 from rapha_lab.curator.lift.compiling import Step, compiled
 from rapha_lab.curator.lift.graph import Graph, refused
 from rapha_lab.curator.lift.table import TABLE
+from rapha_lab.curator.lift.taps import GROUP
 from rapha_lab.protocol.errors import ProgramError, RefusedError
 from rapha_lab.protocol.program import DTYPES, Node, Program, TensorSpec, at, check, structure
 
-__all__ = ["TABLE", "Lifted", "Limits", "lift"]
+__all__ = ["TABLE", "Lifted", "Limits", "Totals", "lift"]
 
 Tensors = Mapping[str, Tensor]
 # one fixed shape of batch keeps a patient's rounding apart from the neighbours'; below 8 rows kernels differ
 SMALLEST, LARGEST = 8, 512
+CHUNK = 1 << 27
+"""Bytes that a microbatch may allocate in all its operations together, if that is enough for the smallest one."""
+LARGE = 1 << 20
+"""Parameters from which on a sum of one group's gradients is held at a time."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +53,43 @@ class Limits:
     work: int = 1 << 38
 
 
+class Totals(dict[str, Tensor]):
+    """Sums of gradients by parameter, float64.
+
+    Attributes:
+        flat: all of them in one vector, for one draw of noise.
+    """
+
+    def __init__(self, wanted: Mapping[str, Sequence[int]]) -> None:
+        sizes = [math.prod(shape) for shape in wanted.values()]
+        self.flat = torch.zeros(sum(sizes), dtype=torch.float64)
+        parts = zip(wanted.items(), self.flat.split(sizes), strict=True)
+        super().__init__({name: part.view(*shape) for (name, shape), part in parts})
+
+
 class Lifted:
     """A program that has passed all checks, ready for batches of patients.
 
     Attributes:
         microbatch: how many patients are computed at once, always; a function of the program alone.
         output: the shape of one patient's output.
-        paths: how each parameter is differentiated.
+        paths: by parameter, how its gradient is computed and why so: outer, rows, stored, copy or none,
+            as explained in `lift.gradients`, and the operations that use it.
+        note: whether the step is compiled, and what that took.
     """
 
     def __init__(
-        self, graph: Graph, paths: gradients.Paths, microbatch: int, output: tuple[int, ...]
+        self,
+        graph: Graph,
+        routes: gradients.Routes,
+        microbatch: int,
+        output: tuple[int, ...],
+        paths: dict[str, str],
     ) -> None:
-        self.graph, self.paths, self.microbatch, self.output = graph, paths, microbatch, output
+        self.graph, self.routes, self.microbatch, self.output = graph, routes, microbatch, output
+        self.paths, self.note = paths, "not compiled"
         self.program = graph.program
-        self._step: Step = self._sums
+        self._step: Step = self._add
 
     def tensors(self, blob: bytes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters and constants out of a safetensors blob that holds exactly what the program states.
@@ -107,12 +135,18 @@ class Lifted:
 
     def gradients(self, parameters: Tensors, constants: Tensors, inputs: Tensors) -> dict[str, Tensor]:
         """Each patient's gradient by each parameter the loss depends on: `(patients, *shape)`."""
-        return gradients.per_patient(gradients.parts(self.graph, self.paths, parameters, constants, inputs))
+        return gradients.per_patient(gradients.parts(self.graph, self.routes, parameters, constants, inputs))
 
     def clipped_sum(
-        self, parameters: Tensors, constants: Tensors, inputs: Tensors, mask: Tensor, clip: float
-    ) -> dict[str, Tensor]:
-        """The sum of the masked patients' gradients, each scaled down to norm `clip`.
+        self,
+        parameters: Tensors,
+        constants: Tensors,
+        inputs: Tensors,
+        mask: Tensor,
+        clip: float,
+        totals: Totals | None = None,
+    ) -> Totals:
+        """The sum of the masked patients' gradients, each scaled down to norm `clip`, float64.
 
         Args:
             parameters: their values by name.
@@ -120,25 +154,50 @@ class Lifted:
             inputs: `(microbatch, *shape)` by name.
             mask: `(microbatch,)` booleans, False for padding.
             clip: the largest norm one patient may add.
+            totals: what to add the sum to, in place; zeros if not given.
         """
-        return self._step(parameters, constants, inputs, mask, torch.tensor(clip, dtype=torch.float64))
+        totals = self.zeros() if totals is None else totals
+        self._step(totals, parameters, constants, inputs, mask, torch.tensor(clip, dtype=torch.float64))
+        return totals
 
-    def _sums(
-        self, parameters: Tensors, constants: Tensors, inputs: Tensors, mask: Tensor, clip: Tensor
-    ) -> dict[str, Tensor]:
-        found = gradients.parts(self.graph, self.paths, parameters, constants, inputs)
-        sums = gradients.clipped_sum(found, mask, clip)
-        return {n: sums.get(n, torch.zeros_like(t, dtype=torch.float64)) for n, t in parameters.items()}
+    def zeros(self) -> Totals:
+        """Nothing yet, by parameter."""
+        return Totals({spec.name: spec.shape for spec in self.program.parameters})
 
-    def compile(self, parameters: Tensors, constants: Tensors, backend: str = "inductor") -> bool:
-        """Compile the clipped sum for its one shape, or leave it as it is; whether it was compiled."""
+    def _add(
+        self,
+        totals: Tensors,
+        parameters: Tensors,
+        constants: Tensors,
+        inputs: Tensors,
+        mask: Tensor,
+        clip: Tensor,
+    ) -> None:
+        found = gradients.parts(self.graph, self.routes, parameters, constants, inputs)
+        for name, t in gradients.clipped_sum(found, mask, clip).items():
+            totals[name].add_(t)
+
+    def compile(self, parameters: Tensors, constants: Tensors) -> float | None:
+        """Compile the clipped sum for its one shape; the seconds it took, or None if it stays as it is."""
         generator = torch.Generator().manual_seed(0)
         batch = {spec.name: _made_up(spec, self.microbatch, generator) for spec in self.program.inputs}
         mask, clip = torch.ones(self.microbatch, dtype=torch.bool), torch.tensor(1.0, dtype=torch.float64)
-        example = ({**parameters}, {**constants}, batch, mask, clip)
-        fast = compiled(self._sums, (structure(self.program), self.microbatch), example, backend)
-        self._step = self._sums if fast is None else fast
-        return fast is not None
+        example = (self.zeros(), {**parameters}, {**constants}, batch, mask, clip)
+        fast = compiled(self._add, (structure(self.program), self.microbatch), example)
+        if fast is None:
+            self._step, self.note = (
+                self._add,
+                "not compiled: no compiler here, or it does not take this model",
+            )
+            return None
+        self._step, self.note = fast.step, f"compiled in {fast.seconds:.0f} s"
+        return fast.seconds
+
+    def for_batches_of(self, most: int) -> int:
+        """Let microbatches divide `most` patients evenly, with little room to spare; how many there are then."""
+        parts = -(-most // self.microbatch)
+        self.microbatch = min(self.microbatch, -(-most // (parts * SMALLEST)) * SMALLEST)
+        return parts
 
     def selftest(self, parameters: Tensors, constants: Tensors) -> float:
         """Check on this machine that a made-up patient's gradient has the same bits in any company.
@@ -209,21 +268,25 @@ def lift(program: Program, *, loss: bool = True, limits: Limits = Limits()) -> L
         why = f"It has {program.size:,} parameters; this site trains up to {limits.parameters:,}."
         raise ProgramError("The model is too large.", why, "Make it smaller.", field="parameters")
     graph = Graph(program)
-    paths = gradients.Paths(graph)
-    cost, output = _dry_run(graph, paths, loss, limits)
-    room = limits.memory // max(cost, 1)
-    if room < SMALLEST:
+    routes = gradients.Routes(graph)
+    cost, output, found = _dry_run(graph, routes, loss, limits)
+    if cost * SMALLEST > limits.memory:
         why = f"One patient takes {cost >> 20} MiB; {SMALLEST} at once may take {limits.memory >> 20} MiB."
         raise ProgramError(
             "The model is too large.", why, "Make its layers or inputs smaller.", field="program"
         )
-    return Lifted(graph, paths, min(LARGEST, 1 << (room.bit_length() - 1)), output)
+    room = min(CHUNK, limits.memory) // max(cost, 1) // SMALLEST * SMALLEST
+    most = LARGEST if program.size < LARGE else GROUP
+    return Lifted(graph, routes, min(most, max(SMALLEST, room)), output, routes.explain(found))
 
 
-def _dry_run(graph: Graph, paths: gradients.Paths, loss: bool, limits: Limits) -> tuple[int, tuple[int, ...]]:
-    """Bytes that one patient adds and the output's shape, by running it all on tensors without values."""
+def _dry_run(
+    graph: Graph, routes: gradients.Routes, loss: bool, limits: Limits
+) -> tuple[int, tuple[int, ...], gradients.Found]:
+    """Bytes that one patient adds, the output's shape and the gradients, all on tensors without values."""
     program = graph.program
     made: dict[str, Any] = {}
+    found: gradients.Found = {}
 
     def checked(node: Node, compute: Callable[[], Any]) -> Any:
         try:
@@ -245,13 +308,15 @@ def _dry_run(graph: Graph, paths: gradients.Paths, loss: bool, limits: Limits) -
     inputs = {s.name: _meta(s, SMALLEST) for s in program.inputs}
     with Meter() as meter, torch.device("meta"):
         if loss:
-            _loss(lambda: gradients.parts(graph, paths, parameters, constants, inputs, checked), graph, made)
+            found = _loss(
+                lambda: gradients.parts(graph, routes, parameters, constants, inputs, checked), graph, made
+            )
         else:
             gradients.forward(graph, {**parameters, **constants}, inputs, checked)
     out = made[program.output]
     if not isinstance(out, Tensor):
         raise ProgramError("The program's output is no tensor.", field="output")
-    return meter.bytes // SMALLEST, tuple(out.shape[1:])
+    return meter.bytes // SMALLEST, tuple(out.shape[1:]), found
 
 
 class Meter(TorchDispatchMode):
@@ -296,12 +361,14 @@ def _meta(spec: TensorSpec, *size: int, trained: bool = False) -> Tensor:
     return torch.empty((*size, *spec.shape), dtype=dtype, device="meta")
 
 
-def _loss(differentiate: Callable[[], Any], graph: Graph, made: dict[str, Any]) -> None:
+def _loss(
+    differentiate: Callable[[], gradients.Found], graph: Graph, made: dict[str, Any]
+) -> gradients.Found:
     """Differentiate once, for the errors it gives."""
     try:
         found = differentiate()
-        if found:
-            gradients.clipped_sum(found, torch.ones(SMALLEST, dtype=torch.bool, device="meta"), 1.0)
+        for part in found.values():
+            part.square()
     except ProgramError:
         raise
     except Exception:
@@ -317,3 +384,4 @@ def _loss(differentiate: Callable[[], Any], graph: Graph, made: dict[str, Any]) 
             "The loss cannot be differentiated by any parameter.", "", "Check requires_grad and detach().",
             field="parameters",
         )  # fmt: skip
+    return found

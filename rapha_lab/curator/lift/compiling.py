@@ -1,59 +1,183 @@
 """The lifted step as one compiled graph, kept for later jobs of the same shape; eager computation if that fails.
 
 Only our own lifted code is compiled, from the checked program: nothing a session sends is. The step is traced
-with its backward pass, norms and sums into one graph of plain tensor operations, on shapes alone.
+with its backward pass, norms and sums into one graph of plain tensor operations, on shapes alone, and the code
+made of it is called as it is: shapes are fixed, so there is nothing to guard.
 """
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import math
 import os
+import shutil
+import tempfile
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph_module import GraphModule
 
-__all__ = ["Step", "compiled"]
+__all__ = ["NODES", "Compiled", "Step", "assembled", "compiled", "keep_pages"]
 
-Step = Callable[..., dict[str, torch.Tensor]]
+Step = Callable[..., None]
+"""`(totals, parameters, constants, inputs, mask, clip)`: adds a microbatch's clipped sum to the totals."""
+
+NODES = 3_000
+"""Operations above which a step is not compiled: a compiler takes some 20 ms for each, so about a minute at most."""
+
+WORTH = 1 << 19
+"""Floating-point operations from which on oneDNN multiplies two matrices faster than the default library."""
+
+_LINEAR = torch.ops.mkldnn._linear_pointwise.default
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled step.
+
+    Attributes:
+        step: the same as the eager one.
+        seconds: what compiling took; 0 where the step was there already.
+    """
+
+    step: Step
+    seconds: float
+
+
 _steps: dict[tuple[Any, ...], Step] = {}
 _KEPT = 32
 
 
-def compiled(step: Step, key: tuple[Any, ...], example: tuple[Any, ...], backend: str) -> Step | None:
+def compiled(step: Step, key: tuple[Any, ...], example: tuple[Any, ...]) -> Compiled | None:
     """`step` compiled for arguments shaped as in `example`; None if there is no compiler or it fails.
 
     Args:
         step: a function of dicts of tensors and tensors, without data-dependent control flow.
         key: equal for steps that compute the same.
         example: made-up arguments.
-        backend: of torch.compile.
     """
-    key = (*key, backend)
+    began = time.monotonic()
     if key not in _steps:
         while len(_steps) >= _KEPT:
             del _steps[next(iter(_steps))]
         try:
-            _steps[key] = _compile(step, example, backend)
+            _steps[key] = _compile(step, example)
         except Exception:
             # whatever a compiler stumbles on, the step computes without it
             return None
-    return _steps[key]
+        return Compiled(_steps[key], time.monotonic() - began)
+    return Compiled(_steps[key], 0.0)
 
 
-def _compile(step: Step, example: tuple[Any, ...], backend: str) -> Step:
-    import torch._dynamo
-    import torch._inductor.config as inductor
+def _compile(step: Step, example: tuple[Any, ...]) -> Step:
+    names = [[*part] for part in example if isinstance(part, Mapping)]
 
-    # no pool of worker processes beside the one that holds records, and torch's own random numbers in dropout
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    with warnings.catch_warnings(), inductor.patch(compile_threads=1, fallback_random=True):
+    def by_position(*flat: Tensor) -> tuple[()]:
+        tensors, parts = iter(flat), []
+        for part in names:
+            parts.append({name: next(tensors) for name in part})
+        step(*parts, *tensors)
+        return ()
+
+    fast = assembled(by_position, _flat(example, names))
+
+    def run(*arguments: Any) -> None:
+        fast(_flat(arguments, names))
+
+    run(*example)
+    return run
+
+
+def _flat(arguments: Sequence[Any], names: list[list[str]]) -> list[Tensor]:
+    parts = zip(arguments, names, strict=False)
+    return [part[name] for part, own in parts for name in own] + list(arguments[len(names) :])
+
+
+def assembled(function: Callable[..., Any], example: list[Tensor]) -> Callable[[list[Tensor]], Any]:
+    """Machine code for a function of tensors of these very shapes; it takes them as a list, which it empties.
+
+    Raises:
+        Exception: whatever the compiler says.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        # make_fx counts the arguments of plain functions only
-        graph = make_fx(lambda p, c, x, mask, clip: step(p, c, x, mask, clip), tracing_mode="fake")(*example)
+        graph = make_fx(function, tracing_mode="fake", decomposition_table=select_decomp_table())(*example)
         graph.graph.eliminate_dead_code()
+        if len(graph.graph.nodes) > NODES:
+            raise ValueError("the graph is too large to compile")
+        _faster_products(graph)
         graph.recompile()
-        fast: Step = torch.compile(graph, dynamic=False, fullgraph=True, backend=backend)
-        fast(*example)
-    return fast
+        return _machine_code(graph, [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"])
+
+
+def _machine_code(graph: GraphModule, example: list[Tensor]) -> Callable[[list[Tensor]], Any]:
+    import torch._inductor.config as inductor
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    _own_cache()
+    # no pool of worker processes beside the one that holds records, and torch's own random numbers in dropout
+    with inductor.patch(compile_threads=1, fallback_random=True), _called_as_it_is(_LINEAR):
+        return compile_fx_inner(graph, example)
+
+
+def _called_as_it_is(operation: Any) -> Any:
+    """Keeps the compiler from rewriting an operation, which it can do for constant weights only."""
+    from torch._inductor.lowering import fallback_handler, lowerings
+
+    return patch.dict(lowerings, {operation: fallback_handler(operation)})
+
+
+def keep_pages() -> None:
+    """Let the C library keep freed buffers up to a gigabyte: else each step gives them back and faults them in again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim, mmap, most = -1, -3, 1 << 30
+        mallopt(mmap, most)
+        mallopt(trim, most)
+
+
+@cache
+def _own_cache() -> None:
+    """A folder for the compiler's files that no one else can write to: what lies there is run."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="rapha-compiled-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _faster_products(graph: GraphModule) -> None:
+    """Let oneDNN multiply float32 matrices: on processors whose maker is not the default library's, twice as fast."""
+    if not torch.backends.mkldnn.is_available():
+        return
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        if node.target is aten.mm.default:
+            bias, (a, b) = None, node.args
+        elif node.target is aten.addmm.default and not node.kwargs:
+            bias, a, b = node.args
+            if bias.meta["val"].dim() != 1:
+                continue
+        else:
+            continue
+        left, right = a.meta["val"], b.meta["val"]
+        work = 2 * math.prod(left.shape) * right.shape[1]
+        if left.dtype != torch.float32 or work < WORTH or min(*left.shape, right.shape[1]) < 8:
+            continue
+        with graph.graph.inserting_before(node):
+            turned = graph.graph.call_function(aten.permute.default, (b, [1, 0]))
+            turned.meta["val"] = right.t()
+            product = graph.graph.call_function(_LINEAR, (a, turned, bias, "none", [], ""))
+            product.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(product)
+        graph.graph.erase_node(node)

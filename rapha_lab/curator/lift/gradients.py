@@ -26,17 +26,19 @@ from rapha_lab.curator.lift.graph import Checked, Graph
 from rapha_lab.curator.lift.taps import TAPS, Part, Stored, Use, names_of
 from rapha_lab.protocol.program import Node, Ref
 
-__all__ = ["Paths", "clipped_sum", "forward", "parts", "per_patient"]
+__all__ = ["Found", "Routes", "clipped_sum", "forward", "parts", "per_patient"]
 
 Tensors = Mapping[str, Tensor]
+Found = dict[str, Part]
 
 
-class Paths:
+class Routes:
     """How each parameter of a program is differentiated.
 
     Attributes:
         tapped: the weights' names by node, where they all are parameters that only such nodes use.
         copied: parameters with any other use, with a node that makes it so.
+        uses: the operations that use each parameter, in order.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -47,11 +49,26 @@ class Paths:
             found = names_of(TAPS[node.op][0](args), names) if node.op in TAPS else None
             if found is not None and Counter(uses[node.id]) == Counter(n for n in found if n):
                 self.tapped[node.id] = found
+        self.uses = {name: [n.op for n, _, _ in graph.steps if name in uses[n.id]] for name in names}
         self.copied: dict[str, str] = {}
         while more := self._others(graph, uses):
             self.copied |= more
             kept = {id for id, found in self.tapped.items() if not set(found) & set(self.copied)}
             self.tapped = {id: self.tapped[id] for id in kept}
+
+    def explain(self, found: Mapping[str, Part]) -> dict[str, str]:
+        """Which path each parameter takes, and why, in words for the model's author."""
+        return {name: self._why(name, found.get(name)) for name in sorted(self.uses)}
+
+    def _why(self, name: str, part: Part | None) -> str:
+        if part is None:
+            return "none: the loss does not depend on it"
+        ops = list(dict.fromkeys(op.removeprefix("aten.").split(".")[0] for op in self.uses[name]))
+        if name in self.copied:
+            other = self.copied[name].removeprefix("aten.").split(".")[0]
+            return f"copy: {other} is no layer with a rule of its own, so each patient gets a copy of it"
+        times = f"{' and '.join(ops)}" + (f", {n} times" if (n := len(self.uses[name])) > 1 else "")
+        return f"{type(part).__name__.lower()}: {times}"
 
     def _others(self, graph: Graph, uses: dict[str, list[str]]) -> dict[str, str]:
         return {
@@ -70,7 +87,7 @@ def _read(args: list[Any]) -> list[str]:
 
 def parts(
     graph: Graph,
-    paths: Paths,
+    routes: Routes,
     parameters: Tensors,
     constants: Tensors,
     inputs: Tensors,
@@ -80,7 +97,7 @@ def parts(
 
     Args:
         graph: a one-patient loss.
-        paths: how its parameters are differentiated.
+        routes: how its parameters are differentiated.
         parameters: their values, without a patient dimension.
         constants: likewise.
         inputs: `(patients, *shape)` by name.
@@ -89,16 +106,16 @@ def parts(
     size, uses = len(next(iter(inputs.values()))), []
 
     def hook(node: Node, args: list[Any]) -> Any:
-        if node.id not in paths.tapped:
+        if node.id not in routes.tapped:
             return NotImplemented
-        out, used = TAPS[node.op][1](paths.tapped[node.id], size, *args)
+        out, used = TAPS[node.op][1](routes.tapped[node.id], size, *args)
         uses.extend(used)
         return out
 
     with torch.enable_grad():
         own = {
             name: parameters[name].detach().expand(size, *parameters[name].shape).requires_grad_()
-            for name in paths.copied
+            for name in routes.copied
         }
         values = {
             **shared({n: t.detach() for n, t in parameters.items()}),

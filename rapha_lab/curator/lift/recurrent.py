@@ -1,15 +1,21 @@
-"""The table's rules for recurrent layers: PyTorch's equations, step by step."""
+"""The table's rules for recurrent layers: PyTorch's equations, step by step.
+
+With weights that all patients share, a GRU's or LSTM's layer is one operation (`fused`) with its own backward
+pass, which gives the gradients by both affine maps at every step; otherwise autograd follows each step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapha_lab.curator.lift.fused import FUSED
 from rapha_lab.curator.lift.layers import linear
 from rapha_lab.curator.lift.table import batch_of, rule
 from rapha_lab.curator.lift.taps import Product, Use, tap, watched
@@ -53,13 +59,13 @@ CELLS = {"gru": gru_cell, "lstm": lstm_cell, "rnn_tanh": tanh_cell, "rnn_relu": 
 
 
 def unrolled(
-    cell: Any, affine: Callable[[int], Affine], x: Tensor, state: Sequence[Tensor], *,
+    way: Any, affine: Callable[[int], Any], x: Tensor, state: Sequence[Tensor], *,
     layers: int, dropout: float, both_ways: bool, time_first: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The layer's outputs and last states.
 
     Args:
-        cell: one of the above.
+        way: computes one layer in one direction.
         affine: by layer and direction, its two affine maps.
         x: `(patients, batch, time, features)`, time and batch swapped if `time_first`.
         state: each `(patients, layers * directions, batch, features)`.
@@ -74,9 +80,9 @@ def unrolled(
     last: list[list[Tensor]] = []
     for layer in range(layers):
         outs = []
-        for way in range(ways):
-            k = layer * ways + way
-            out, end = _way(cell, affine(k), x, [s[:, k] for s in state], way == 1)
+        for back in range(ways):
+            k = layer * ways + back
+            out, end = way(affine(k), x, [s[:, k] for s in state], back == 1)
             outs.append(out)
             last.append(end)
         x = torch.cat(outs, -1) if both_ways else outs[0]
@@ -147,7 +153,7 @@ def _enter(name: str, cell: Any) -> None:
         def affine(k: int) -> Affine:
             return lambda which, value: linear(value, groups[k][which], groups[k][2 + which])
 
-        return unrolled(cell, affine, x, states, **settings)
+        return unrolled(partial(_way, cell), affine, x, states, **settings)
 
     @tap(lambda args: args[2], f"{name}.input")
     def tapped(names: list[str | None], size: int, x: Tensor, *args: Any) -> Any:
@@ -156,8 +162,30 @@ def _enter(name: str, cell: Any) -> None:
         per = len(names) // len(groups)
         named = [[*names[i : i + per], *[None] * (4 - per)] for i in range(0, len(names), per)]
         maps = [Affines(n, group, size) for n, group in zip(named, groups, strict=True)]
-        out = unrolled(cell, maps.__getitem__, x, states, **settings)
+        way = partial(_fused_way, name) if name in FUSED else partial(_way, cell)
+        out = unrolled(way, maps.__getitem__, x, states, **settings)
         return out, [use for each in maps for use in each.uses()]
+
+
+def _fused_way(
+    name: str, maps: Affines, x: Tensor, state: list[Tensor], back: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """One layer in one direction by the fused operation; remembers its uses as if it had been step by step."""
+    x = x.flip(2) if back else x
+    given = maps(0, x)
+    weight, bias = maps.weights[1][0], maps.weights[3]
+    recalled = watched(torch.zeros_like(given, requires_grad=False))
+    # time first, the program's own batch folded with the patients
+    flat = [t.flatten(0, 1).transpose(0, 1) for t in (given, recalled)]
+    start = [s.flatten(0, 1) for s in state]
+    first = torch.stack(start)
+    out, _ = FUSED[name](*flat, first, weight, None if bias is None else bias[0])
+    ways = out.unflatten(2, x.shape[:2]).permute(0, 2, 3, 1, 4)  # (states, patients, batch, time, features)
+    before = torch.cat([start[0].unflatten(0, x.shape[:2]).unsqueeze(2), ways[0, :, :, :-1]], 2)
+    maps.seen[1].append(before.detach().reshape(maps.size, -1, weight.shape[1]))
+    maps.made[1].append(recalled)
+    y = ways[0].flip(2) if back else ways[0]
+    return y, [s[:, :, -1] for s in ways]
 
 
 for _name, _cell in CELLS.items():

@@ -54,7 +54,7 @@ def counting(values: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts.reshape(-1, *[1] * (values.dim() - 1)), values, 0)
 
 
-GROUP = 128
+GROUP = 256
 """Patients added up in float32; groups of them are added in float64, so that rounding does not grow with the batch."""
 
 
@@ -208,31 +208,55 @@ def linear(names: list[str | None], size: int, x: Tensor, weight: Tensor, bias: 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution as a product of windows of its input."""
+    """A convolution of images `(patients, images, channels, ...)`, or a transposed one."""
 
     weight: str
     bias: str | None
     inputs: Tensor
     outputs: list[Tensor]
     shape: torch.Size
-    setting: tuple[list[int], list[int], list[int], int]
+    setting: Any
 
     def parts(self, grads: Sequence[Tensor]) -> list[Part]:
-        """Materialised from windows, `(patients, groups, positions, in * kernel)`."""
-        stride, padding, dilation, groups = self.setting
-        kernel, x, (g,) = self.shape[2:], self.inputs, grads
-        rank, size = len(kernel), len(x)
+        """Materialised."""
+        (g,) = grads
+        rows = self._side_by_side(g) if self.setting[3] else self._by_windows(g)
+        bias: list[Part] = [] if self.bias is None else [Stored(self.bias, g.flatten(3).sum((1, 3)))]
+        return [Stored(self.weight, rows), *bias]
+
+    def _side_by_side(self, g: Tensor) -> Tensor:
+        """Patients' channels side by side are groups of channels, whose weights' gradients do not mix."""
+        stride, padding, dilation, transposed, more, groups = self.setting
+        x, size = self.inputs, len(self.inputs)
+        beside = [t.transpose(0, 1).flatten(1, 2) for t in (g, x)]
+        weight = x.new_empty(size * self.shape[0], *self.shape[1:])  # only its shape is read
+        wanted = (stride, padding, dilation, transposed, more, size * groups, [False, True, False])
+        rows = torch.ops.aten.convolution_backward(*beside, weight, None, *wanted)[1]
+        return rows.reshape(size, *self.shape)
+
+    def _by_windows(self, g: Tensor) -> Tensor:
+        """As products of windows `(patients, groups, positions, channels * kernel)` of the input and of `g`."""
+        stride, padding, dilation, _, _, groups = self.setting
+        kernel, x, rank, size = self.shape[2:], self.inputs, len(self.shape) - 2, len(g)
         x = F.pad(x.flatten(0, 1), [p for pair in padding[::-1] for p in (pair, pair)])
         for d in range(rank):
             x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
-        # (images, channels, *positions, *kernel) → (patients, groups, images * positions, channels * kernel)
+        # (images, channels, *positions, *kernel)
         x = x.unflatten(1, (groups, -1)).unflatten(0, (size, -1))
         order = [0, 2, 1, *range(4, 4 + rank), 3, *range(4 + rank, 4 + 2 * rank)]
         x = x.permute(order).reshape(size, groups, -1, math.prod(self.shape[1:]))
-        g_flat = g.flatten(3).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(3)
-        rows = torch.matmul(g_flat, x).reshape(size, *self.shape)
-        bias: list[Part] = [] if self.bias is None else [Stored(self.bias, g.flatten(3).sum((1, 3)))]
-        return [Stored(self.weight, rows), *bias]
+        g = g.flatten(3).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+        if x.shape[-1] < g.shape[2]:  # the longer rows last
+            return (x.mT @ g.mT).mT.reshape(size, *self.shape)
+        return (g @ x).reshape(size, *self.shape)
+
+
+def _images(x: Tensor, size: int, rank: int) -> Tensor:
+    """Inputs of a convolution over `rank` dimensions as `(patients, images, channels, ...)`."""
+    if x.dim() not in (rank + 2, rank + 3):
+        raise ValueError(f"an input of {rank + 2} dimensions is expected")
+    x = x.expand(size, *x.shape[1:])
+    return x if x.dim() == rank + 3 else x.unsqueeze(1)
 
 
 @tap(lambda args: args[1:3], *(f"conv{n}d.{kind}" for n in (1, 2, 3) for kind in ("default", "padding")))
@@ -242,24 +266,41 @@ def convolution(
 ) -> Any:  # fmt: skip
     """A convolution over one, two or three dimensions; the program's own batch folds with the patients."""
     rank, shape = weight.dim() - 3, weight.shape[1:]
-    if x.dim() not in (rank + 2, rank + 3):
-        raise ValueError(f"an input of {rank + 2} dimensions is expected")
-    images = (
-        x.expand(size, *x.shape[1:]) if x.dim() == rank + 3 else x.expand(size, *x.shape[1:]).unsqueeze(1)
-    )
-    stride, dilation = (list(v) * (rank if len(v) == 1 else 1) for v in (stride, dilation))
+    images, dilation = _images(x, size, rank), _each(dilation, rank)
     images, padding = _padded(
         images, shape[2:], padding if isinstance(padding, str) else list(padding), dilation
     )
-    padding = padding * (rank if len(padding) == 1 else 1)
-    function = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
-    b = None if bias is None else bias[0]
-    y = function(images.flatten(0, 1), weight[0], b, stride, padding, dilation, groups)
-    y = watched(y.unflatten(0, (size, -1)))
-    use = Convolution(
-        str(names[0]), names[1], images.detach(), [y], shape, (stride, padding, dilation, groups)
-    )
-    return (y if x.dim() == rank + 3 else y.squeeze(1)), [use]
+    setting = (_each(stride, rank), _each(padding, rank), dilation, False, [0] * rank, groups)
+    return _convolved(names, images, x, weight, bias, setting)
+
+
+@tap(
+    lambda args: args[1:3],
+    "conv_transpose1d.default",
+    "conv_transpose2d.input",
+    "conv_transpose3d.input",
+)
+def transposed(
+    names: list[str | None], size: int, x: Tensor, weight: Tensor, bias: Tensor | None,
+    stride: list[int], padding: list[int], more: list[int], groups: int, dilation: list[int],
+) -> Any:  # fmt: skip
+    """A transposed convolution."""
+    rank = weight.dim() - 3
+    setting = (*(_each(v, rank) for v in (stride, padding, dilation)), True, _each(more, rank), groups)
+    return _convolved(names, _images(x, size, rank), x, weight, bias, setting)
+
+
+def _each(numbers: list[int], rank: int) -> list[int]:
+    return list(numbers) * (rank if len(numbers) == 1 else 1)
+
+
+def _convolved(
+    names: list[str | None], images: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, setting: Any
+) -> Any:
+    y = torch.convolution(images.flatten(0, 1), weight[0], None if bias is None else bias[0], *setting)
+    y = watched(y.unflatten(0, (len(images), -1)))
+    use = Convolution(str(names[0]), names[1], images.detach(), [y], weight.shape[1:], setting)
+    return (y if x.dim() == images.dim() else y.squeeze(1)), [use]
 
 
 def _padded(x: Tensor, kernel: torch.Size, padding: Any, dilation: list[int]) -> tuple[Tensor, list[int]]:

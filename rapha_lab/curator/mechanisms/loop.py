@@ -79,8 +79,7 @@ class Loop:
         total = train.clipped_sum(lifted, parameters, constants, rows, drawn, clip)
         deviation = self.sigma * clip * (1 + train.slack(lifted.microbatch))
         share = batch if ask.reduction == "mean" else 1
-        grads = {name: train.private(t, deviation, noise).div_(share) for name, t in total.items()}
-        return Answer({}, save({name: grad.to(parameters[name].dtype) for name, grad in grads.items()}))
+        return Answer({}, save(train.private(total, deviation, share, noise, parameters)))
 
     def _announce(self, progress: Progress) -> None:
         """One step of those announced is taken; at the first of a block the whole block is announced."""
@@ -97,8 +96,8 @@ class Loop:
             if digest(ask.program) != ask.digest:
                 raise ProgramError("The program is not the one its digest names.", field="digest")
             lifted = lift(ask.program)
-            slots = train.capacity(train.most(self.ask.batch, self.rate), lifted.microbatch)
-            train.prepare(lifted, *lifted.tensors(tensors), self.ask.steps * slots // lifted.microbatch)
+            parts = lifted.for_batches_of(train.capacity(train.most(self.ask.batch, self.rate), 1))
+            train.prepare(lifted, *lifted.tensors(tensors), self.ask.steps * parts)
             while len(self._lifted) >= MOST:
                 del self._lifted[next(iter(self._lifted))]
             self._lifted[ask.digest] = lifted

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from rapha_lab.curator.accounting import SampledGaussian, noise_for
 from rapha_lab.curator.cohort import BESIDES, EXCESS, View
-from rapha_lab.curator.lift import Lifted, lift
+from rapha_lab.curator.lift import Lifted, Totals, lift
+from rapha_lab.curator.lift.compiling import assembled
 from rapha_lab.curator.lift.taps import GROUP
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress
-from rapha_lab.curator.noise import Noise, on_grid
+from rapha_lab.curator.noise import Noise, compile_noise, noisy
 from rapha_lab.protocol.errors import ProgramError, RefusedError, RequestError
 from rapha_lab.protocol.messages import Columns, Fit, Open, Optimizer
 from rapha_lab.protocol.program import Program
@@ -74,7 +75,7 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
         inputs = {name: view.tensor(columns)[known] for name, columns in ask.inputs.items()}
         weights = train(lifted, parameters, constants, inputs, ask, rate, sigma, noise, progress)
         values = {"steps": ask.steps, "noise": sigma, "clip": ask.clip, "rate": rate, "batch": ask.batch}
-        return Answer({"kind": "fit", **values}, save(weights))
+        return Answer({"kind": "fit", **values, "engine": lifted.note}, save(weights))
 
     touches = SPLITS if ask.split == "all" else (ask.split,)
     return Plan(loss, ask.steps, touches, run)
@@ -94,9 +95,10 @@ def train(
     """The parameters after `ask.steps` steps on the patients' `inputs`, each `(n, *shape)`."""
     weights = {name: t.clone() for name, t in parameters.items()}
     optimizer = optimizer_for(ask.optimizer, weights)
-    slots = capacity(most(ask.batch, rate), lifted.microbatch)
+    parts = lifted.for_batches_of(capacity(most(ask.batch, rate), 1))
+    slots = parts * lifted.microbatch
     sensitivity = ask.clip * (1 + slack(lifted.microbatch))
-    prepare(lifted, parameters, constants, ask.steps * slots // lifted.microbatch)
+    prepare(lifted, parameters, constants, ask.steps * parts)
     rows = with_absent(inputs)
     count = len(next(iter(inputs.values())))
     for step in range(ask.steps):
@@ -105,8 +107,9 @@ def train(
             progress(min(block(ask.steps), ask.steps - step))
         drawn = draw(count, rate, slots, noise)
         total = clipped_sum(lifted, weights, constants, rows, drawn, ask.clip)
+        grads = private(total, sigma * sensitivity, ask.batch, noise, weights)
         for name, weight in weights.items():
-            weight.grad = private(total[name], sigma * sensitivity, noise).div_(ask.batch).to(weight.dtype)
+            weight.grad = grads[name]
         optimizer.step()
     _finite(weights, ask.steps)
     return weights
@@ -127,7 +130,8 @@ def prepare(lifted: Lifted, parameters: Tensors, constants: Tensors, microbatche
         RefusedError: if a patient's gradient depends on the others in the batch.
     """
     seconds = lifted.selftest(parameters, constants)
-    if seconds * microbatches > WORTH and lifted.compile(parameters, constants):
+    if seconds * microbatches > WORTH and lifted.compile(parameters, constants) is not None:
+        compile_noise(assembled)
         lifted.selftest(parameters, constants)
 
 
@@ -191,21 +195,20 @@ def capacity(batch: float, microbatch: int) -> int:
 
 def clipped_sum(
     lifted: Lifted, weights: Tensors, constants: Tensors, rows: Tensors, drawn: Tensor, clip: float
-) -> Tensors:
+) -> Totals:
     """The sum of the drawn patients' clipped gradients, microbatch by microbatch, in float64."""
-    total = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in weights.items()}
+    total = lifted.zeros()
     absent = len(next(iter(rows.values()))) - 1
     for part in drawn.split(lifted.microbatch):
-        batch = {name: t[part] for name, t in rows.items()}
-        for name, t in lifted.clipped_sum(weights, constants, batch, part != absent, clip).items():
-            total[name] += t.double()
+        batch = {name: t.index_select(0, part) for name, t in rows.items()}
+        lifted.clipped_sum(weights, constants, batch, part != absent, clip, total)
     return total
 
 
-def private(total: Tensor, deviation: float, noise: Noise) -> Tensor:
-    """The sum with Gaussian noise of this standard deviation, on a grid that no record moves."""
-    drawn = noise.gaussian(total.numel()).reshape(total.shape)
-    return on_grid(drawn.mul_(deviation).add_(total), deviation)
+def private(total: Totals, deviation: float, share: float, noise: Noise, weights: Tensors) -> Tensors:
+    """The sums with Gaussian noise of this standard deviation, on a grid no record moves, over `share`; uses them up."""
+    noisy(total.flat, deviation, noise).div_(share)
+    return {name: t.to(weights[name].dtype) for name, t in total.items()}
 
 
 def slack(microbatch: int) -> float:
