@@ -13,13 +13,14 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from rapha_lab.curator.airlock import Airlock
-from rapha_lab.curator.cohort import Cohort
+from rapha_lab.curator.cohort import Cohort, Findings
 from rapha_lab.curator.desk import Caller, Desk
 from rapha_lab.curator.inforce import InForce
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.lift.compiling import keep_pages
 from rapha_lab.curator.noise import SystemNoise
 from rapha_lab.curator.quotes import quotes
+from rapha_lab.curator.records import commit
 from rapha_lab.curator.server import Call, Server
 from rapha_lab.curator.workers import EnclaveWorkers
 from rapha_lab.protocol import messages
@@ -90,13 +91,16 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
         schema = Schema.load(source.schema)
         policy.admits(schema.name, config.measurement, simulated=config.simulated, tier=config.tier)
         cohorts[schema.name] = Cohort.open(schema, source.folder, bytes.fromhex(config.salt))
+        _advise(policy, cohorts[schema.name])
         for column, found in cohorts[schema.name].findings.items():
-            if found.clamped or found.unlisted or found.missing:
+            if found != Findings():
                 print(f"{schema.name}.{column}: {found}", file=sys.stderr)
     for project in policy.projects:
         for dataset in project.datasets:
             for split in SPLITS:
                 ledger.open_account(project.name, dataset, split, project.epsilon, project.delta)
+    for name, cohort in cohorts.items():
+        commit(ledger, Path(config.ledger).with_name("records.jsonl"), name, cohort.digest)
     build = ledger.record(KIND, **msgspec.to_builtins(config.build))
     workers = EnclaveWorkers(config.workers, config.cores)
     airlock, noise = Airlock(ledger), SystemNoise()
@@ -113,6 +117,17 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
     )
     free = _free(ledger, in_force, cohorts, build) | _custody(airlock, in_force)
     return Server(desk, free, reader, writer)
+
+
+def _advise(policy: Policy, cohort: Cohort) -> None:
+    """Tell the operator alone if a dataset of no declared size is under a project's smallest cohort."""
+    schema, size = cohort.schema, len(cohort.view("all"))
+    for project in policy.projects:
+        if schema.patients is None and schema.name in project.datasets and size < project.smallest_cohort:
+            what = (
+                f"{schema.name} holds fewer patients than the smallest cohort of the project {project.name}."
+            )
+            print(what, "Declare `patients` in its schema, or take it out of the project.", file=sys.stderr)
 
 
 def _custody(airlock: Airlock, policy: InForce) -> dict[str, Any]:

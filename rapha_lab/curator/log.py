@@ -22,7 +22,7 @@ __all__ = ["SCHEMA", "Kind", "Log"]
 
 Kind = Literal[
     "release-of-enclave", "policy", "statement", "cell", "account", "reserve", "charge", "abandon", "recover",
-    "airlock", "decision", "shown", "opt-outs",
+    "airlock", "decision", "shown", "opt-outs", "records",
 ]  # fmt: skip
 
 SCHEMA = """

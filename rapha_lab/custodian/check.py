@@ -38,6 +38,7 @@ def report(path: Path, folder: Path, rows: int = 5) -> str:
     cohort = Cohort.open(schema, folder, os.urandom(32))
     view = cohort.view("all")
     page = [f"FOR CUSTODIANS ALONE. {schema.name}: {len(view):,} patients, {len(schema.columns)} columns."]
+    page += [f"  SHA-256 of the records: {cohort.digest.hex()}"]
     page += [f"  {name}: {told}" for name, found in cohort.findings.items() if (told := _words(found))]
     with pl.Config(tbl_rows=rows, tbl_cols=20, tbl_hide_dataframe_shape=True):
         page.append(str(view.frame([column.name for column in schema.columns]).head(rows)))

@@ -26,6 +26,7 @@ from rapha_lab.protocol.schema import Schema
 dbapi = pytest.importorskip("adbc_driver_postgresql.dbapi")
 duckdb = pytest.importorskip("duckdb")
 SALT = b"sixteen bytes ok"
+MEASURED = "sha256:" + "0" * 64
 CANARY = "4711-CANARY-0815"
 WORDS = {"meaning": "OMOP CDM 5.4.", "public": "OMOP's vocabulary."}
 SCHEMA = {
@@ -231,7 +232,7 @@ def test_a_real_curator_answers_a_count_of_it(database, tmp_path):
             {
                 "site": "test", "log": "test", "simulated": True, "policy": str(tmp_path / "policy.toml"),
                 "ledger": str(tmp_path / "ledger.sqlite"), "key": bytes(range(32)).hex(), "salt": SALT.hex(),
-                "measurement": "none", "tier": "S1", "cores": 1,
+                "measurement": MEASURED, "build": {"version": "0", "measurements": [MEASURED]}, "tier": "S1", "cores": 1,
                 "datasets": [{"schema": str(tmp_path / "omop.toml"), "folder": str(tmp_path)}],
             }
         )  # fmt: skip
