@@ -23,13 +23,16 @@ import torch
 from IPython.core.formatters import DisplayFormatter
 
 from rapha_lab.protocol.errors import CellError, RaphaError
-from rapha_lab.protocol.release import canonical
-from rapha_lab.session import tracing
+from rapha_lab.protocol.release import Release, canonical
+from rapha_lab.session import pictures, tracing
 
 __all__ = ["Screen", "cell_error", "run"]
 
 Output = dict[str, Any]
 Send = Callable[[Output], None]
+
+MOST_PICTURES = 20
+"""Releases of one cell that are drawn."""
 
 _formatter = DisplayFormatter()
 
@@ -53,6 +56,18 @@ class Screen:
         """Send what was printed."""
         if text.strip("\n"):
             self._send({"type": "stream", "name": name, "text": text})
+
+    def release(self, release: Release) -> None:
+        """Take note of a release, whose card the site shows by itself, and show a picture of it below."""
+        self.released.append(release)
+        if len(self.released) > MOST_PICTURES:
+            return
+        try:
+            figure = pictures.picture(release)
+        except Exception:  # a picture is a courtesy: the release stands without it
+            return
+        if figure is not None:
+            self.show(figure)
 
     def settle(self) -> None:
         """Send what was printed and still waits, so that what comes next stands below it."""

@@ -119,7 +119,7 @@ class Worker:
     def _cell(self, header: dict[str, Any], tensors: bytes) -> tuple[dict[str, Any], bytes]:
         schema = Schema.from_dict(header["schema"])
         self.namespace.update(parcels.unpack(header["inputs"], tensors, into=self.namespace))
-        released = self.screen.released.append
+        released = self.screen.release
         self.namespace["patients"] = Patients(schema, self.ask, epsilon=header["epsilon"], released=released)
         interpreter.run(header["source"], self.namespace, self.screen, header["name"])
         return parcels.pack(self.namespace, header["outputs"])

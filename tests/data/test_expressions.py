@@ -234,6 +234,7 @@ class TestSessions:
         tables, frame = mock_tables(schema, 400, seed=0), mock(schema, 400, seed=0)
         rehearsal, released = Rehearsal(), {}
         cell = """
+import polars as pl
 labs = patients.table("labs").where(pl.col("code") == "a")
 joined = patients.join(labs.group_by("patient").agg(worst=pl.col("value").max(), n=pl.len()))
 sick = joined.where(pl.col("n") > 0, pl.col("age") > 40).with_columns(band=pl.col("worst") > 5)
@@ -243,7 +244,7 @@ c = labs.group_by("urgent").patients(epsilon=1e4)
 d = patients.join(labs, how="anti").count(error=0.01)
 e = joined.where(pl.col("n") > 0).table("labs").where(pl.col("age") > 40).count(epsilon=1e4)
 """
-        rehearsal.run(cell, schema, epsilon=None, inputs={"pl": pl})
+        rehearsal.run(cell, schema, epsilon=None)
         released = rehearsal.namespace
         cohort = Cohort(schema, frame, bytes(16), tables=tables)
         labs = cohort.view("all").table("labs").filter(pl.col("code") == "a")
@@ -273,7 +274,7 @@ e = joined.where(pl.col("n") > 0).table("labs").where(pl.col("age") > 40).count(
         """Derived columns are inputs and targets, and patients who are left out contribute nothing."""
         schema = ward(patients=6000)
         cell = """
-import torch
+import polars as pl, torch
 some = patients.with_columns(old=pl.col("age") > 60, lcrp=pl.col("crp").log()).where(pl.col("sex") == "F")
 model = torch.nn.Linear(2, 1)
 some.train.fit(model, inputs=["age", "lcrp"], target="old", epsilon=5, epochs=1)
@@ -286,7 +287,7 @@ def only(frame):
 mean = some.shards(only, bounds=(-3, 7), columns=["sex", "old", "lcrp"], epsilon=10, seconds=20)
 """
         rehearsal = Rehearsal()
-        rehearsal.run(cell, schema, epsilon=None, inputs={"pl": pl})
+        rehearsal.run(cell, schema, epsilon=None)
         assert rehearsal.namespace["judged"].values["where"] == "(sex = F)"
         assert set(rehearsal.namespace["mean"].values["derived"]) == {"old", "lcrp"}
 
