@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     build.set_defaults(run=_build_demo)
 
     _review_parsers(commands.add_parser("review", help="what waits for custodians in a site's airlock"))
+    _opt_out_parsers(commands.add_parser("optout", help="patients who opted out, at the site itself"))
     _log_commands(commands.add_parser("log", help="a site's transparency log").add_subparsers(required=True))
     witness = commands.add_parser("witness", help="check that a log extends what was seen of it, and cosign")
     witness.add_argument("what", help='a bundle, "demo" or an address')
@@ -165,6 +166,71 @@ def _review_parsers(review: argparse.ArgumentParser) -> None:
     sign.add_argument("file", type=Path)
     sign.add_argument("--key", type=Path, required=True)
     sign.set_defaults(run=_sign)
+
+
+def _opt_out_parsers(optout: argparse.ArgumentParser) -> None:
+    acts = optout.add_subparsers(required=True)
+    for name, words in (("add", "leave patients out from now on"), ("return", "take them back in")):
+        act = acts.add_parser(name, help=words)
+        act.add_argument("config", type=Path, help="the site's configuration")
+        act.add_argument("dataset")
+        act.add_argument(
+            "patients", nargs="*", help="identifiers; or lines on standard input if there are none"
+        )
+        act.add_argument("--key", type=Path, required=True, help="yours, as a custodian")
+        act.set_defaults(run=_opt_out, act=name)
+    listed = acts.add_parser("list", help="the versions of the lists")
+    listed.add_argument("config", type=Path)
+    listed.set_defaults(run=_list_opt_outs)
+    which = acts.add_parser("which", help="which version a receipt names, or the log on one day")
+    which.add_argument("config", type=Path)
+    which.add_argument("dataset")
+    which.add_argument("of", help="the receipt's job, or the day")
+    which.add_argument("label")
+    which.set_defaults(run=_which_opt_outs)
+
+
+def _opt_out(args: argparse.Namespace) -> None:
+    from rapha_lab.curator.optouts import add
+    from rapha_lab.protocol.keys import PrivateKey
+
+    people = args.patients or [line.strip() for line in sys.stdin if line.strip()]
+    key = PrivateKey.load(args.key, _passphrase("Your passphrase: "))
+    path, salt = _opt_outs_of(args.config)
+    sets = (people, []) if args.act == "add" else ([], people)
+    version = add(path, args.dataset, key, salt, *sets)
+    print(
+        f"Version {version.number} of {args.dataset}: {len(people)} patient(s) {args.act}ed, from the next step on."
+    )
+
+
+def _list_opt_outs(args: argparse.Namespace) -> None:
+    from datetime import UTC, datetime
+
+    from rapha_lab.curator.optouts import versions
+
+    for v in versions(_opt_outs_of(args.config)[0]):
+        when = f"{datetime.fromtimestamp(v.time, UTC):%Y-%m-%d %H:%M}"
+        print(
+            f"{v.dataset} {v.number}: {len(v.added)} added, {len(v.returned)} returned, {when} UTC, by {v.key}"
+        )
+
+
+def _which_opt_outs(args: argparse.Namespace) -> None:
+    from rapha_lab.curator.optouts import label, versions
+
+    path, salt = _opt_outs_of(args.config)
+    numbers = [0, *(v.number for v in versions(path) if v.dataset == args.dataset)]
+    found = [n for n in numbers if label(salt, args.dataset, n, args.of) == args.label]
+    print(f"Version {found[0]} of {args.dataset}." if found else "No version of this site has that name.")
+
+
+def _opt_outs_of(config: Path) -> tuple[Path, bytes]:
+    """The file of a site's opt-outs, and the secret with which identifiers are hashed."""
+    from rapha_lab.enclave.site import Config
+
+    state = Path(Config.load(config).state)
+    return state / "opt-outs", (state / "split.salt").read_bytes()
 
 
 def _review(args: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from rapha_lab.curator.inforce import InForce
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.lift.compiling import keep_pages
 from rapha_lab.curator.noise import SystemNoise
+from rapha_lab.curator.optouts import OptOuts
 from rapha_lab.curator.quotes import quotes
 from rapha_lab.curator.records import commit
 from rapha_lab.curator.server import Call, Server
@@ -52,6 +53,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     ledger: str
     key: str
     salt: str
+    opt_outs: str
     measurement: str
     build: Build
     tier: str
@@ -113,6 +115,7 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
         workers,
         simulated=config.simulated,
         airlock=airlock,
+        opt_outs=OptOuts(config.opt_outs, ledger, in_force, bytes.fromhex(config.salt)),
         reviews=f"{config.measurement} {config.tier}" if config.tier == "S3" else None,
     )
     free = _free(ledger, in_force, cohorts, build) | _custody(airlock, in_force)

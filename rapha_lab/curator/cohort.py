@@ -24,7 +24,7 @@ from rapha_lab.curator.tables import Rows
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.schema import MISSING, SPLITS, Schema
 
-__all__ = ["BESIDES", "EXCESS", "Cohort", "Findings", "View", "split_of"]
+__all__ = ["BESIDES", "EXCESS", "Cohort", "Findings", "View", "mark_of", "split_of"]
 
 EXCESS, BESIDES = 1.1, 40
 """A split may hold this many times its expected patients, and this many more, before the schema is refused."""
@@ -43,6 +43,11 @@ def _point(patient: str, salt: bytes, use: bytes) -> int:
     return int.from_bytes(hmac.digest(salt, b"rapha " + use + b"\0" + patient.encode(), hashlib.sha256)[:8])
 
 
+def mark_of(patient: str, salt: bytes) -> str:
+    """What stands for an identifier where the identifier itself must not: a keyed hash."""
+    return hmac.digest(salt, b"rapha identifier\0" + patient.encode(), hashlib.sha256)[:16].hex()
+
+
 class Cohort:
     """All patients of a dataset who have not opted out.
 
@@ -55,6 +60,7 @@ class Cohort:
 
     Attributes:
         findings: by column or table, what the custodian should know of it.
+        present: who has not opted out since it was opened, bool (n,).
         knows: whether a text is the identifier of one of its patients.
         digest: SHA-256 of the sources, for the custodians alone; empty if it was not opened from any.
 
@@ -100,8 +106,10 @@ class Cohort:
         self._points = torch.tensor(
             [_point(patient, salt, b"shard") >> 32 for patient in patients], dtype=torch.int64
         )
-        known = {_point(patient, salt, b"identifier") for patient in patients}
-        self.knows: Callable[[str], bool] = lambda text: _point(text, salt, b"identifier") in known
+        marks = {mark_of(patient, salt): row for row, patient in enumerate(patients)}
+        self.knows: Callable[[str], bool] = lambda text: mark_of(text, salt) in marks
+        self._everybody, self._marks, self._left = self._rows, marks, frozenset[str]()
+        self.present = torch.ones(len(patients), dtype=torch.bool)
 
     @classmethod
     def open(cls, schema: Schema, folder: str | Path, salt: bytes, opt_outs: Collection[str] = ()) -> Cohort:
@@ -123,6 +131,15 @@ class Cohort:
             cohort.findings[name] = replace(cohort.findings[name], unreadable=count)
         _check_size(cohort)
         return cohort
+
+    def leave_out(self, marks: frozenset[str]) -> None:
+        """Leave out, from now on, exactly the patients of these marks: of new views, and of steps of older ones."""
+        if marks == self._left:
+            return
+        present = torch.ones(len(self.present), dtype=torch.bool)
+        present[[self._marks[mark] for mark in marks if mark in self._marks]] = False
+        self._rows = {split: rows[present[rows]] for split, rows in self._everybody.items()}
+        self.present, self._left = present, marks
 
     def view(self, split: str) -> View:
         """The patients of one split, or of "all"."""
@@ -148,6 +165,10 @@ class View:
     def frame(self, columns: Iterable[str]) -> pl.DataFrame:
         """The columns as a frame, a row a patient, null where not known."""
         return pl.DataFrame([self._of(self.schema.column(name).name).series() for name in columns])
+
+    def present(self) -> Tensor:
+        """Who of them has not opted out since, bool (n,): a step of a training leaves the others out."""
+        return self._cohort.present[self._rows]
 
     def knows(self, text: str) -> bool:
         """Whether a text is the identifier of a patient of the cohort."""

@@ -24,6 +24,7 @@ from rapha_lab.curator.mechanisms import Answer, Plan, aggregate, loop
 from rapha_lab.curator.mechanisms.loop import Loop
 from rapha_lab.curator.mechanisms.shards import Workers
 from rapha_lab.curator.noise import Noise
+from rapha_lab.curator.optouts import OptOuts
 from rapha_lab.curator.plans import plan_of, words
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.checkpoint import Receipt
@@ -74,6 +75,7 @@ class Desk:
         workers: where functions meet their shards.
         airlock: where answers wait for the custodians whom the policy names for their lane.
         reviews: the environment in which reviewed functions run, for custodians to approve; None where none may.
+        opt_outs: who is left out; asked whenever a cohort is, before each block of steps too.
     """
 
     def __init__(
@@ -88,10 +90,11 @@ class Desk:
         simulated: bool,
         airlock: Airlock | None = None,
         reviews: str | None = None,
+        opt_outs: OptOuts | None = None,
     ) -> None:
         self._policy, self._ledger, self._cohorts, self._noise = policy, ledger, cohorts, noise
         self._site, self._workers, self._simulated = site, workers, simulated
-        self._airlock, self._reviews = airlock or Airlock(ledger), reviews
+        self._airlock, self._reviews, self._opt_outs = airlock or Airlock(ledger), reviews, opt_outs
         self._loops: dict[str, tuple[Caller, Loop, float, View]] = {}
 
     def answer(
@@ -192,7 +195,9 @@ class Desk:
         values = {"kind": "fit", "steps": found.done, "noise": found.sigma, "clip": opened.clip}
         answer = Answer(values | {"rate": found.rate, "batch": opened.batch} | words(opened))
         receipt = self._ledger.settle(
-            ask.loop, statement(answer.values, answer.tensors), about={"mode": "auto"}
+            ask.loop,
+            statement(answer.values, answer.tensors),
+            about=self._about("auto", opened.dataset, ask.loop),
         )
         return self._release(ask.loop, opened, delta, answer, receipt)
 
@@ -286,7 +291,15 @@ class Desk:
                 "Name one of them.",
                 field="dataset",
             )
-        return self._cohorts[dataset]
+        cohort = self._cohorts[dataset]
+        if self._opt_outs is not None:
+            self._opt_outs.apply(cohort)
+        return cohort
+
+    def _about(self, mode: Mode, dataset: str, job: str) -> dict[str, str]:
+        """Labels of a charge: who released it, and which list of opt-outs was in force, for who holds the key."""
+        listed = {"opt-outs": self._opt_outs.label(dataset, job)} if self._opt_outs is not None else {}
+        return {"mode": mode} | listed
 
     def _permit(self, policy: Policy, caller: Caller, ask: Ask, program: Program | None = None) -> Mode:
         schema, metrics = self._cohort(ask.dataset).schema, getattr(ask, "metrics", ())
@@ -317,8 +330,9 @@ class Desk:
 
         try:
             answer = plan.run(cohort.view(split), progress)
+            about = self._about(mode, cohort.schema.name, job)
             said, wait = statement(answer.values, answer.tensors), partial(hold, answer)
-            return answer, self._ledger.settle(job, said, answer.tensors, about={"mode": mode}, also=wait)
+            return answer, self._ledger.settle(job, said, answer.tensors, about=about, also=wait)
         except Cancelled as error:
             self._ledger.abandon(job, "cancelled")
             raise error from None

@@ -61,6 +61,11 @@ class Chosen(Cohort):
         self._tables, self._points = cohort._tables, cohort._points
         self.knows = cohort.knows
 
+    @property
+    def present(self) -> Tensor:  # type: ignore[override]
+        """Who of the cohort has not opted out since."""
+        return self._of.present
+
     def view(self, split: str) -> View:
         """The chosen patients of one split, or of "all"; who they are is found out when it is first used."""
         return _Later(self, split)

@@ -156,6 +156,7 @@ class Site:
             "ledger": str(self._state / "ledger.sqlite"),
             "key": seed.hex(),
             "salt": _secret(self._state / "split.salt").hex(),
+            "opt_outs": str(self._state / "opt-outs"),
             "measurement": self._attester.measurement,
             "build": self._build,
             "tier": self._zygote.tier,

@@ -34,6 +34,9 @@ class Records:
     def __len__(self) -> int:
         return len(self.values)
 
+    def present(self) -> Tensor:
+        return torch.ones(len(self), dtype=torch.bool)
+
 
 class Public:
     """Stands for a schema."""

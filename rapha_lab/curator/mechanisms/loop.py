@@ -76,6 +76,7 @@ class Loop:
         drawn = train.draw(
             len(view), self.rate, train.capacity(train.most(batch, self.rate), lifted.microbatch), noise
         )
+        drawn = train.staying(drawn, view.present())
         total = train.clipped_sum(lifted, parameters, constants, rows, drawn, clip)
         deviation = self.sigma * clip * (1 + train.slack(lifted.microbatch))
         share = batch if ask.reduction == "mean" else 1

@@ -9,6 +9,7 @@ whose norm was clipped, whatever the model. Neither a step's shape nor its work 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from safetensors.torch import save
@@ -73,7 +74,11 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
     def run(view: View, progress: Progress) -> Answer:
         known = with_target(view, ask.inputs)
         inputs = {name: view.tensor(columns)[known] for name, columns in ask.inputs.items()}
-        weights = train(lifted, parameters, constants, inputs, ask, rate, sigma, noise, progress)
+
+        def present() -> Tensor:
+            return view.present()[known]
+
+        weights = train(lifted, parameters, constants, inputs, ask, rate, sigma, noise, progress, present)
         values = {"steps": ask.steps, "noise": sigma, "clip": ask.clip, "rate": rate, "batch": ask.batch}
         return Answer({"kind": "fit", **values, "engine": lifted.note}, save(weights))
 
@@ -91,8 +96,12 @@ def train(
     sigma: float,
     noise: Noise,
     progress: Progress,
+    present: Callable[[], Tensor] | None = None,
 ) -> Tensors:
-    """The parameters after `ask.steps` steps on the patients' `inputs`, each `(n, *shape)`."""
+    """The parameters after `ask.steps` steps on the patients' `inputs`, each `(n, *shape)`.
+
+    Who is no longer `present`, bool (n,), takes no part in the next step.
+    """
     weights = {name: t.clone() for name, t in parameters.items()}
     optimizer = optimizer_for(ask.optimizer, weights)
     parts = lifted.for_batches_of(capacity(most(ask.batch, rate), 1))
@@ -106,6 +115,8 @@ def train(
             _finite(weights, step)
             progress(min(block(ask.steps), ask.steps - step))
         drawn = draw(count, rate, slots, noise)
+        if present is not None:
+            drawn = staying(drawn, present())
         total = clipped_sum(lifted, weights, constants, rows, drawn, ask.clip)
         grads = private(total, sigma * sensitivity, ask.batch, noise, weights)
         for name, weight in weights.items():
@@ -175,6 +186,11 @@ def draw(count: int, rate: float, slots: int, noise: Noise) -> Tensor:
     drawn = noise.bernoulli(count, rate).nonzero().squeeze(1)[:slots]
     places = noise.uniform(slots).argsort()[: len(drawn)]
     return torch.full((slots,), count).scatter(0, places, drawn)
+
+
+def staying(drawn: Tensor, present: Tensor) -> Tensor:
+    """The draw with the row of zeros in the slots of patients who have opted out, bool (n,)."""
+    return torch.where(torch.cat([present, present.new_ones(1)])[drawn], drawn, len(present))
 
 
 def most(batch: int, rate: float) -> float:

@@ -1,0 +1,195 @@
+"""Patients who opted out: left out of everything from the next step on, and nobody can tell when or how many."""
+
+from __future__ import annotations
+
+import io
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import clinic
+import pytest
+import torch
+import ward
+from clinic import Clinic
+from test_policies import CUSTODIANS, FIRST, STRANGERS, fixed
+
+from rapha_lab.cli import main
+from rapha_lab.curator.cohort import Cohort, mark_of
+from rapha_lab.curator.ledger import Ledger
+from rapha_lab.curator.mechanisms import train
+from rapha_lab.curator.noise import SystemNoise
+from rapha_lab.curator.optouts import OptOuts, Version, add, label, versions
+from rapha_lab.protocol import messages
+from rapha_lab.protocol.errors import PolicyError, RaphaError
+from rapha_lab.protocol.schema import Schema
+from rapha_lab.session import tracing
+
+SALT = bytes(range(32))
+SCHEMA = Schema.from_dict(tomllib.loads(ward.SCHEMA))
+
+
+@pytest.fixture
+def cohort() -> Cohort:
+    return Cohort(SCHEMA, ward.frame(), SALT)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = Ledger(tmp_path / "ledger.sqlite", fixed(7).parts[0])
+    yield opened
+    opened.close()
+
+
+def lists(tmp_path: Path, ledger: Ledger) -> OptOuts:
+    return OptOuts(tmp_path / "opt-outs", ledger, lambda: FIRST, SALT)
+
+
+class TestLists:
+    def test_who_opts_out_is_in_no_view_until_they_return(
+        self, tmp_path: Path, ledger: Ledger, cohort: Cohort
+    ) -> None:
+        """In any split; an identifier that is nobody's changes nothing."""
+        path, found = tmp_path / "opt-outs", lists(tmp_path, ledger)
+        found.apply(cohort)
+        assert len(cohort.view("all")) == ward.PATIENTS
+        add(path, "ward", CUSTODIANS[0], SALT, ["w00003", "w00007", "nobody"])
+        found.apply(cohort)
+        assert len(cohort.view("all")) == ward.PATIENTS - 2
+        assert sum(len(cohort.view(s)) for s in ("train", "validation", "test")) == ward.PATIENTS - 2
+        assert b"w00003" not in path.read_bytes()
+        add(path, "ward", CUSTODIANS[1], SALT, [], ["w00003"])
+        found.apply(cohort)
+        assert len(cohort.view("all")) == ward.PATIENTS - 1
+
+    @pytest.mark.parametrize("fault", ["stranger", "edited", "between", "dropped", "unreadable"])
+    def test_a_version_that_does_not_hold_closes_the_dataset(
+        self, tmp_path: Path, ledger: Ledger, cohort: Cohort, fault: str
+    ) -> None:
+        """Whoever wrote it: nothing is answered until the custodians looked."""
+        path = tmp_path / "opt-outs"
+        for patient in ("w00001", "w00002", "w00003"):
+            add(path, "ward", CUSTODIANS[0], SALT, [patient])
+        told = path.read_bytes().splitlines()
+        if fault == "stranger":
+            add(path, "ward", STRANGERS[0], SALT, ["w00004"])
+        elif fault == "edited":
+            told[1] = told[1].replace(b'"added":["', b'"added":["' + b"0" * 32 + b'","')
+        elif fault == "between":
+            told[1], told[2] = told[2], told[1]
+        elif fault == "dropped":
+            del told[1]
+        else:
+            told[2] = told[2][:-9]
+        if fault != "stranger":
+            path.write_bytes(b"\n".join(told) + b"\n")
+        for _ in range(2):
+            with pytest.raises(RaphaError):
+                lists(tmp_path, ledger).apply(cohort)
+
+    def test_what_was_taken_outlives_its_line(self, tmp_path: Path, ledger: Ledger, cohort: Cohort) -> None:
+        """An operator who empties the file brings nobody back."""
+        add(tmp_path / "opt-outs", "ward", CUSTODIANS[0], SALT, ["w00003"])
+        lists(tmp_path, ledger).apply(cohort)
+        (tmp_path / "opt-outs").unlink()
+        again = Cohort(SCHEMA, ward.frame(), SALT)
+        lists(tmp_path, ledger).apply(again)
+        assert len(again.view("all")) == ward.PATIENTS - 1
+
+    def test_receipts_and_log_tell_no_moment_and_no_number(
+        self, tmp_path: Path, ledger: Ledger, cohort: Cohort
+    ) -> None:
+        """Every job names another hash; the log commits once a day, changed or not; the key tells which it was."""
+        path, found = tmp_path / "opt-outs", lists(tmp_path, ledger)
+        found.apply(cohort)
+        before = [found.label("ward", f"job-{n}") for n in range(3)]
+        add(path, "ward", CUSTODIANS[0], SALT, ["w00003"])
+        found.apply(cohort)
+        after = [found.label("ward", f"job-{n}") for n in range(3)]
+        assert len({*before, *after}) == 6
+        assert after[1] == label(SALT, "ward", 1, "job-1")
+        entries = [json.loads(entry) for entry in ledger.log.entries()]
+        assert [e["kind"] for e in entries] == ["opt-outs"]
+        assert set(entries[0]) == {"kind", "dataset", "day", "list"}
+        lists(tmp_path, ledger).apply(cohort)
+        assert ledger.log.size() == 1
+
+    def test_without_the_signature_anybody_opts_anybody_out(
+        self, tmp_path: Path, ledger: Ledger, cohort: Cohort, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The mutant that does not check: the test above has teeth."""
+        version = add(tmp_path / "opt-outs", "ward", STRANGERS[0], SALT, ["w00004"])
+        assert isinstance(version, Version)
+        with pytest.raises(PolicyError):
+            lists(tmp_path, ledger).apply(cohort)
+        monkeypatch.setattr(OptOuts, "_check", lambda *_: None)
+        lists(tmp_path, ledger).apply(cohort)
+        assert len(cohort.view("all")) == ward.PATIENTS - 1
+
+
+def test_a_running_training_leaves_them_out_from_its_next_step(
+    cohort: Cohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their slots hold the row of zeros, in a shape that is the same."""
+    model, example = torch.nn.Linear(1, 1), {"x": torch.zeros(1)}
+    traced = tracing.loss_program(model, torch.nn.BCEWithLogitsLoss(), example, torch.zeros(()))
+    sgd = messages.Optimizer(name="sgd", settings={"lr": 0.1})
+    ask = messages.Fit(
+        dataset="ward", split="all", epsilon=900.0, program=traced.program, clip=1.0, steps=3, optimizer=sgd,
+        inputs={"x": ["age"], "target": "died"}, batch=ward.PATIENTS,
+    )  # fmt: skip
+    drawn, honest = [], train.clipped_sum
+
+    def watched(*args: Any) -> Any:
+        drawn.append(args[4])
+        return honest(*args)
+
+    monkeypatch.setattr(train, "clipped_sum", watched)
+    monkeypatch.setattr(train, "block", lambda steps: 1)
+    marks = frozenset([mark_of("w00005", SALT)])
+    calls = []
+
+    def progress(steps: int) -> None:
+        calls.append(steps)
+        if len(calls) == 2:
+            cohort.leave_out(marks)
+
+    plan = train.plan(ask, traced.blob, SCHEMA, 1e-5, SystemNoise())
+    plan.run(cohort.view("all"), progress)
+    assert [5 in step.tolist() for step in drawn] == [True, False, False]
+    assert len({len(step) for step in drawn}) == 1
+    assert all(6 in step.tolist() for step in drawn)
+
+
+def test_a_site_applies_a_list_at_once_and_names_it_in_the_receipt(
+    shared: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the custodian's command; `which` opens what the receipt names."""
+    monkeypatch.setenv("RAPHA_LAB_PASSPHRASE", "a long passphrase")
+    shared.custodians[1].save(tmp_path / "officer", "a long passphrase")
+    config = shared.folder / "site.toml"
+    config.write_text(
+        'name = "clinic"\nstate = "state"\npolicy = "policy.toml"\ndatasets = [{schema = "ward.toml"}]\n'
+    )
+    ask = "patients.test.count(epsilon=1)"
+    job = shared.connect().run(ask, "ward", session="opt-outs")
+    clinic.until(job, "waiting")
+    monkeypatch.setattr("sys.stdin", io.StringIO("w00011\nw00012\n"))
+    assert main(["optout", "add", str(config), "ward", "--key", str(tmp_path / "officer")]) == 0
+    assert "2 patient(s) added" in capsys.readouterr().out
+    other = clinic.until(shared.connect().run(ask, "ward", session="opt-outs 2"), "waiting")
+    entries = [json.loads(e) for e in shared.connect()._channel.call("log", {"start": 0})[0]["entries"]]
+    charges = {e["job"].partition("-")[0]: e for e in entries if e["kind"] == "charge"}
+    for each, number in ((job, 0), (other, 1)):
+        entry = charges[each.id]
+        assert main(["optout", "which", str(config), "ward", entry["job"], entry["opt-outs"]]) == 0
+        assert f"Version {number} of ward." in capsys.readouterr().out
+    assert main(["optout", "list", str(config)]) == 0
+    assert "ward 1: 2 added, 0 returned" in capsys.readouterr().out
+    assert len(versions(shared.folder / "state" / "opt-outs")) == 1
+    for each in (job, other):
+        each.cancel()
+    shared.connect().end_sessions("opt-outs")
+    shared.connect().end_sessions("opt-outs 2")
