@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import time
 import uuid
 from typing import Any, NoReturn
 
@@ -23,6 +24,9 @@ from rapha_lab.protocol.errors import (
 )
 
 __all__ = ["EnclaveMagics"]
+
+SOON = 1.0
+"""Seconds after an interrupt in which a kernel that shuts down has been told so."""
 
 USAGE = "%%enclave DATASET [--epsilon E] [-o NAMES] [-i NAMES] [--no-rehearsal | --rehearse-only]"
 
@@ -121,10 +125,23 @@ class EnclaveMagics(Magics):
         try:
             _follow(job)
         except KeyboardInterrupt:
+            if self._is_leaving():
+                raise SiteError("The job runs on without this kernel.", "", _back(job)) from None
             job.cancel()
             _follow(job)
         job.raise_error()
         return job
+
+    def _is_leaving(self) -> bool:
+        """Whether the kernel shuts down: Jupyter begins that with an interrupt as well, and says so a moment later."""
+        until = time.monotonic() + SOON
+        while time.monotonic() < until and not self.shell.exit_now:
+            time.sleep(0.02)
+        return bool(self.shell.exit_now)
+
+
+def _back(job: Job) -> str:
+    return f'Come back to it: site.attach("{job.id}").'
 
 
 def _follow(job: Job) -> None:
@@ -140,7 +157,7 @@ def _follow(job: Job) -> None:
             else:
                 card.update(bundle, raw=True)
     if job.state not in ENDED:
-        raise SiteError("The job was left running.", "", f'Come back to it: site.attach("{job.id}").')
+        raise SiteError("The job was left running.", "", _back(job))
 
 
 def _show(output: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lab import BUILT, CONNECT, MEAN, Lab, Server, browser, chromium
+from lab import BUILT, Lab, Server, browser, chromium
 from playwright.sync_api import Browser
 
 HERE = Path(__file__).parent
@@ -44,9 +44,7 @@ def page_of_the_run(server: Server, opened: Browser) -> Lab:
     """The page, with a kernel that is connected to the demo site."""
     lab = Lab(server, opened.new_page(viewport={"width": 1280, "height": 800}))
     lab.load()
-    lab.write("connect.ipynb", CONNECT, MEAN)
-    lab.open("connect.ipynb")
-    lab.run(0)
+    lab.connect()
     lab.run(1)
     lab.save()
     return lab

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "rapha_lab" / "labextension"
@@ -24,6 +24,9 @@ FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --force-color-profile=srgb"
 )
+WAIT = 60_000
+"""Milliseconds; only a failing test waits as long, on a busy machine too."""
+
 CONNECT = 'import rapha_lab as rapha\n%load_ext rapha_lab\nsite = rapha.connect("demo")\ncohort = site.dataset("flchain")'
 MEAN = '%%enclave flchain\npatients.mean("age", epsilon=0.01)'
 FIT = """%%enclave flchain --epsilon 0.05 -o model
@@ -147,7 +150,8 @@ class Lab:
     def __init__(self, server: Server, page: Page) -> None:
         self.server, self.page = server, page
         self.kernel: str | None = None
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(WAIT)
+        expect.set_options(timeout=WAIT)
 
     def load(self) -> None:
         """Load Lab with an empty workspace."""
@@ -213,6 +217,13 @@ class Lab:
                 return sessionContext.session.kernel.id;
             }""")
         return self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
+
+    def connect(self) -> None:
+        """Give the page a new shared kernel, connected to the demo site."""
+        self.kernel = None
+        self.write("connect.ipynb", CONNECT, MEAN)
+        self.open("connect.ipynb")
+        self.run(0)
 
     def save(self) -> None:
         """Save the current notebook and wait until it is on disk."""

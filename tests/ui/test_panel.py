@@ -82,7 +82,7 @@ class TestCommands:
         lab.page.locator(".jp-NotebookPanel-toolbar:visible [data-command='rapha-lab:run-here']").click()
         panel = lab.page.locator(".rapha-Rehearsal")
         expect(panel).to_contain_text("Nothing was sent")
-        expect(panel.locator(".jp-OutputArea-output").first).to_be_visible(timeout=60_000)
+        expect(panel.locator(".jp-OutputArea-output").first).to_be_visible()
         expect(lab.cell(0).locator(".jp-OutputArea-child")).to_have_count(0)
         assert lab.page.locator(".rapha-Status").inner_text() == left
 
@@ -92,7 +92,7 @@ class TestCommands:
         lab.open("all.ipynb")
         lab.command("rapha-lab:run-all")
         for index in (0, 2):
-            expect(lab.cell(index).locator(".rapha-Release")).to_be_visible(timeout=60_000)
+            expect(lab.cell(index).locator(".rapha-Release")).to_be_visible()
         expect(lab.cell(1).locator(".jp-OutputArea-child")).to_have_count(0)
 
     def test_an_enclave_cell_is_inserted_by_keyboard(self, lab: Lab) -> None:
