@@ -98,12 +98,10 @@ def site(card: dict[str, Any]) -> dict[str, Any]:
 
 def dataset(card: dict[str, Any]) -> dict[str, Any]:
     """A dataset's card: columns with public bounds, the privacy unit, and what budget is left."""
-    rows = "".join(
-        f'<tr><td style="text-align:left"><b>{escape(c["name"])}</b></td><td style="text-align:left">{escape(c["type"])}</td>'
-        f'<td style="text-align:left">{escape(_range(c))}</td>'
-        f'<td style="text-align:left">{"may be missing" if c.get("missing") == "possible" else ""}</td>'
-        f'<td style="text-align:left;{_MUTED}">{escape(c["meaning"])}</td></tr>'
-        for c in card["columns"]
+    tables = "".join(
+        f"<div><b>{escape(t['name'])}</b>: {escape(t['meaning'])} At most {t['most']} rows of a patient count.</div>"
+        f"<table>{_described(t['columns'], t['name'] + '.')}</table>"
+        for t in card.get("tables", ())
     )
     patients = (
         f"about {card['patients']:,} patients" if card.get("patients") else "number of patients not public"
@@ -112,11 +110,16 @@ def dataset(card: dict[str, Any]) -> dict[str, Any]:
         AMBER if card.get("simulated") else TEAL,
         f"<b>{escape(card['name'])}</b>: {escape(card['title'])}"
         f"{_simulated(card)}<div>{patients} · privacy unit: one <b>patient</b> · no row is ever shown</div>"
-        f"{_budgets(card['budget'])}<table>{rows}</table>"
+        f"{_budgets(card['budget'])}<table>{_described(card['columns'])}</table>{tables}"
         f'<small style="{_MUTED}">{escape(card["citation"])} · {escape(card["licence"])}</small>',
     )
     lines = [f"{card['name']}: {card['title']} ({patients}; privacy unit: patient)"]
     lines += [f"  {c['name']:<14} {c['type']:<9} {_range(c)}" for c in card["columns"]]
+    for table in card.get("tables", ()):
+        lines.append(
+            f"  {table['name']}: {table['meaning']} At most {table['most']} rows of a patient count."
+        )
+        lines += [f"    {table['name']}.{c['name']:<14} {c['type']:<9} {_range(c)}" for c in table["columns"]]
     lines += [
         f"  ε left for {project}, {split}: {b['left']:.3g} of {b['epsilon']:g}"
         for project, splits in card["budget"].items()
@@ -125,7 +128,23 @@ def dataset(card: dict[str, Any]) -> dict[str, Any]:
     return {DATASET: card, "text/html": html, "text/plain": "\n".join(lines)}
 
 
+def _described(columns: list[dict[str, Any]], prefix: str = "") -> str:
+    """A table's row for each column."""
+    return "".join(
+        f'<tr><td style="text-align:left"><b>{escape(prefix + c["name"])}</b></td>'
+        f'<td style="text-align:left">{escape(c["type"])}</td>'
+        f'<td style="text-align:left">{escape(_range(c))}</td>'
+        f'<td style="text-align:left">{"may be missing" if c.get("missing") == "possible" else ""}</td>'
+        f'<td style="text-align:left;{_MUTED}">{escape(c["meaning"])}</td></tr>'
+        for c in columns
+    )
+
+
 def _range(column: dict[str, Any]) -> str:
+    if column.get("tokens"):
+        return f"{column['tokens']} token ids below {column['vocabulary']}"
+    if column.get("shape"):
+        return " × ".join(map(str, column["shape"])) + " pixels"
     if column.get("bounds"):
         low, high = column["bounds"]
         return f"{low:g} to {high:g} {column.get('unit', '')}".strip() + (

@@ -1,6 +1,8 @@
 """Records are read where they are; what is wrong with a source is told without a value."""
 
+import contextlib
 import json
+import os
 import sys
 from datetime import datetime, timedelta
 
@@ -17,6 +19,7 @@ from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.schema import Schema
 
 duckdb = pytest.importorskip("duckdb")
+FLIPS = 2000 if os.environ.get("RAPHA_LAB_DEEP") else 60
 CANARY = "4711-CANARY-0815"
 NAMES = [column.name for column in ward().columns]
 LABS = [f"labs.{name}" for name in ("value", "code", "urgent", "time")]
@@ -290,6 +293,27 @@ class TestFilesInCells:
             monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(RequestError, match=r"rapha-lab\[hospital\]"):
             Cohort.open(schema, tmp_path, SALT)
+
+
+class TestDamage:
+    @pytest.mark.parametrize("source", ["ward.parquet", "ward.csv", "meds/"])
+    def test_a_file_with_flipped_bits_opens_or_is_refused(self, tmp_path, source):
+        """No other error, however the reader fails on it."""
+        frame = mock(ward(), 100)
+        if source == "meds/":
+            meds(tmp_path, *EVENTS)
+            schema, path = Schema.from_dict(COHORT), tmp_path / "meds" / "data" / "train" / "0.parquet"
+        else:
+            schema, path = ward(source=source), tmp_path / source
+            frame.write_csv(path) if source == "ward.csv" else frame.write_parquet(path)
+        whole, rng = path.read_bytes(), np.random.default_rng(2)
+        for _ in range(FLIPS):
+            damaged = bytearray(whole)
+            for place in rng.integers(len(whole), size=rng.integers(1, 4)):
+                damaged[place] ^= 1 << rng.integers(8)
+            path.write_bytes(damaged[: rng.integers(len(whole))] if rng.random() < 0.2 else damaged)
+            with contextlib.suppress(RequestError):
+                Cohort.open(schema, tmp_path, SALT)
 
 
 class TestDigest:

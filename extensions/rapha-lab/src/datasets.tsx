@@ -15,7 +15,7 @@ export function Datasets({ datasets }: { datasets: { site: ISite; dataset: IData
 }
 
 function Dataset({ site, dataset }: { site: ISite; dataset: IDataset }): JSX.Element {
-  const { columns, patient } = dataset.schema;
+  const { columns, patient, tables } = dataset.schema;
   return (
     <article className="rapha-Dataset" aria-label={`Dataset ${dataset.name}`}>
       <header className="rapha-Card-head">
@@ -34,17 +34,28 @@ function Dataset({ site, dataset }: { site: ISite; dataset: IDataset }): JSX.Ele
           ))}
         </div>
       ))}
-      {columns.length > 0 && (
-        <details className="rapha-Columns">
-          <summary>{columns.length} columns</summary>
-          <ul>
-            {columns.map(column => (
-              <Column key={column.name} column={column} />
-            ))}
-          </ul>
-        </details>
-      )}
+      {columns.length > 0 && <Columns label={`${columns.length} columns`} columns={columns} />}
+      {(tables ?? []).map(table => (
+        <Columns
+          key={table.name}
+          label={`${table.name}: at most ${table.most} rows a patient`}
+          columns={table.columns.map(column => ({ ...column, name: `${table.name}.${column.name}` }))}
+        />
+      ))}
     </article>
+  );
+}
+
+function Columns({ label, columns }: { label: string; columns: IColumn[] }): JSX.Element {
+  return (
+    <details className="rapha-Columns">
+      <summary>{label}</summary>
+      <ul>
+        {columns.map(column => (
+          <Column key={column.name} column={column} />
+        ))}
+      </ul>
+    </details>
   );
 }
 

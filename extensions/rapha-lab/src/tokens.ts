@@ -22,7 +22,11 @@ export interface IColumn {
 export interface IDataset {
   name: string;
   title: string;
-  schema: { patient: string; columns: IColumn[] };
+  schema: {
+    patient: string;
+    columns: IColumn[];
+    tables?: { name: string; most: number; columns: IColumn[] }[];
+  };
   budget: Record<string, Record<string, IBudget>>;
 }
 

@@ -11,9 +11,12 @@ import polars as pl
 
 from rapha_lab.protocol.errors import RequestError
 
-__all__ = ["MANIFEST", "columns", "digest_of", "read"]
+__all__ = ["BROKEN", "MANIFEST", "columns", "digest_of", "read"]
 
 MANIFEST = "snapshot.json"
+
+# polars quotes what it could not parse, and panics on some damaged files
+BROKEN = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
 
 
 def read(path: Path, names: list[str], seen: Callable[[bytes], None] = lambda data: None) -> pl.DataFrame:
@@ -31,8 +34,7 @@ def read(path: Path, names: list[str], seen: Callable[[bytes], None] = lambda da
             there = pl.read_parquet_schema(path)
             return pl.read_parquet(path, glob=False, columns=[name for name in names if name in there])
         frame = pl.read_csv(path, infer_schema=False, glob=False)
-    except pl.exceptions.PolarsError:
-        # polars quotes what it could not parse
+    except BROKEN:
         what = f"The file {path.name} cannot be read as {path.suffix[1:]}."
         raise RequestError(what, instead="Write it again.", field="source") from None
     return frame.select(name for name in names if name in frame.columns)
@@ -48,7 +50,7 @@ def columns(path: Path) -> dict[str, pl.DataType]:
         if path.suffix == ".parquet":
             return dict(pl.read_parquet_schema(path))
         return dict(pl.read_csv(path, infer_schema=False, glob=False, n_rows=0).schema)
-    except pl.exceptions.PolarsError:
+    except BROKEN:
         what = f"The file {path.name} cannot be read as {path.suffix[1:]}."
         raise RequestError(what, instead="Write it again.", field="source") from None
 

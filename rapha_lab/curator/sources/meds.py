@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from rapha_lab.curator.sources.files import digest_of
+from rapha_lab.curator.sources.files import BROKEN, digest_of
 from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.errors import RequestError
 
@@ -103,7 +103,7 @@ def events(folder: Path, seen: Callable[[bytes], None] = lambda data: None) -> p
             for name in (NUMBER, TEXT):
                 frame = frame if name in frame.columns else frame.with_columns(pl.lit(None).alias(name))
             frames.append(frame.select(pl.col(name).cast(kind) for name, kind in KINDS.items()))
-        except (pl.exceptions.PolarsError, KeyError):
+        except (*BROKEN, KeyError):
             what = f"The file {part.name} is none of MEDS."
             why = "MEDS has subject_id, time, code and numeric_value in their own types."
             raise RequestError(what, why, "Write it again.", field="source") from None
