@@ -100,7 +100,7 @@ def _heat(
     axes.figure.colorbar(image, ax=axes)
     if table.size <= 150:
         for (y, x), value in np.ndenumerate(table):
-            dark = abs(value - limits[0]) > 0.6 * (limits[1] - limits[0])
+            dark = abs(value) > 0.6 * limits[1]
             axes.text(
                 x,
                 y,
