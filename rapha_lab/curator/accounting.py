@@ -22,6 +22,7 @@ from rapha_lab.protocol.errors import RequestError
 __all__ = [
     "ORDERS",
     "UNIT",
+    "BandedGaussian",
     "Gaussian",
     "Loss",
     "Nothing",
@@ -170,6 +171,41 @@ class SampledGaussian(Loss, frozen=True, tag="sampled-gaussian"):
         return SampledGaussian(self.rate, self.noise, steps) if steps else Nothing()
 
 
+class BandedGaussian(Loss, frozen=True, tag="banded-gaussian"):
+    """`times` steps with noise of `bands` bands, where each patient's turn comes every `bands` steps.
+
+    Choquette-Choo et al. 2023, Theorem 4: a patient's turns are one sampled Gaussian each, of the `rate` at which
+    those whose turn it is are drawn. See mechanisms/banded.py.
+    """
+
+    rate: float
+    noise: float
+    bands: int
+    times: int
+
+    def __post_init__(self) -> None:
+        _within("bands", self.bands, 1, 256)
+        SampledGaussian(self.rate, self.noise, self.times)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps, of which a patient has every `bands`-th."""
+        return self.times
+
+    def rdp(self, alpha: int) -> float:
+        """That of ⌈times/bands⌉ sampled Gaussians."""
+        return SampledGaussian(self.rate, self.noise, -(-self.times // self.bands)).rdp(alpha)
+
+    def with_noise(self, noise: float) -> BandedGaussian:
+        """The same steps with another noise multiplier."""
+        return BandedGaussian(self.rate, noise, self.bands, self.times)
+
+    def part(self, steps: int) -> Loss:
+        """The loss of the first `steps` steps: nobody had more than ⌈steps/bands⌉ turns."""
+        _within("steps", steps, 0, self.steps)
+        return BandedGaussian(self.rate, self.noise, self.bands, steps) if steps else Nothing()
+
+
 @lru_cache(maxsize=1 << 14)
 def _sampled_gaussian(rate: float, noise: float, alpha: int) -> float:
     if rate == 1.0:
@@ -206,7 +242,7 @@ class Pure(Loss, frozen=True, tag="pure"):
         return Pure(1 / noise)
 
 
-_decoder = msgspec.json.Decoder(Nothing | Reviewed | Gaussian | SampledGaussian | Pure)
+_decoder = msgspec.json.Decoder(Nothing | Reviewed | Gaussian | SampledGaussian | BandedGaussian | Pure)
 
 
 def encode_loss(loss: Loss) -> str:

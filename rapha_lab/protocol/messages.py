@@ -191,7 +191,11 @@ class Optimizer(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
 
 
 class Fit(Ask, frozen=True, tag="fit"):
-    """Train by DP-SGD: `program` is one patient's loss, its parameters come in the tensors blob."""
+    """Train by DP-SGD: `program` is one patient's loss, its parameters come in the tensors blob.
+
+    `bands` of noise that later steps take back (1: independent noise); `average`, the decay of the average of the
+    weights that is released in place of the last ones; `corrected`, Adam without the noise in its second moment.
+    """
 
     program: Program
     inputs: Inputs
@@ -199,6 +203,9 @@ class Fit(Ask, frozen=True, tag="fit"):
     batch: Annotated[int, Meta(ge=1, le=1_000_000)]
     clip: Positive
     optimizer: Optimizer
+    bands: Annotated[int, Meta(ge=1, le=256)] = 1
+    average: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    corrected: bool = False
 
 
 class Open(Ask, frozen=True, tag="open"):

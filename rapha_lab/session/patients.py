@@ -93,8 +93,14 @@ class Patients(Questions):
         epochs: float | None = None,
         batch: int | None = None,
         clip: float | None = None,
+        bands: int = 1,
+        average: float = 0.0,
+        corrected: bool = False,
     ) -> Release:
         """Train `model` in place by DP-SGD (Abadi et al. 2016) on these patients.
+
+        Starting weights are the model's own: those of a public pre-training cost nothing. docs/methods.md says
+        when each of the last three options wins.
 
         Args:
             model: called with one tensor if `inputs` is a column or a list, else with keyword arguments.
@@ -108,6 +114,9 @@ class Patients(Questions):
             epochs: passes over the expected number of patients.
             batch: expected patients in a step.
             clip: the most one patient's gradient may weigh.
+            bands: of noise that later steps take back (Choquette-Choo et al. 2023), for many epochs at large ε.
+            average: release the average of the weights over the steps with this decay, 0.99 say.
+            corrected: Adam without the noise in its second moment (Tang et al. 2023).
 
         Returns:
             The release: settings and price. The model holds the trained weights.
@@ -125,7 +134,8 @@ class Patients(Questions):
         )
         loss = loss or recipe.loss_for(self.schema.column(target))
         traced = tracing.loss_program(model, loss, self._examples(named), self._example(target))
-        asked = {"inputs": {**named, "target": target}, **chosen, **common}
+        options = {"bands": bands, "average": average, "corrected": corrected}
+        asked = {"inputs": {**named, "target": target}, **chosen, **common, **options}
         wire, blob = self._ask(made(messages.Fit, program=traced.program, **asked), traced.blob)
         _load(model, load(blob))
         _fitted[model] = (named, target)

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rapha_lab.curator.accounting import SampledGaussian, noise_for
+from rapha_lab.curator.accounting import BandedGaussian, SampledGaussian, noise_for
 from rapha_lab.curator.cohort import BESIDES, EXCESS, View
 from rapha_lab.curator.lift import Lifted, Totals, lift
 from rapha_lab.curator.lift.compiling import assembled
 from rapha_lab.curator.lift.taps import GROUP
-from rapha_lab.curator.mechanisms import Answer, Plan, Progress
+from rapha_lab.curator.mechanisms import Answer, Plan, Progress, banded
+from rapha_lab.curator.mechanisms.adam import CorrectedAdam
 from rapha_lab.curator.noise import Noise, compile_noise, noisy
 from rapha_lab.protocol.errors import ProgramError, RefusedError, RequestError
 from rapha_lab.protocol.messages import Columns, Fit, Open, Optimizer
@@ -48,6 +49,9 @@ Tensors = dict[str, Tensor]
 WORTH = 300.0
 """Seconds of training from which on a compiler's half minute or so is worth it."""
 
+MEMORY = 1 << 27
+"""Numbers of noise that a run remembers, a gigabyte of them."""
+
 BLOCKS = 50
 """A run announces its steps in about this many blocks."""
 
@@ -67,9 +71,12 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
     lifted = lift(ask.program)
     parameters, constants = lifted.tensors(tensors)
     fits(ask.program, ask.inputs, schema)
+    if (ask.bands - 1) * ask.program.size > MEMORY:
+        why = f"Each keeps as many numbers as the model has, and {MEMORY:,} may be kept."
+        raise RequestError(f"bands is {ask.bands}.", why, "Take fewer bands.", field="bands")
     loss = price(ask, schema, delta)
     rate, sigma = loss.rate, loss.noise
-    optimizer_for(ask.optimizer, {name: t.clone() for name, t in parameters.items()})
+    updates(ask, {name: t.clone() for name, t in parameters.items()}, sigma)
 
     def run(view: View, progress: Progress) -> Answer:
         known = with_target(view, ask.inputs)
@@ -80,6 +87,8 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
 
         weights = train(lifted, parameters, constants, inputs, ask, rate, sigma, noise, progress, present)
         values = {"steps": ask.steps, "noise": sigma, "clip": ask.clip, "rate": rate, "batch": ask.batch}
+        options = {"bands": ask.bands > 1 and ask.bands, "average": ask.average, "corrected": ask.corrected}
+        values |= {name: value for name, value in options.items() if value}
         return Answer({"kind": "fit", **values, "engine": lifted.note}, save(weights))
 
     touches = SPLITS if ask.split == "all" else (ask.split,)
@@ -103,27 +112,39 @@ def train(
     Who is no longer `present`, bool (n,), takes no part in the next step.
     """
     weights = {name: t.clone() for name, t in parameters.items()}
-    optimizer = optimizer_for(ask.optimizer, weights)
-    parts = lifted.for_batches_of(capacity(most(ask.batch, rate), 1))
+    optimizer = updates(ask, weights, sigma)
+    memory = banded.Memory(ask.bands, float(ask.optimizer.settings.get("momentum", 0.0)))  # type: ignore[arg-type]
+    averages = {name: t.clone() for name, t in weights.items()}
+    parts = lifted.for_batches_of(capacity(most(ask.batch, rate / ask.bands), 1))
     slots = parts * lifted.microbatch
     sensitivity = ask.clip * (1 + slack(lifted.microbatch))
     prepare(lifted, parameters, constants, ask.steps * parts)
     rows = with_absent(inputs)
     count = len(next(iter(inputs.values())))
+    turn = banded.turns(count, ask.bands, noise)
     for step in range(ask.steps):
         if step % block(ask.steps) == 0:
             _finite(weights, step)
             progress(min(block(ask.steps), ask.steps - step))
-        drawn = draw(count, rate, slots, noise)
+        drawn = draw(count, rate, slots, noise, turn == step % ask.bands)
         if present is not None:
             drawn = staying(drawn, present())
         total = clipped_sum(lifted, weights, constants, rows, drawn, ask.clip)
-        grads = private(total, sigma * sensitivity, ask.batch, noise, weights)
+        with memory.of(total.flat, ask.batch):
+            grads = private(total, sigma * sensitivity * memory.norm, ask.batch, noise, weights)
         for name, weight in weights.items():
             weight.grad = grads[name]
         optimizer.step()
-    _finite(weights, ask.steps)
-    return weights
+        averaged(averages, weights, ask.average, step)
+    _finite(averages, ask.steps)
+    return averages
+
+
+def averaged(averages: Tensors, weights: Tensors, decay: float, step: int) -> None:
+    """Move the averages towards the weights, faster in the beginning; with decay 0 they are the weights."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for name, t in weights.items():
+        averages[name].lerp_(t, 1 - decay)
 
 
 def with_target(view: View, inputs: dict[str, Columns]) -> Tensor:
@@ -146,13 +167,23 @@ def prepare(lifted: Lifted, parameters: Tensors, constants: Tensors, microbatche
         lifted.selftest(parameters, constants)
 
 
-def price(ask: Fit | Open, schema: Schema, delta: float) -> SampledGaussian:
+def price(ask: Fit | Open, schema: Schema, delta: float) -> SampledGaussian | BandedGaussian:
     """The privacy loss of all steps of a training, its noise solved from the asked (epsilon, delta).
 
     Raises:
         RequestError: naming the field that is out of range.
     """
-    rate = rate_of(ask.batch, schema.expected(ask.split))
+    rate, bands = rate_of(ask.batch, schema.expected(ask.split)), ask.bands if isinstance(ask, Fit) else 1
+    if bands > 1:
+        if bands * rate > 1:
+            raise RequestError(
+                f"bands is {bands}.",
+                "Each step draws from the patients whose turn it is, and there are too few of them for the batch.",
+                f"Take at most {int(1 / rate)} bands, or a smaller batch.",
+                field="bands",
+            )
+        one = BandedGaussian(bands * rate, 1.0, bands, ask.steps)
+        return one.with_noise(noise_for(one.with_noise, ask.epsilon, delta))
     sigma = noise_for(lambda sigma: SampledGaussian(rate, sigma, ask.steps), ask.epsilon, delta)
     return SampledGaussian(rate, sigma, ask.steps)
 
@@ -177,13 +208,16 @@ def with_absent(inputs: Tensors) -> Tensors:
     return {name: torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for name, t in inputs.items()}
 
 
-def draw(count: int, rate: float, slots: int, noise: Noise) -> Tensor:
+def draw(count: int, rate: float, slots: int, noise: Noise, turn: Tensor | None = None) -> Tensor:
     """A Poisson sample of patients as `slots` row numbers, `count` (the row of zeros) where there is none.
+
+    Only of those whose `turn` it is, if that is given, bool (count,).
 
     Patients take slots at random, so that one more leaves the others' slots as they were (in distribution):
     no one's arithmetic moves with anybody's presence.
     """
-    drawn = noise.bernoulli(count, rate).nonzero().squeeze(1)[:slots]
+    those = noise.bernoulli(count, rate)
+    drawn = (those if turn is None else those & turn).nonzero().squeeze(1)[:slots]
     places = noise.uniform(slots).argsort()[: len(drawn)]
     return torch.full((slots,), count).scatter(0, places, drawn)
 
@@ -262,6 +296,7 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     name.lower(): getattr(torch.optim, name)
     for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta")
 }
+_CORRECTED = {"lr", "betas", "weight_decay"}
 _SETTINGS = {
     "lr", "momentum", "dampening", "weight_decay", "nesterov", "betas", "eps", "amsgrad", "alpha", "centered",
     "lr_decay", "initial_accumulator_value", "momentum_decay", "rho", "maximize", "decoupled_weight_decay",
@@ -289,6 +324,26 @@ def optimizer_for(settings: Optimizer, weights: Tensors) -> torch.optim.Optimize
         raise RequestError(
             f"The optimiser does not take these settings: {error}", field="optimizer"
         ) from None
+
+
+def updates(ask: Fit, weights: Tensors, sigma: float) -> torch.optim.Optimizer:
+    """The update rule of a fit, with the noise taken out of Adam's second moment if that is asked.
+
+    Raises:
+        RequestError: naming the setting that is unknown or out of range.
+    """
+    if not ask.corrected:
+        return optimizer_for(ask.optimizer, weights)
+    settings = {key: ask.optimizer.settings[key] for key in ask.optimizer.settings.keys() & _CORRECTED}
+    if ask.optimizer.name not in ("adam", "adamw") or ask.bands > 1:
+        raise RequestError(
+            "corrected takes independent noise out of Adam's second moment.",
+            f"This optimiser is {ask.optimizer.name}, with {ask.bands} bands of noise.",
+            "Use torch.optim.Adam or AdamW and no bands, or leave corrected out.",
+            field="corrected",
+        )
+    optimizer_for(ask.optimizer, weights)
+    return CorrectedAdam(list(weights.values()), sigma * ask.clip / ask.batch, **settings)  # type: ignore[arg-type]
 
 
 def _finite(weights: Tensors, step: int) -> None:
