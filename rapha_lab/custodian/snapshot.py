@@ -57,7 +57,8 @@ def take(schema: Schema, database: str, folder: Path) -> Snapshot:
         SiteError: if the database cannot be reached, or goes away; the snapshot before stays as it was.
     """
     name, wanted = _wanted(schema)
-    part = folder / f".{name}.part-{os.getpid()}"
+    target = folder / name
+    part = target.with_name(f".{target.name}.part-{os.getpid()}")
     part.mkdir(mode=0o700)
     try:
         with _connection(database) as cursor:
@@ -75,7 +76,7 @@ def take(schema: Schema, database: str, folder: Path) -> Snapshot:
         (part / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(told)))
         for path in part.iterdir():
             path.chmod(0o400)
-        _exchange(part, folder / name, told)
+        _exchange(part, target, told)
         return told
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -121,23 +122,32 @@ def _connection(database: str) -> Iterator[Any]:
         raise _gone() from None
 
 
+_TYPES = """SELECT attname::text, typname::text FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
+WHERE attrelid = to_regclass($1) AND attnum > 0 AND NOT attisdropped"""
+
+# what is not one of these, such as numeric, uuid or an enumeration, is read as text, which loses nothing
+_PLAIN = frozenset(
+    "bool int2 int4 int8 float4 float8 text varchar date timestamp timestamptz _float4 _float8".split()
+)
+
+
 def _fetch(cursor: Any, table: str, patient: str, time: str, names: list[str], path: Path) -> dict[str, Any]:
     """Write a table's columns to a file, in an order that is the same for the same rows."""
     from pyarrow.parquet import ParquetWriter
 
-    cursor.execute("SELECT to_regclass($1) IS NOT NULL", (quoted(table),))
-    if not cursor.fetchone()[0]:
+    cursor.execute(_TYPES, (quoted(table),))
+    there = dict(cursor.fetchall())
+    if not there:
         raise RequestError(f"The database has no table {table}.", field="source")
-    cursor.execute(f"SELECT * FROM {quoted(table)} LIMIT 0")  # noqa: S608
-    there = {column[0] for column in cursor.description}
     if absent := [name for name in names if name not in there]:
         what = f"The table {table} has no column {absent[0]}."
         raise RequestError(what, "The schema names it.", "Rename one of the two.", field=absent[0])
-    order = ", ".join(
-        quoted_name(name) for name in dict.fromkeys([patient, *([time] if time else []), *names])
-    )
-    columns = ", ".join(quoted_name(name) for name in names)
-    cursor.execute(f"SELECT {columns} FROM {quoted(table)} ORDER BY {order}")  # noqa: S608
+    columns = [
+        quoted(name) if there[name] in _PLAIN else f"{quoted(name)}::text AS {quoted(name)}" for name in names
+    ]
+    order = dict.fromkeys([patient, *([time] if time else []), *names])
+    by = ", ".join(f"{quoted(table)}.{quoted(name)}" for name in order)
+    cursor.execute(f"SELECT {', '.join(columns)} FROM {quoted(table)} ORDER BY {by}")  # noqa: S608
     batches = cursor.fetch_record_batch()
     rows = 0
     with ParquetWriter(path, batches.schema, compression="zstd") as writer:
@@ -164,11 +174,6 @@ def _gone() -> SiteError:
     # the database's own words may quote a value
     why = "It went away, or reported an error; nothing was changed here, and the last snapshot stays."
     return SiteError("The database did not answer to the end.", why, "Take it again.")
-
-
-def quoted_name(name: str) -> str:
-    """A column's name as an identifier in SQL."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _exchange(part: Path, name: Path, told: Snapshot) -> None:

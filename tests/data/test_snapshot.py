@@ -1,8 +1,8 @@
 """PostgreSQL is read once, in one transaction, into files that never change; a real server, a real OMOP CDM."""
 
 import json
-import socket
 from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 
 import msgspec
@@ -10,13 +10,14 @@ import polars as pl
 import postgres
 import pytest
 import torch
+from wards import hospital
 
 from rapha_lab.cli import main
 from rapha_lab.curator.cohort import Cohort
 from rapha_lab.custodian import snapshot as module
 from rapha_lab.custodian.snapshot import take
 from rapha_lab.demo.__main__ import policy
-from rapha_lab.enclave.curator import Curator
+from rapha_lab.enclave.site import Config, Dataset, Site
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RaphaError, RequestError, SiteError
 from rapha_lab.protocol.keys import PrivateKey
@@ -26,7 +27,6 @@ from rapha_lab.protocol.schema import Schema
 dbapi = pytest.importorskip("adbc_driver_postgresql.dbapi")
 duckdb = pytest.importorskip("duckdb")
 SALT = b"sixteen bytes ok"
-MEASURED = "sha256:" + "0" * 64
 CANARY = "4711-CANARY-0815"
 WORDS = {"meaning": "OMOP CDM 5.4.", "public": "OMOP's vocabulary."}
 SCHEMA = {
@@ -160,6 +160,29 @@ class TestSnapshot:
         name = "condition_occurrence.parquet"
         assert during.files[name]["rows"] > after.files[name]["rows"]
 
+    def test_types_of_a_hospital_database_are_read(self, database, tmp_path):
+        """Numerics, times with a zone, enumerations, booleans and UUIDs, in a schema and a folder of their own."""
+        sql(
+            database,
+            "CREATE SCHEMA IF NOT EXISTS cdm",
+            "DROP TABLE IF EXISTS cdm.samples",
+            "CREATE TABLE cdm.samples AS SELECT gen_random_uuid() AS pid,"
+            " (n / 4.0)::numeric(10, 2) AS value, n % 2 = 0 AS urgent,"
+            " ('{a,b,c}'::text[])[1 + n % 3] AS code, timestamptz '2020-01-01 12:00+01' + n * interval '1 day' AS taken"
+            " FROM generate_series(1, 100) n",
+        )
+        source = "pg/lab.snapshot/cdm.samples.parquet"
+        table = json.loads(hospital().to_json())["tables"][0] | {"source": source}
+        column = {"name": "value", "type": "number", "bounds": [0, 100], **WORDS}
+        samples = schema(patient="pid", source=source, columns=[column], tables=[table], patients=100)
+        (tmp_path / "pg").mkdir()
+        take(samples, database, tmp_path)
+        view = Cohort.open(samples, tmp_path, SALT).view("all")
+        assert sorted(view.frame(["value"])["value"]) == [n / 4 for n in range(1, 101)]
+        rows = view.table("labs")
+        assert rows["taken"].min() == datetime(2020, 1, 2, 11)
+        assert (rows["urgent"].sum(), rows["code"].n_unique()) == (50, 3)
+
 
 class TestWhatGoesWrong:
     @pytest.mark.parametrize("view", ["dying", "failing"])
@@ -225,24 +248,16 @@ def test_a_real_curator_answers_a_count_of_it(database, tmp_path):
     (tmp_path / "policy.toml").write_text(page.text)
     signed = [msgspec.json.encode(state("sign", page, key)) for key in custodians]
     (tmp_path / "policy.toml.signatures").write_bytes(b"\n".join(signed) + b"\n")
-    ours, theirs = socket.socketpair()
-    curator = Curator(lambda: theirs)
+    paths = str(tmp_path / "state"), str(tmp_path / "policy.toml")
+    site = Site(Config("test", *paths, [Dataset(str(tmp_path / "omop.toml"), str(tmp_path))]))
     try:
-        curator.open(
-            {
-                "site": "test", "log": "test", "simulated": True, "policy": str(tmp_path / "policy.toml"),
-                "ledger": str(tmp_path / "ledger.sqlite"), "key": bytes(range(32)).hex(), "salt": SALT.hex(),
-                "measurement": MEASURED, "build": {"version": "0", "measurements": [MEASURED]}, "tier": "S1", "cores": 1,
-                "datasets": [{"schema": str(tmp_path / "omop.toml"), "folder": str(tmp_path)}],
-            }
-        )  # fmt: skip
         asked = messages.encode(messages.Count(dataset="omop", epsilon=1.0))
-        release, _ = curator.ask("job", str(researcher.public), "tutorial", asked, b"", lambda *_: None)
+        who = str(researcher.public), "tutorial"
+        release, _ = site._curator.ask("job", *who, asked, b"", lambda *_: None)
         assert abs(release["values"]["value"] - 2694) < 100
         assert release["epsilon"] == 1.0
     finally:
-        curator.close()
-        ours.close()
+        site.close()
 
 
 def toml(fields):
