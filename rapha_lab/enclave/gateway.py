@@ -10,7 +10,7 @@ error that depends on nothing inside the enclave.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import anyio
@@ -88,6 +88,7 @@ class Gateway:
         known: raises PolicyError for a key that the policy names neither as a researcher's nor as a custodian's.
         custody: by kind, what is asked of the airlock: (who, text) -> result and tensors.
         login: where the hospital has an identity provider, who is logged in.
+        pages: further routes, given what counts a stranger's requests.
     """
 
     def __init__(
@@ -105,10 +106,11 @@ class Gateway:
         known: Callable[[str], None],
         custody: Mapping[str, Callable[[str, str], tuple[Any, bytes]]],
         login: Login | None = None,
+        pages: Callable[[Callable[[Request], None]], Sequence[Route]] = lambda admit: (),
     ) -> None:
         self._cells, self._card, self._log, self._evidence, self._known = cells, card, log, evidence, known
         self._sealing, self._signing, self._replay = sealing_key, signing_key, sealing.Replay()
-        self._identity, self._login = identity, login
+        self._identity, self._login, self._pages = identity, login, pages
         self.strangers, self.researchers = Limits(10.0, 100), Limits(10.0, 500)
         self._held = 0
         # strangers wait for each other, never researchers for strangers
@@ -129,7 +131,9 @@ class Gateway:
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [Route("/evidence", self._get_evidence), Route("/open", self._post_open, methods=["POST"])]
-        return Starlette(routes=routes)
+        return Starlette(
+            routes=[*routes, *self._pages(lambda request: self.strangers.admit(_stranger(request)))]
+        )
 
     async def _get_evidence(self, request: Request) -> Response:
         try:

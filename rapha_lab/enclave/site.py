@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from rapha_lab.enclave.attester import SimulatedAttester, attester
 from rapha_lab.enclave.cells import Cells, kept
+from rapha_lab.enclave.console import Console
 from rapha_lab.enclave.curator import Curator
 from rapha_lab.enclave.gateway import Gateway
 from rapha_lab.enclave.identity import Login, Provider
@@ -138,7 +139,10 @@ class Site:
             signing_key=self.signing_key,
             identity=lambda: self._binding(bytes(32), bytes(32)).identity(),
             known=self._known,
-            custody=self._custody(),
+            custody=(custody := self._custody()),
+            pages=lambda admit: Console(
+                config.name, lambda what, who, text: custody[what](who, text)[0], self._is_custodian, admit
+            ).routes(),
             login=Login(config.oidc) if config.oidc is not None else None,
         )
 
@@ -202,9 +206,11 @@ class Site:
         gone = {told["job"].partition("-")[0]: told for told in held if told["state"] == "waiting"}
         return [kept(cell, told) for cell, told in gone.items() if cell not in here] + mine
 
+    def _is_custodian(self, key: str) -> bool:
+        return key in {c.key for c in self._policy().custodians}
+
     def _known(self, researcher: str) -> None:
-        policy = self._policy()
-        if not policy.projects_of(researcher) and researcher not in {c.key for c in policy.custodians}:
+        if not self._policy().projects_of(researcher) and not self._is_custodian(researcher):
             raise PolicyError(
                 "No project of this site names your key.",
                 researcher,

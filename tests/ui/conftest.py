@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from lab import BUILT, Lab, Server, browser, chromium
 from playwright.sync_api import Browser
 
 HERE = Path(__file__).parent
+sys.path += [str(HERE.parent / name) for name in ("review", "end_to_end")]  # the clinic with its custodians
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

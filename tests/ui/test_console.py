@@ -1,0 +1,130 @@
+"""The custodians' console in a real browser: it shows, it never signs, and nothing foreign in it runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import clinic
+import pytest
+from clinic import Clinic, newest, until
+from playwright.sync_api import Browser, Page
+
+from rapha_lab.client.custodian import countersign
+from rapha_lab.protocol.keys import PrivateKey
+
+HOSTILE = """
+def hostile(frame):
+    "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
+    return frame["age"].mean()
+
+patients.review(hostile, columns=["age"])
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clinic]:
+    """A clinic of its own."""
+    with clinic.open_clinic(tmp_path_factory.mktemp("console")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(opened: Browser, site: Clinic) -> Iterator[Page]:
+    """The console, not logged in; errors of its script fail the test."""
+    made, errors = opened.new_page(viewport={"width": 1280, "height": 800}), list[str]()
+    made.on("pageerror", lambda error: errors.append(str(error)))
+    made.set_default_timeout(60_000)
+    made.goto(f"{site.url}/console")
+    yield made
+    made.close()
+    assert errors == []
+
+
+def signed(page: Page, button: str, key: PrivateKey) -> str:
+    """Save the file that the button gives out and sign it as the command line does."""
+    with page.expect_download() as waited:
+        page.click(button)
+    return countersign(Path(waited.value.path()).read_text(), key, lambda text: None)
+
+
+def enter(page: Page, key: PrivateKey) -> None:
+    page.fill("#login-line", signed(page, "#challenge", key))
+    page.click("#enter")
+
+
+def test_a_custodian_logs_in_looks_and_approves(page: Page, site: Clinic) -> None:
+    """With two files and two pasted lines; the researcher's cell goes on."""
+    job = until(site.connect().run('patients.mean("age", epsilon=0.5)', "ward"), "waiting")
+    enter(page, site.custodians[0])
+    page.click("text=Look at it")
+    page.wait_for_selector("text=An answer asks to leave")
+    assert "epsilon 0.5" in page.inner_text("#facts")
+    assert '"column": "age"' in page.inner_text("#values")
+    page.fill("#decision-line", signed(page, "#approve", site.custodians[0]))
+    page.click("#send")
+    page.wait_for_selector("text=Nothing waits for a decision")
+    assert until(job, "done").releases[0].values["column"] == "age"
+
+
+def test_a_refusal_needs_a_reason_and_foreign_source_is_only_text(page: Page, site: Clinic) -> None:
+    """Markup in a function's source does nothing; its columns and costs are shown."""
+    if site.site.tier != "S3":
+        pytest.skip("reviewed functions need the sandbox's tier S3")
+    job = until(site.connect().run(HOSTILE, "ward"), "waiting")
+    enter(page, site.custodians[1])
+    page.click("text=Look at it")
+    page.wait_for_selector("text=A function asks to run")
+    assert "<img src=x onerror" in page.inner_text("#source")
+    assert "no privacy guarantee" in page.inner_text("#facts")
+    page.click("#refuse")
+    assert "Give a reason" in page.inner_text("#problem")
+    page.fill("#reason", "Not this one.")
+    page.fill("#decision-line", signed(page, "#refuse", site.custodians[1]))
+    page.click("#send")
+    page.wait_for_selector("#list:not([hidden])")
+    assert page.title() == "Airlock"
+    assert "Not this one." in json.dumps(until(job, "failed").told["error"])
+
+
+@pytest.mark.parametrize("who", ["researcher", "replay", "nobody"])
+def test_nobody_else_is_let_in(page: Page, site: Clinic, who: str) -> None:
+    """Not the researcher, not with a line that was used; without a log-in the site says nothing."""
+    key = site.researcher if who == "researcher" else site.custodians[0]
+    line = signed(page, "#challenge", key)
+    if who == "replay":
+        page.fill("#login-line", line)
+        page.click("#enter")
+        page.wait_for_selector("#list:not([hidden])")
+        page.reload()
+    if who == "nobody":
+        told: Any = page.evaluate("fetch('/console/items', {method: 'POST'}).then(reply => reply.json())")
+        assert "not logged in" in told["what"]
+        return
+    page.fill("#login-line", line)
+    page.click("#enter")
+    page.wait_for_selector("text=You were not let in")
+    assert page.is_hidden("#list")
+
+
+def test_a_line_signed_by_another_key_is_not_sent_on(page: Page, site: Clinic) -> None:
+    """Who is logged in decides, or nobody."""
+    until(site.connect().run('patients.mean("age", epsilon=0.5)', "ward", session="third"), "waiting")
+    enter(page, site.custodians[0])
+    page.click("text=Look at it")
+    page.fill("#decision-line", signed(page, "#approve", site.custodians[2]))
+    page.click("#send")
+    page.wait_for_selector("text=signed by another key")
+    assert newest(site.custodian())["missing"] == 1
+
+
+def test_it_can_be_read_by_everybody(page: Page, site: Clinic) -> None:
+    """No finding of the accessibility checker, in either theme."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        found = Axe().run(page, options={"resultTypes": ["violations"]})
+        assert found.violations_count == 0, found.generate_report()
