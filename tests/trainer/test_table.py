@@ -19,18 +19,18 @@ PATIENTS = 4
 class Given:
     """Draws arguments of one case: sizes a, b, c and tensors, of each patient (`each`) or shared (`same`)."""
 
-    def __init__(self, seed: int, a: int, b: int, c: int) -> None:
+    def __init__(self, seed: int, a: int, b: int, c: int, patients: int = PATIENTS) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.a, self.b, self.c = a, b, c
+        self.a, self.b, self.c, self.patients = a, b, c, patients
 
     def each(self, *shape: int, low: float = -2.0, high: float = 2.0) -> Tensor:
-        return self.same(PATIENTS, *shape, low=low, high=high)
+        return self.same(self.patients, *shape, low=low, high=high)
 
     def same(self, *shape: int, low: float = -2.0, high: float = 2.0) -> Tensor:
         return torch.rand(shape, generator=self.generator, dtype=torch.float64) * (high - low) + low
 
     def ints(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, (PATIENTS, *shape), generator=self.generator)
+        return torch.randint(high, (self.patients, *shape), generator=self.generator)
 
     def bools(self, *shape: int) -> Tensor:
         return self.ints(2, *shape).bool()

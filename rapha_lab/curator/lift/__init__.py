@@ -64,7 +64,7 @@ class Totals(dict[str, Tensor]):
         sizes = [math.prod(shape) for shape in wanted.values()]
         self.flat = torch.zeros(sum(sizes), dtype=torch.float64)
         parts = zip(wanted.items(), self.flat.split(sizes), strict=True)
-        super().__init__({name: part.view(*shape) for (name, shape), part in parts})
+        super().__init__({name: part.view(list(shape)) for (name, shape), part in parts})
 
 
 class Lifted:
@@ -365,14 +365,15 @@ def _loss(
     differentiate: Callable[[], gradients.Found], graph: Graph, made: dict[str, Any]
 ) -> gradients.Found:
     """Differentiate once, for the errors it gives."""
+    why = ""
     try:
         found = differentiate()
         for part in found.values():
             part.square()
     except ProgramError:
         raise
-    except Exception:
-        found = {}
+    except Exception as error:
+        found, why = {}, str(error).partition("\n")[0]
     out = made.get(graph.program.output)
     if isinstance(out, Tensor) and (out[0].numel() != 1 or not out.is_floating_point()):
         why = f"It has shape {tuple(out.shape[1:])} and dtype {str(out.dtype)[6:]}."
@@ -381,7 +382,7 @@ def _loss(
         )
     if not found:
         raise ProgramError(
-            "The loss cannot be differentiated by any parameter.", "", "Check requires_grad and detach().",
+            "The loss cannot be differentiated by any parameter.", why, "Check requires_grad and detach().",
             field="parameters",
         )  # fmt: skip
     return found
