@@ -80,6 +80,19 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("subject")
         command.set_defaults(run=_state, act=act, subject="")
 
+    spend = policy.add_parser(
+        "spend", help="say what was released elsewhere of a split's patients; never undone"
+    )
+    spend.add_argument("policy", type=Path)
+    spend.add_argument("--key", type=Path, required=True)
+    spend.add_argument("--dataset", required=True)
+    spend.add_argument("--split", required=True, choices=("train", "validation", "test"))
+    spend.add_argument("--project", default="*", help="the project that had it; else none of them")
+    spend.add_argument("--epsilon", type=float, help="if it was (epsilon, 0)-private")
+    spend.add_argument("--rho", type=float, help="if it was rho-zCDP")
+    spend.add_argument("--reason", required=True)
+    spend.set_defaults(run=_spend)
+
     _data_commands(commands.add_parser("data", help="a hospital's tables").add_subparsers(required=True))
     demo = commands.add_parser("demo", help="the demo site's datasets").add_subparsers(required=True)
     build = demo.add_parser("build", help="build one more from the package that carries it")
@@ -486,6 +499,20 @@ def _state(args: argparse.Namespace) -> None:
     with Path(f"{args.policy}.signatures").open("ab") as file:
         file.write(msgspec.json.encode(said) + b"\n")
     print(f"Written to {args.policy}.signatures: {args.act}, by {key.public}.")
+
+
+def _spend(args: argparse.Namespace) -> None:
+    from rapha_lab.protocol.keys import PrivateKey
+    from rapha_lab.protocol.policy import Policy
+    from rapha_lab.protocol.spend import spend
+
+    key = PrivateKey.load(args.key, _passphrase("Your passphrase: "))
+    where = args.project, args.dataset, args.split, args.reason
+    said = spend(key, *where, epsilon=args.epsilon, rho=args.rho)
+    said.check(Policy.parse(args.policy.read_text()))
+    with Path(f"{args.policy}.spends").open("ab") as file:
+        file.write(msgspec.json.encode(said) + b"\n")
+    print(f"Written to {args.policy}.spends, by {key.public}. It holds from the site's next answer on.")
 
 
 if __name__ == "__main__":

@@ -190,23 +190,32 @@ class _Books:
 
     def _account(self, entry: dict[str, Any]) -> None:
         old = self._audit.accounts.get(entry["account"], {"spent": 0, "open": {}})
-        told = {name: entry[name] for name in ("budget", "epsilon", "delta", "alpha")}
+        told = {name: entry[name] for name in ("budget", "epsilon", "delta", "alpha", "spent")}
+        if (
+            entry["account"] not in self._audit.accounts
+        ):  # of all projects: what they spent before is carried over
+            old = {"spent": told["spent"], "open": dict(entry["running"])}
+        if old["spent"] != told["spent"]:
+            raise self._bad(
+                f"The account {entry['account']} does not add up: {told['spent']} of {told['budget']}."
+            )
         if old["spent"] > told["budget"]:
             raise self._bad(f"The budget of {entry['account']} is less than what was spent.")
         self._audit.accounts[entry["account"]] = old | told
 
     def _charge(self, kind: str, entry: dict[str, Any]) -> None:
         job, jobs = entry["job"], self._audit.jobs
-        if (kind == "reserve") != (job not in jobs) or jobs.get(job, "reserve") != "reserve":
+        first = kind in ("reserve", "elsewhere")
+        if first != (job not in jobs) or jobs.get(job, "reserve") != "reserve":
             raise self._bad(f"Job {job} is {jobs.get(job, 'not reserved')} and cannot {kind}.")
         jobs[job] = kind
         for name, told in entry["accounts"].items():
             account = self._audit.accounts[name]
             before = account["open"].pop(job, 0)
             spent = account["spent"] - before + told["charged"]
-            if told["charged"] < 0 or (kind != "reserve" and told["charged"] > before):
+            if told["charged"] < 0 or (not first and told["charged"] > before):
                 raise self._bad(f"Job {job} is charged more than was reserved.")
-            if spent != told["spent"] or spent > account["budget"]:
+            if spent != told["spent"] or (kind == "reserve" and spent > account["budget"]):
                 raise self._bad(
                     f"The account {name} does not add up: {told['spent']} of {account['budget']}."
                 )

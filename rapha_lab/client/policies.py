@@ -113,7 +113,11 @@ def _datasets(old: Dataset, new: Dataset) -> Iterator[str]:
     )
     if old.sandbox != new.sandbox:
         yield f"{_more(new.sandbox, old.sandbox)} opens beside a sandbox of tier {new.sandbox}, not {old.sandbox}."
-    yield from _numbers(old, new, "sandbox", "measurements")
+    if old.epsilon != new.epsilon:
+        more = new.epsilon is None or (old.epsilon is not None and new.epsilon > old.epsilon)
+        a, b = ("no cap" if part.epsilon is None else f"{part.epsilon:g}" for part in (old, new))
+        yield f"{'+' if more else '-'} lets all projects together spend epsilon {b} per patient, not {a}."
+    yield from _numbers(old, new, "sandbox", "measurements", "epsilon")
 
 
 def _projects(old: Project, new: Project) -> Iterator[str]:
@@ -168,7 +172,12 @@ def _more(before: Any, after: Any) -> str:
 
 def _dataset(part: Dataset) -> str:
     where = " or ".join(part.measurements)
-    return f"Dataset {part.name} opens only in an enclave measured {where}; sandbox {part.sandbox} or better."
+    together = (
+        "No cap on what all projects together may learn of a patient"
+        if part.epsilon is None
+        else f"All projects together: per patient epsilon {part.epsilon:g} at most, delta {part.delta:g}"
+    )
+    return f"Dataset {part.name} opens only in an enclave measured {where}; sandbox {part.sandbox} or better. {together}."
 
 
 def _project(part: Project) -> str:

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rapha_lab.curator.airlock import Airlock
 from rapha_lab.curator.cohort import Cohort, Findings
 from rapha_lab.curator.desk import Caller, Desk
+from rapha_lab.curator.funds import follow
 from rapha_lab.curator.inforce import InForce
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.lift.compiling import keep_pages
@@ -86,8 +87,8 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
     key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(config.key))
 
     ledger = Ledger(Path(config.ledger), key, origin=config.log, about={"tier": config.tier})
-    in_force = InForce(config.policy, ledger)
-    policy = in_force()
+    pages = InForce(config.policy, ledger)
+    policy = pages()
     cohorts = {}
     for source in config.datasets:
         schema = Schema.load(source.schema)
@@ -97,10 +98,8 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
         for column, found in cohorts[schema.name].findings.items():
             if found != Findings():
                 print(f"{schema.name}.{column}: {found}", file=sys.stderr)
-    for project in policy.projects:
-        for dataset in project.datasets:
-            for split in SPLITS:
-                ledger.open_account(project.name, dataset, split, project.epsilon, project.delta)
+    in_force = follow(ledger, pages, config.policy)
+    in_force()
     for name, cohort in cohorts.items():
         commit(ledger, Path(config.ledger).with_name("records.jsonl"), name, cohort.digest)
     build = ledger.record(KIND, **msgspec.to_builtins(config.build))
@@ -118,7 +117,7 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
         opt_outs=OptOuts(config.opt_outs, ledger, in_force, bytes.fromhex(config.salt)),
         reviews=f"{config.measurement} {config.tier}" if config.tier == "S3" else None,
     )
-    free = _free(ledger, in_force, cohorts, build) | _custody(airlock, in_force)
+    free = _free(ledger, in_force, cohorts, build) | _custody(airlock, pages)
     return Server(desk, free, reader, writer)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,7 @@ class Cohort:
         findings: by column or table, what the custodian should know of it.
         present: who has not opted out since it was opened, bool (n,).
         knows: whether a text is the identifier of one of its patients.
+        snapshot: a random name of the records as they were read now, which tells nothing of them.
         digest: SHA-256 of the sources, for the custodians alone; empty if it was not opened from any.
 
     Raises:
@@ -81,7 +83,7 @@ class Cohort:
                 "The salt is too short.", instead="Give 16 random bytes or more.", field="salt"
             )
         self.schema = schema
-        self.digest = b""
+        self.digest, self.snapshot = b"", os.urandom(16)
         self.findings: dict[str, Findings] = {}
         left = [str(patient) for patient in opt_outs]
         patients = _unique(schema, identifiers(schema.patient, present(frame, schema.patient)))

@@ -5,10 +5,12 @@ Everything that depends on a patient passes through `Desk.answer`, once, priced 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from rapha_lab.curator.accounting import epsilon_of
 from rapha_lab.curator.airlock import Airlock
 from rapha_lab.curator.cohort import Cohort, View
 from rapha_lab.curator.expressions import chosen
+from rapha_lab.curator.funds import fund
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.mechanisms import Answer, Plan, aggregate, loop
 from rapha_lab.curator.mechanisms.loop import Loop
@@ -30,7 +33,7 @@ from rapha_lab.protocol import messages
 from rapha_lab.protocol.checkpoint import Receipt
 from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError
 from rapha_lab.protocol.messages import Ask
-from rapha_lab.protocol.policy import Policy, Project
+from rapha_lab.protocol.policy import Policy
 from rapha_lab.protocol.policy import Release as Mode
 from rapha_lab.protocol.program import Program
 from rapha_lab.protocol.release import Release, canonical, statement
@@ -127,20 +130,25 @@ class Desk:
         mode = self._permit(policy, caller, ask)
         account, cohort = policy.project(caller.project), chosen(self._cohort(ask.dataset), ask)
         question = _question(caller, request, tensors)
-        if (before := self._ledger.settled(caller.job, question)) is not None:
-            body, blob, receipt = before  # its reply was lost on the way; it is paid for
-            return self._release(
-                caller.job, ask, account.delta, Answer(msgspec.json.decode(body)["values"], blob), receipt
-            )
+        basis = _basis(policy, self._cohort(ask.dataset))
         if isinstance(ask, messages.Open):
             _at_once(mode)
-            return self._open(caller, ask, cohort, account, question)
+            return self._open(caller, ask, cohort, policy, question)
+        if (before := self._ledger.settled(question, basis, caller.job)) is not None:
+            body, blob, receipt = (
+                before  # it was asked before, or its reply was lost on the way: it is paid for
+            )
+            answer = Answer(msgspec.json.decode(body)["values"], blob)
+            return self._release(
+                receipt.job, ask, account.delta, answer, receipt, repeated=receipt.job != caller.job
+            )
         plan = plan_of(ask, tensors, cohort.schema, account.delta, self._noise, self._workers)
         if isinstance(ask, messages.Review):
             self._approved(caller, ask, tensors, mode, policy)
-        for split in plan.touches:
-            self._ledger.open_account(caller.project, ask.dataset, split, account.epsilon, account.delta)
-        self._ledger.reserve(caller.job, caller.project, ask.dataset, plan.touches, plan.loss, question)
+        fund(self._ledger, policy, caller.project, ask.dataset, plan.touches)
+        self._ledger.reserve(
+            caller.job, caller.project, ask.dataset, plan.touches, plan.loss, question, basis
+        )
 
         def told(done: int, planned: int, ran: int) -> None:
             self._permit(self._policy(), caller, ask)  # a veto or a revocation holds from the next step on
@@ -153,13 +161,13 @@ class Desk:
     # -- a training loop: reserved when it opens, charged step by step, logged when it closes ---------------
 
     def _open(
-        self, caller: Caller, ask: messages.Open, cohort: Cohort, account: Project, question: bytes
+        self, caller: Caller, ask: messages.Open, cohort: Cohort, policy: Policy, question: bytes
     ) -> tuple[dict[str, Any], bytes]:
-        found = loop.plan(ask, cohort.schema, account.delta)
-        for split in found.touches:
-            self._ledger.open_account(caller.project, ask.dataset, split, account.epsilon, account.delta)
+        delta = policy.project(caller.project).delta
+        found = loop.plan(ask, cohort.schema, delta)
+        fund(self._ledger, policy, caller.project, ask.dataset, found.touches)
         self._ledger.reserve(caller.job, caller.project, ask.dataset, found.touches, found.loss, question)
-        self._loops[caller.job] = caller, found, account.delta, cohort.view(ask.split)
+        self._loops[caller.job] = caller, found, delta, cohort.view(ask.split)
         return {"loop": caller.job, "noise": found.sigma, "rate": found.rate}, b""
 
     def _gradient(
@@ -217,15 +225,16 @@ class Desk:
         """Close the loops that a cell left open; the steps that ran stay charged."""
         for job in [job for job in list(self._loops) if job.startswith(f"{cell}-")]:
             del self._loops[job]
-            self._ledger.abandon(job, "left open")
+            with contextlib.suppress(RequestError):  # it timed out before
+                self._ledger.abandon(job, "left open")
 
     # -- what both ways share ------------------------------------------------------------------------------
 
     def _release(
-        self, job: str, ask: Ask, delta: float, answer: Answer, receipt: Receipt
+        self, job: str, ask: Ask, delta: float, answer: Answer, receipt: Receipt, *, repeated: bool = False
     ) -> tuple[Release, bytes]:
         self._airlock.pass_answer(job)
-        told = _told(job, ask, delta, answer)
+        told = _told(job, ask, delta, answer) | {"repeated": repeated}
         site = {"site": self._site, "simulated": self._simulated, "receipt": msgspec.to_builtins(receipt)}
         return msgspec.convert(told | site, Release), answer.tensors
 
@@ -347,9 +356,22 @@ class Desk:
 
 
 def _question(caller: Caller, request: bytes, tensors: bytes) -> bytes:
-    """A digest of who asked what: only to the same is a settled answer given again."""
+    """A digest of who asked what: only to the same, of the same records, is a settled answer given again."""
     parts = caller.researcher.encode(), caller.project.encode(), request, tensors
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
+
+
+def _basis(policy: Policy, cohort: Cohort) -> bytes:
+    """A digest of what else makes it the same question: the page, the records as this process read them, and the day.
+
+    It tells neither whether records changed from one start to the next nor when somebody opted out: what is given
+    again is what its reader had before, and from the next day on it is asked anew, of those who are left.
+    """
+    return hashlib.sha256(policy.hash + cohort.snapshot + _today().encode()).digest()
+
+
+def _today() -> str:
+    return str(datetime.now(UTC).date())
 
 
 def permit(

@@ -2,57 +2,44 @@
 
 - An account is (project, dataset, split). Its state is one integer: the Rényi loss spent, in billionths, at
   one order, fixed with the account's first job. A reserved job counts in full. See docs/accounting.md.
+- An account of the project `ALL` caps what all projects of a dataset spend together: every job is charged to both.
 - A job goes reserve → touch, touch, ... → settle or abandon, each one durable transaction (SQLite, WAL,
   synchronous=FULL). `touch` commits before the steps run, so a step that ran is always on the books.
-- Opening the ledger ends what a crash left open: the untouched is refunded, the touched stays spent.
+- Opening the ledger ends what a crash left open, and any use of it what was given nothing to do for too long:
+  the untouched is refunded, the touched stays spent.
 - One process at a time holds a ledger, by a lock on a file beside it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from rapha_lab.curator import accounting
 from rapha_lab.curator.accounting import Gaussian, Loss, decode_loss, encode_loss, units
-from rapha_lab.curator.log import SCHEMA as LOG_SCHEMA
+from rapha_lab.curator.books import Account, check
+from rapha_lab.curator.books import connect as _open
+from rapha_lab.curator.disk import hold, readable
 from rapha_lab.curator.log import Kind, Log
 from rapha_lab.protocol.checkpoint import Receipt, open_checkpoint
-from rapha_lab.protocol.errors import BudgetError, PolicyError, RequestError, SiteError
+from rapha_lab.protocol.errors import BudgetError, PolicyError, RequestError
 from rapha_lab.protocol.quote import Standing
 
-__all__ = ["Ledger", "Statement"]
+__all__ = ["ALL", "Ledger", "Statement"]
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS account (
-    number INTEGER PRIMARY KEY, project TEXT NOT NULL, dataset TEXT NOT NULL, split TEXT NOT NULL,
-    epsilon REAL NOT NULL, delta REAL NOT NULL, alpha INTEGER NOT NULL, budget INTEGER NOT NULL,
-    spent INTEGER NOT NULL CHECK (0 <= spent AND spent <= budget),
-    UNIQUE (project, dataset, split)
-) STRICT;
-CREATE TABLE IF NOT EXISTS job (
-    name TEXT PRIMARY KEY, state TEXT NOT NULL, request BLOB NOT NULL, loss TEXT NOT NULL,
-    touched INTEGER NOT NULL, release BLOB, tensors BLOB, entry INTEGER
-) STRICT;
-CREATE TABLE IF NOT EXISTS charge (
-    account INTEGER NOT NULL REFERENCES account, job TEXT NOT NULL REFERENCES job,
-    units INTEGER NOT NULL CHECK (0 <= units),
-    PRIMARY KEY (account, job)
-) STRICT, WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS open_job ON job (state) WHERE state = 'reserved';
-CREATE TRIGGER IF NOT EXISTS job_stays BEFORE DELETE ON job BEGIN SELECT RAISE(ABORT, 'append only'); END;
-CREATE TRIGGER IF NOT EXISTS job_ended BEFORE UPDATE ON job WHEN old.state <> 'reserved'
-    BEGIN SELECT RAISE(ABORT, 'ended jobs do not change'); END;
-"""
+ALL = "*"
+"""Stands for all projects of a dataset together, in the accounts that cap them; no project can have this name."""
+
+PATIENCE = 3600.0
+"""Seconds for which a job may hold steps that it does not announce."""
 
 
 class Statement(msgspec.Struct, frozen=True):
@@ -76,22 +63,6 @@ class Statement(msgspec.Struct, frozen=True):
     jobs: int
 
 
-class _Account(msgspec.Struct, frozen=True):
-    number: int
-    project: str
-    dataset: str
-    split: str
-    epsilon: float
-    delta: float
-    alpha: int
-    budget: int
-    spent: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.project}/{self.dataset}/{self.split}"
-
-
 class _Sum:
     """The Rényi curve of several losses one after another, each so many times."""
 
@@ -110,6 +81,8 @@ class Ledger:
         key: signs the log's checkpoints.
         origin: the log's name.
         about: labels that every charge carries, such as the sandbox's tier.
+        patience: seconds for which a job may hold steps that it does not announce.
+        clock: gives seconds; no jump of it loses or doubles a charge.
 
     Raises:
         SiteError: if another process has it open, or it cannot be read or written.
@@ -121,14 +94,19 @@ class Ledger:
         key: Ed25519PrivateKey,
         origin: str = "rapha-lab",
         about: Mapping[str, str] | None = None,
+        patience: float = PATIENCE,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._about = dict(about or {})
+        self._about, self._patience, self._clock = dict(about or {}), patience, clock
+        self._moved: dict[str, float] = {}  # jobs that hold steps, and when they last announced one
         self._lock = threading.RLock()
         self._key = key
-        self._held = _hold(path)
+        self._held = hold(path)
         try:
             self._db = _open(path)
-            self.log = Log(self._db, self._lock, key, origin)
+            with readable():
+                check(self._db)
+                self.log = Log(self._db, self._lock, key, origin)
             self._recover()
         except BaseException:
             self._held.close()
@@ -143,7 +121,8 @@ class Ledger:
     def open_account(self, project: str, dataset: str, split: str, epsilon: float, delta: float) -> None:
         """Make sure that the account has the budget (epsilon, delta).
 
-        A budget may change later; its order may not, once anything is spent.
+        A budget may change later; its order may not, once anything is spent. An account of `ALL` that is opened
+        later than its projects' is charged what they have spent.
 
         Raises:
             PolicyError: if more is spent already than the new budget has.
@@ -154,29 +133,61 @@ class Ledger:
             old = self._find(project, dataset, split)
             if old and (old.epsilon, old.delta) == (epsilon, delta):
                 return
-            if (
-                old
-                and db.execute(
-                    "SELECT 1 FROM charge WHERE account = ? AND units > 0", (old.number,)
-                ).fetchone()
-            ):
-                budget = accounting.budget_at(old.alpha, epsilon, delta)
-                if budget < old.spent:
-                    raise _shrunk(old, epsilon, delta)
-                order = accounting.Order(old.alpha, budget)
+            if old and self._used(old):
+                order = accounting.Order(old.alpha, accounting.budget_at(old.alpha, epsilon, delta))
             db.execute(
                 "INSERT INTO account VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, 0)"
                 " ON CONFLICT (project, dataset, split) DO UPDATE SET epsilon = excluded.epsilon,"
                 " delta = excluded.delta, alpha = excluded.alpha, budget = excluded.budget",
                 (project, dataset, split, epsilon, delta, order.alpha, order.units),
             )
-            account = {"account": f"{project}/{dataset}/{split}", "alpha": order.alpha, "budget": order.units}
-            self.log.append(db, "account", {**account, "epsilon": repr(epsilon), "delta": repr(delta)})
+            account = self._account(project, dataset, split)
+            running = self._catch_up(account) if project == ALL and not old else {}
+            account = self._account(project, dataset, split)
+            if account.left < 0:
+                raise _shrunk(account, epsilon, delta)
+            told = {
+                "account": account.label,
+                "alpha": order.alpha,
+                "budget": order.units,
+                "spent": account.spent,
+            }
+            self.log.append(
+                db, "account", {**told, "epsilon": repr(epsilon), "delta": repr(delta), "running": running}
+            )
+
+    def _used(self, account: Account) -> bool:
+        row = self._db.execute("SELECT 1 FROM charge WHERE account = ? AND units > 0", (account.number,))
+        return row.fetchone() is not None
+
+    def _catch_up(self, account: Account) -> dict[str, int]:
+        """Charge a new account of `ALL` what its projects have spent; gives the charges of the jobs that still run."""
+        running = {}
+        for job, state, text, touched in self._db.execute(
+            "SELECT DISTINCT name, state, loss, touched FROM job JOIN charge ON job = name"
+            " JOIN account ON number = account WHERE dataset = ? AND split = ? AND state <> 'void'",
+            (account.dataset, account.split),
+        ).fetchall():
+            loss = decode_loss(text)
+            price = units(loss if state == "reserved" else loss.part(touched), account.alpha)
+            if state == "reserved":
+                running[job] = price
+                if self._numbered(account.number).spent + price > account.budget:
+                    raise _shrunk(account, account.epsilon, account.delta)
+            self._db.execute("INSERT INTO charge VALUES (?, ?, ?)", (account.number, job, price))
+        return running
 
     def reserve(
-        self, job: str, project: str, dataset: str, splits: Sequence[str], loss: Loss, request: bytes
+        self,
+        job: str,
+        project: str,
+        dataset: str,
+        splits: Sequence[str],
+        loss: Loss,
+        request: bytes,
+        basis: bytes = b"",
     ) -> None:
-        """Charge all of `loss` to the accounts of all `splits`, or to none.
+        """Charge all of `loss` to the accounts of all `splits`, the project's and those of `ALL`, or to none.
 
         Args:
             job: the job's name, which no other job ever had.
@@ -185,33 +196,71 @@ class Ledger:
             splits: the splits whose patients will be looked at.
             loss: the worst case.
             request: the SHA-256 digest of the request.
+            basis: a digest of what else makes another job's question the same one; never logged.
 
         Raises:
             BudgetError: if an account would be overdrawn; it says what is left and what would fit.
             RequestError: if the job exists, or the loss has no price.
             PolicyError: if an account does not exist.
         """
+        self._expire()
         with self._transaction() as db:
             self._check_new(job)
             if len(request) != 32:
                 raise RequestError("The request is not given by its SHA-256 digest.", field="request")
-            accounts = [self._account(project, dataset, split) for split in sorted(set(splits))]
-            if not accounts:
-                raise RequestError(
-                    "The job names no split.", "Nothing would be charged for it.", field="split"
-                )
-            prices = [units(loss, account.alpha) for account in accounts]
-            for account, price in zip(accounts, prices, strict=True):
-                if account.spent + price > account.budget:
-                    raise _overdrawn(account, loss, self._spent(account)[0])
-            db.execute(
-                "INSERT INTO job VALUES (?, 'reserved', ?, ?, 0, NULL, NULL, NULL)",
-                (job, request, encode_loss(loss)),
-            )
-            for account, price in zip(accounts, prices, strict=True):
-                db.execute("INSERT INTO charge VALUES (?, ?, ?)", (account.number, job, price))
-                db.execute("UPDATE account SET spent = spent + ? WHERE number = ?", (price, account.number))
+            accounts = self._charged_to(project, dataset, splits)
+            for account in accounts:
+                if units(loss, account.alpha) > account.left:
+                    raise self._overdrawn(account, accounts, loss)
+            self._insert(db, job, "reserved", request, basis, loss, accounts)
             self._record("reserve", job, request=request.hex())
+        self._moved[job] = self._clock()
+
+    def add(
+        self, name: str, project: str, dataset: str, splits: Sequence[str], loss: Loss, proof: bytes
+    ) -> None:
+        """Charge what was spent elsewhere, even beyond the budget, which closes the account; once a `name`.
+
+        Args:
+            name: of the spend; a second one of that name does nothing.
+            project: whose spend, or `ALL` for none of the projects'.
+            dataset: of which dataset.
+            splits: whose patients were looked at.
+            loss: what was lost.
+            proof: the SHA-256 digest of the custodian's statement.
+
+        Raises:
+            PolicyError: if an account does not exist. RequestError: if the loss has no price.
+        """
+        job = f"elsewhere-{name}"
+        with self._transaction() as db:
+            if self.has(name):
+                return
+            self._insert(db, job, "elsewhere", proof, b"", loss, self._charged_to(project, dataset, splits))
+            self._record("elsewhere", job, proof=proof.hex())
+
+    def has(self, name: str) -> bool:
+        """Whether a spend elsewhere of that name is charged already."""
+        with self.reading() as db:
+            row = db.execute("SELECT 1 FROM job WHERE name = ?", (f"elsewhere-{name}",)).fetchone()
+        return row is not None
+
+    def _insert(
+        self,
+        db: sqlite3.Connection,
+        job: str,
+        state: str,
+        request: bytes,
+        basis: bytes,
+        loss: Loss,
+        accounts: list[Account],
+    ) -> None:
+        touched = loss.steps if state == "elsewhere" else 0
+        row = job, state, request, basis, encode_loss(loss), touched
+        db.execute("INSERT INTO job VALUES (?, ?, ?, ?, ?, ?, NULL, NULL, NULL)", row)
+        for account in accounts:
+            price = units(loss, account.alpha)
+            db.execute("INSERT INTO charge VALUES (?, ?, ?)", (account.number, job, price))
 
     def touch(self, job: str, steps: int) -> None:
         """Journal, durably, that `steps` further steps are about to run; run them only once this returned.
@@ -234,6 +283,10 @@ class Ledger:
                     field="steps",
                 )
             db.execute("UPDATE job SET touched = touched + ? WHERE name = ?", (steps, job))
+        if touched + steps < loss.steps:
+            self._moved[job] = self._clock()
+        else:
+            self._moved.pop(job, None)
 
     def settle(
         self,
@@ -272,6 +325,7 @@ class Ledger:
                 (release, tensors, entry, job),
             )
             also(db)
+        self._moved.pop(job, None)
         receipt = self.receipt_of(job)
         assert receipt is not None
         return receipt
@@ -288,54 +342,58 @@ class Ledger:
         """
         with self._transaction():
             self._end(job, "abandon", "stopped", why)
+        self._moved.pop(job, None)
 
     def release_of(self, job: str) -> bytes | None:
         """What the job released, or None if it is unknown, open or released nothing."""
-        with self._lock:
-            row = self._db.execute("SELECT release FROM job WHERE name = ?", (job,)).fetchone()
+        with self.reading() as db:
+            row = db.execute("SELECT release FROM job WHERE name = ?", (job,)).fetchone()
         return None if row is None or row[0] is None else bytes(row[0])
 
-    def settled(self, job: str, request: bytes) -> tuple[bytes, bytes, Receipt] | None:
-        """Release, tensors and receipt of a job that was settled for this very request, so that a lost reply is not lost."""
-        with self._lock:
-            row = self._db.execute(
-                "SELECT release, tensors FROM job WHERE name = ? AND request = ? AND state = 'settled'",
-                (job, request),
+    def settled(self, request: bytes, basis: bytes, job: str = "") -> tuple[bytes, bytes, Receipt] | None:
+        """Release, tensors and receipt of the first job that was settled for this request, on this basis or as `job`.
+
+        To give them again, to whoever had them, tells nothing new of a patient: neither a lost reply nor a
+        question asked twice costs anything.
+        """
+        with self.reading() as db:
+            row = db.execute(
+                "SELECT name, release, tensors FROM job WHERE request = ? AND state = 'settled'"
+                " AND (basis = ? OR name = ?) ORDER BY rowid LIMIT 1",
+                (request, basis, job),
             ).fetchone()
-            receipt = self.receipt_of(job) if row else None
-        return None if row is None or receipt is None else (bytes(row[0]), bytes(row[1]), receipt)
+            receipt = self.receipt_of(row[0]) if row else None
+        return None if row is None or receipt is None else (bytes(row[1]), bytes(row[2]), receipt)
 
     def kept(self, job: str) -> tuple[bytes, Receipt] | None:
         """Tensors and receipt of a job that was settled."""
-        with self._lock:
-            row = self._db.execute("SELECT tensors FROM job WHERE name = ?", (job,)).fetchone()
+        with self.reading() as db:
+            row = db.execute("SELECT tensors FROM job WHERE name = ?", (job,)).fetchone()
             receipt = self.receipt_of(job)
         return None if row is None or receipt is None else (bytes(row[0]), receipt)
 
     def receipt_of(self, job: str) -> Receipt | None:
         """Proof that the job's charge is in the log as it is now, or None if it released nothing."""
-        with self._lock:
-            row = self._db.execute(
-                "SELECT entry FROM job WHERE name = ? AND state = 'settled'", (job,)
-            ).fetchone()
+        with self.reading() as db:
+            row = db.execute("SELECT entry FROM job WHERE name = ? AND state = 'settled'", (job,)).fetchone()
             if row is None:
                 return None
             note = self.log.checkpoint()
             size = open_checkpoint(note, self._key.public_key()).size
-            body = self._db.execute("SELECT body FROM entry WHERE number = ?", row).fetchone()[0]
-            return Receipt(job, row[0], bytes(body), self.log.inclusion(row[0], size), note)
+            return Receipt(job, row[0], self.log.entry(row[0]), self.log.inclusion(row[0], size), note)
 
     def statement(self, project: str, dataset: str, split: str) -> Statement:
-        """What the account has spent and has left.
+        """What the account has spent and has left; its `room` is also that of the account of `ALL`.
 
         Raises:
             PolicyError: if there is no such account.
         """
-        with self._lock:
-            account = self._account(project, dataset, split)
-            spent, jobs = self._spent(account)
-        left = account.budget - account.spent
-        room = accounting.largest_epsilon(Gaussian, account.alpha, left, account.delta)
+        self._expire()
+        with self.reading():
+            accounts = self._charged_to(project, dataset, [split])
+            spent, jobs = self._spent(accounts[0])
+        account = accounts[0]
+        room = _largest(Gaussian, accounts)
         return Statement(account.epsilon, account.delta, spent, account.epsilon - spent, room, jobs)
 
     def quote(self, project: str, dataset: str, split: str, loss: Loss) -> Standing:
@@ -347,25 +405,21 @@ class Ledger:
             PolicyError: if there is no such account.
             RequestError: if the loss has no price.
         """
-        with self._lock:
-            account = self._account(project, dataset, split)
-            price = units(loss, account.alpha)
-            before = self._spent(account)[0]
-            fits = account.spent + price <= account.budget
-            spent = self._spent(account, loss)[0] if fits else before
-        left = account.budget - account.spent
-
-        def largest(make: Callable[[float], Loss], left: int) -> float:
-            return accounting.largest_epsilon(make, account.alpha, left, account.delta)
-
+        self._expire()
+        with self.reading():
+            accounts = self._charged_to(project, dataset, [split])
+            prices = [units(loss, account.alpha) for account in accounts]
+            before = self._spent(accounts[0])[0]
+            fits = all(price <= account.left for price, account in zip(prices, accounts, strict=True))
+            spent = self._spent(accounts[0], loss)[0] if fits else before
         return Standing(
-            epsilon=account.epsilon,
+            epsilon=accounts[0].epsilon,
             before=before,
             fits=fits,
             spent=spent,
-            left=account.epsilon - spent,
-            room=largest(Gaussian, left - price if fits else left),
-            largest=None if fits else largest(loss.with_noise, left),
+            left=accounts[0].epsilon - spent,
+            room=_largest(Gaussian, accounts, prices if fits else None),
+            largest=None if fits else _largest(loss.with_noise, accounts),
         )
 
     def record(self, kind: Kind, **fields: object) -> int:
@@ -380,7 +434,7 @@ class Ledger:
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """The ledger's database, to read from while nobody writes."""
-        with self._lock, _readable():
+        with self._lock, readable():
             yield self._db
 
     def _recover(self) -> None:
@@ -389,6 +443,13 @@ class Ledger:
                 "SELECT name FROM job WHERE state = 'reserved' ORDER BY rowid"
             ).fetchall():
                 self._end(job, "recover", "lost", "the curator ended before the job did")
+
+    def _expire(self) -> None:
+        """End the jobs that have announced nothing for too long, whatever became of them."""
+        with self._lock:
+            now = self._clock()
+            for job in [job for job, moved in self._moved.items() if now - moved > self._patience]:
+                self.abandon(job, "timed out")
 
     def _end(self, job: str, kind: Kind, state: str, why: str) -> None:
         loss, touched = self._open_job(job)
@@ -400,13 +461,9 @@ class Ledger:
 
     def _charge(self, job: str, loss: Loss) -> None:
         """Replace what was reserved for the job by the price of `loss`."""
-        for account, reserved in self._charges(job):
-            price = units(loss, account.alpha)
-            keys = (account.number, job)
-            self._db.execute("UPDATE charge SET units = ? WHERE account = ? AND job = ?", (price, *keys))
-            self._db.execute(
-                "UPDATE account SET spent = spent + ? WHERE number = ?", (price - reserved, account.number)
-            )
+        for account, _ in self._charges(job):
+            keys = (units(loss, account.alpha), account.number, job)
+            self._db.execute("UPDATE charge SET units = ? WHERE account = ? AND job = ?", keys)
 
     def _record(self, kind: Kind, job: str, **fields: object) -> int:
         """Log an event of a job with what each of its accounts was charged, and its head after it."""
@@ -416,13 +473,13 @@ class Ledger:
         (loss,) = self._db.execute("SELECT loss FROM job WHERE name = ?", (job,)).fetchone()
         return self.log.append(self._db, kind, {"job": job, "accounts": heads, "loss": loss, **fields})
 
-    def _charges(self, job: str) -> list[tuple[_Account, int]]:
+    def _charges(self, job: str) -> list[tuple[Account, int]]:
         rows = self._db.execute(
             "SELECT account, units FROM charge WHERE job = ? ORDER BY account", (job,)
         ).fetchall()
         return [(self._numbered(number), price) for number, price in rows]
 
-    def _spent(self, account: _Account, further: Loss | None = None) -> tuple[float, int]:
+    def _spent(self, account: Account, further: Loss | None = None) -> tuple[float, int]:
         """The account's composed guarantee as an ε, with a `further` loss if given, and how many jobs it paid for."""
         rows = self._db.execute(
             "SELECT loss, CASE state WHEN 'reserved' THEN NULL ELSE touched END AS ran, count(*) FROM charge"
@@ -443,7 +500,10 @@ class Ledger:
         if row is None or row[0] != "reserved":
             state = "unknown" if row is None else row[0]
             raise RequestError(
-                f"The job {job} is not open.", f"It is {state}.", "Start a new job.", field="job"
+                f"The job {job} is not open.",
+                _ENDS.get(state, "There is none."),
+                "Start a new job.",
+                field="job",
             )
         return decode_loss(row[1]), row[2]
 
@@ -456,7 +516,15 @@ class Ledger:
                 field="job",
             )
 
-    def _account(self, project: str, dataset: str, split: str) -> _Account:
+    def _charged_to(self, project: str, dataset: str, splits: Sequence[str]) -> list[Account]:
+        """The accounts that a job is charged to: the project's, then those of all projects where there are any."""
+        if not splits:
+            raise RequestError("The job names no split.", "Nothing would be charged for it.", field="split")
+        mine = [self._account(project, dataset, split) for split in sorted(set(splits))]
+        caps = [self._find(ALL, dataset, account.split) for account in mine if project != ALL]
+        return mine + [cap for cap in caps if cap is not None]
+
+    def _account(self, project: str, dataset: str, split: str) -> Account:
         account = self._find(project, dataset, split)
         if account is None:
             raise PolicyError(
@@ -466,22 +534,33 @@ class Ledger:
             )
         return account
 
-    def _find(self, project: str, dataset: str, split: str) -> _Account | None:
+    def _overdrawn(self, account: Account, accounts: list[Account], loss: Loss) -> BudgetError:
+        fits = _largest(loss.with_noise, accounts)
+        whose = " of all projects together" if account.project == ALL else ""
+        spent = self._spent(account)[0]
+        return BudgetError(
+            f"This would overdraw the privacy budget{whose} of {account.dataset}, split {account.split}.",
+            f"Of epsilon={account.epsilon:g} (delta={account.delta:g}) {account.epsilon - spent:.3g} is left.",
+            f"The same request fits with epsilon={fits!r}." if fits else "Nothing more of this kind fits.",
+            field="epsilon",
+        )
+
+    def _find(self, project: str, dataset: str, split: str) -> Account | None:
         return self._row("project = ? AND dataset = ? AND split = ?", project, dataset, split)
 
-    def _numbered(self, number: int) -> _Account:
+    def _numbered(self, number: int) -> Account:
         account = self._row("number = ?", number)
         assert account is not None
         return account
 
-    def _row(self, where: str, *values: object) -> _Account | None:
+    def _row(self, where: str, *values: object) -> Account | None:
         row = self._db.execute(f"SELECT * FROM account WHERE {where}", values).fetchone()  # noqa: S608
-        return None if row is None else _Account(*row)
+        return None if row is None else Account(*row)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing, and durable once left; one at a time."""
-        with self._lock, _readable():
+        with self._lock, readable():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -492,50 +571,7 @@ class Ledger:
                 raise
 
 
-def _hold(path: Path) -> IO[bytes]:
-    """An exclusive lock for this process; the kernel gives it back however the process ends."""
-    try:
-        held = Path(f"{path}.lock").open("ab")  # noqa: SIM115
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        held.close()
-        raise SiteError(
-            "The ledger is open in another process.",
-            "Two curators on one ledger could spend the same budget twice.",
-            "Stop the other curator first.",
-        ) from None
-    except OSError as error:
-        raise _unusable(error) from None
-    return held
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    with _readable():
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA foreign_keys = ON")
-        db.executescript(f"BEGIN IMMEDIATE; {LOG_SCHEMA} {SCHEMA} COMMIT;")
-        return db
-
-
-@contextmanager
-def _readable() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise _unusable(error) from error
-
-
-def _unusable(error: Exception) -> SiteError:
-    return SiteError(
-        "The ledger cannot be read or written, so nothing was released.",
-        f"The system says: {error}.",
-        "The site's operator has to look at its disk; what was reserved stays spent until then.",
-    )
-
-
-def _shrunk(account: _Account, epsilon: float, delta: float) -> PolicyError:
+def _shrunk(account: Account, epsilon: float, delta: float) -> PolicyError:
     return PolicyError(
         f"The budget of {account.label} cannot become epsilon={epsilon:g} at delta={delta:g}.",
         "More than that is spent already, and what was released cannot be taken back.",
@@ -544,12 +580,22 @@ def _shrunk(account: _Account, epsilon: float, delta: float) -> PolicyError:
     )
 
 
-def _overdrawn(account: _Account, loss: Loss, spent: float) -> BudgetError:
-    left = account.budget - account.spent
-    fits = accounting.largest_epsilon(loss.with_noise, account.alpha, left, account.delta)
-    return BudgetError(
-        f"This would overdraw the privacy budget of {account.dataset}, split {account.split}.",
-        f"Of epsilon={account.epsilon:g} (delta={account.delta:g}) {account.epsilon - spent:.3g} is left.",
-        f"The same request fits with epsilon={fits!r}." if fits else "Nothing more of this kind fits.",
-        field="epsilon",
+def _largest(make: Callable[[float], Loss], accounts: list[Account], taken: list[int] | None = None) -> float:
+    """The largest ε, at the first account's δ, with which one job more fits all `accounts` less what is `taken`."""
+    lefts = [
+        account.left - less for account, less in zip(accounts, taken or [0] * len(accounts), strict=True)
+    ]
+    delta = accounts[0].delta
+    return min(
+        accounting.largest_epsilon(make, account.alpha, left, delta)
+        for account, left in zip(accounts, lefts, strict=True)
     )
+
+
+_ENDS = {
+    "void": "It ended before it touched a record, and cost nothing.",
+    "stopped": "It was ended on the way; the steps that had run stay charged.",
+    "lost": "The curator ended before it did; the steps that had run stay charged.",
+    "settled": "It is settled.",
+    "elsewhere": "It ran elsewhere.",
+}

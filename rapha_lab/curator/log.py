@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from rapha_lab.curator.disk import readable, unusable
 from rapha_lab.protocol.checkpoint import Checkpoint, Inclusion, leaf_hash, node_hash, sign_checkpoint
 from rapha_lab.protocol.errors import LogError, RequestError
 
@@ -22,7 +23,7 @@ __all__ = ["SCHEMA", "Kind", "Log"]
 
 Kind = Literal[
     "release-of-enclave", "policy", "statement", "cell", "account", "reserve", "charge", "abandon", "recover",
-    "airlock", "decision", "shown", "opt-outs", "records",
+    "elsewhere", "airlock", "decision", "shown", "opt-outs", "records",
 ]  # fmt: skip
 
 SCHEMA = """
@@ -73,17 +74,25 @@ class Log:
 
     def size(self) -> int:
         """How many entries there are."""
-        with self._lock:
+        with self._lock, readable():
             row = self._connection.execute("SELECT coalesce(max(number) + 1, 0) FROM entry").fetchone()
         return int(row[0])
 
     def entries(self, start: int = 0) -> list[bytes]:
         """The entries from index `start` on, as they were hashed."""
-        with self._lock:
+        with self._lock, readable():
             rows = self._connection.execute(
                 "SELECT body FROM entry WHERE number >= ? ORDER BY number", (start,)
             )
             return [bytes(body) for (body,) in rows]
+
+    def entry(self, index: int) -> bytes:
+        """One entry as it was hashed; SiteError if the file no longer has it so."""
+        with self._lock, readable():
+            row = self._connection.execute("SELECT body FROM entry WHERE number = ?", (index,)).fetchone()
+            if row is None or leaf_hash(bytes(row[0])) != self._stored(0, index):
+                raise unusable(f"entry {index} of the log is damaged")
+            return bytes(row[0])
 
     def checkpoint(self) -> str:
         """The head of the log as a C2SP checkpoint, signed."""
@@ -91,7 +100,8 @@ class Log:
             return self._note(self.size())
 
     def _note(self, size: int) -> str:
-        root = self._root(0, size) if size else hashlib.sha256().digest()
+        with readable():
+            root = self._root(0, size) if size else hashlib.sha256().digest()
         return sign_checkpoint(Checkpoint(self._origin, size, root), self._key)
 
     def signed(self, start: int, limit: int) -> list[tuple[bytes, str]]:
@@ -99,7 +109,7 @@ class Log:
 
         With them the first entry that somebody changed, moved or dropped on the way can be named.
         """
-        with self._lock:
+        with self._lock, readable():
             rows = self._connection.execute(
                 "SELECT number, body FROM entry WHERE number >= ? ORDER BY number LIMIT ?", (start, limit)
             ).fetchall()
@@ -119,7 +129,7 @@ class Log:
         Raises:
             LogError: if the log has no such tree or the tree no such entry.
         """
-        with self._lock:
+        with self._lock, readable():
             self._check(0 <= index < size <= self.size())
             return self._path(index, 0, size)
 
@@ -129,7 +139,7 @@ class Log:
         Raises:
             LogError: if the log has no such trees.
         """
-        with self._lock:
+        with self._lock, readable():
             self._check(0 <= old <= new <= self.size())
             return self._subproof(old, 0, new, True) if 0 < old < new else []
 
@@ -162,7 +172,8 @@ class Log:
         row = self._connection.execute(
             "SELECT hash FROM subtree WHERE level = ? AND number = ?", (level, number)
         ).fetchone()
-        self._check(row is not None)
+        if row is None:
+            raise unusable("a hash of the log is missing")
         return bytes(row[0])
 
     def _check(self, holds: bool) -> None:

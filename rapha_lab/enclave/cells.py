@@ -339,7 +339,7 @@ class Cells:
         if "op" not in wire:
             return wire, blob  # a step of a loop, which is one release when it closes
         with self._changed:
-            cell.spent.setdefault(job, wire["epsilon"])
+            cell.spent.setdefault(job, 0.0 if wire["repeated"] else wire["epsilon"])
             cell.step = cell.steps
         release = msgspec.convert(wire, Release)
         data = release._repr_mimebundle_()

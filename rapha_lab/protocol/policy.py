@@ -48,11 +48,15 @@ class Custodian(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A dataset, the releases of the enclave that may open it, and the weakest sandbox beside it."""
+    """A dataset, the releases of the enclave that may open it, and the weakest sandbox beside it.
+
+    `epsilon`, if there is one, caps what all projects together may learn of a patient, at `delta`.
+    """
 
     name: Name
     measurements: Annotated[list[Digest], Meta(min_length=1)]
     sandbox: Literal["S1", "S2", "S3"] = "S3"
+    epsilon: Epsilon | None = None
     delta: Delta
 
 

@@ -65,6 +65,7 @@ class Release(msgspec.Struct, kw_only=True):
         tensors: SHA-256 of the tensors that came with it, in hex.
         epsilon, delta: its own guarantee; `unit` says for whom.
         receipt: the log's entry with its proof and the signed checkpoint.
+        repeated: whether it is the answer to the same question as before, given again at no price.
     """
 
     job: str
@@ -79,6 +80,7 @@ class Release(msgspec.Struct, kw_only=True):
     tensors: str = ""
     receipt: dict[str, Any] = {}
     simulated: bool = False
+    repeated: bool = False
 
     @property
     def title(self) -> str:
@@ -180,7 +182,8 @@ class Release(msgspec.Struct, kw_only=True):
 
     def _price(self) -> str:
         number = self.receipt.get("index")
-        receipt = f" · receipt {number}" if number is not None else ""
+        again = " · asked before, so free" if self.repeated else ""
+        receipt = f" · receipt {number}{again}" if number is not None else ""
         where = f"{self.dataset}, {self.split}{receipt}{' · simulated enclave' if self.simulated else ''}"
         if self.op == "review":
             return f"no ε: outside every privacy guarantee · {where}"

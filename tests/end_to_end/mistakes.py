@@ -165,9 +165,9 @@ class GivesAnotherQuestionTheOldAnswer(Desk):
     """Takes a job's number for its question."""
 
     def answer(self, caller: Caller, request: bytes, tensors: bytes, on_step: Any) -> Any:
-        def settled(job: str, question: bytes) -> Any:
-            row = self._ledger._db.execute("SELECT request FROM job WHERE name = ?", (job,)).fetchone()
-            return Ledger.settled(self._ledger, job, row[0] if row else question)
+        def settled(question: bytes, *rest: Any) -> Any:
+            row = self._ledger._db.execute("SELECT request FROM job WHERE name = ?", (caller.job,)).fetchone()
+            return Ledger.settled(self._ledger, row[0] if row else question, *rest)
 
         with replaced(self._ledger, "settled", settled):
             return super().answer(caller, request, tensors, on_step)

@@ -71,7 +71,8 @@ def story(schema: Schema) -> dict[str, tuple[messages.ASKS, bytes]]:
     return {
         "mean": (messages.Mean(column="age", dataset=schema.name, split="all", epsilon=0.5), b""),
         "fit": (fit, traced.blob),
-        "cancelled": (fit, traced.blob),
+        "fit-again": (fit, traced.blob),
+        "cancelled": (msgspec.structs.replace(fit, clip=2.0), traced.blob),
         "overdrawn": (messages.Count(dataset=schema.name, split="train", epsilon=900.0), b""),
         "cell-loop": (opened, b""),
         "step-1": (step, traced.blob),
@@ -389,8 +390,7 @@ def _released(out: bytes) -> Iterator[tuple[str, dict[str, Any], str]]:
         said = json.loads(header)
         values = (said.get("release") or {}).get("values")
         if values is not None:
-            job = "cell-loop" if said["id"] == "close" else said["id"]
-            yield job, values, hashlib.sha256(tensors).hexdigest()
+            yield said["release"]["job"], values, hashlib.sha256(tensors).hexdigest()
 
 
 def _begun(out: bytes) -> str | None:
@@ -399,7 +399,7 @@ def _begun(out: bytes) -> str | None:
     rest = out[whole + 16 :]
     if b'"release"' not in rest[:60]:
         return None
-    job = rest.split(b'"id":"', 1)[1].split(b'"', 1)[0].decode()
+    job = rest.split(b'"id":"', 1)[1].split(b'"', 1)[0].decode().removesuffix("-again")
     # gradients are steps of a loop, whose charge the notes hold it to
     return (
         None

@@ -1,0 +1,97 @@
+"""The ledger's tables, and what the database itself holds true of them.
+
+An account's `spent` is the sum of its charges, kept so by triggers alone. Charges of a running job fit the budget
+when they are made and only ever fall; ended jobs and their charges stay for ever.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import msgspec
+
+from rapha_lab.curator.disk import readable, unusable
+from rapha_lab.curator.log import SCHEMA as LOG_SCHEMA
+
+__all__ = ["Account", "check", "connect"]
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS account (
+    number INTEGER PRIMARY KEY, project TEXT NOT NULL, dataset TEXT NOT NULL, split TEXT NOT NULL,
+    epsilon REAL NOT NULL, delta REAL NOT NULL, alpha INTEGER NOT NULL, budget INTEGER NOT NULL,
+    spent INTEGER NOT NULL CHECK (0 <= spent),
+    UNIQUE (project, dataset, split)
+) STRICT;
+CREATE TABLE IF NOT EXISTS job (
+    name TEXT PRIMARY KEY, state TEXT NOT NULL, request BLOB NOT NULL, basis BLOB NOT NULL, loss TEXT NOT NULL,
+    touched INTEGER NOT NULL, release BLOB, tensors BLOB, entry INTEGER
+) STRICT;
+CREATE TABLE IF NOT EXISTS charge (
+    account INTEGER NOT NULL REFERENCES account, job TEXT NOT NULL REFERENCES job,
+    units INTEGER NOT NULL CHECK (0 <= units),
+    PRIMARY KEY (account, job)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS charge_of_job ON charge (job);
+CREATE INDEX IF NOT EXISTS open_job ON job (state) WHERE state = 'reserved';
+CREATE INDEX IF NOT EXISTS settled_job ON job (request) WHERE state = 'settled';
+CREATE TRIGGER IF NOT EXISTS job_stays BEFORE DELETE ON job BEGIN SELECT RAISE(ABORT, 'append only'); END;
+CREATE TRIGGER IF NOT EXISTS job_ended BEFORE UPDATE ON job WHEN old.state <> 'reserved'
+    BEGIN SELECT RAISE(ABORT, 'ended jobs do not change'); END;
+CREATE TRIGGER IF NOT EXISTS charge_stays BEFORE DELETE ON charge BEGIN SELECT RAISE(ABORT, 'append only'); END;
+CREATE TRIGGER IF NOT EXISTS charge_falls BEFORE UPDATE ON charge WHEN new.units > old.units
+    BEGIN SELECT RAISE(ABORT, 'a charge only falls'); END;
+CREATE TRIGGER IF NOT EXISTS charge_fits BEFORE INSERT ON charge
+    WHEN (SELECT state FROM job WHERE name = new.job) = 'reserved'
+     AND (SELECT spent + new.units > budget FROM account WHERE number = new.account)
+    BEGIN SELECT RAISE(ABORT, 'over the budget'); END;
+CREATE TRIGGER IF NOT EXISTS charge_made AFTER INSERT ON charge
+    BEGIN UPDATE account SET spent = spent + new.units WHERE number = new.account; END;
+CREATE TRIGGER IF NOT EXISTS charge_fell AFTER UPDATE ON charge
+    BEGIN UPDATE account SET spent = spent + new.units - old.units WHERE number = new.account; END;
+"""
+
+
+class Account(msgspec.Struct, frozen=True):
+    """One row of the accounts."""
+
+    number: int
+    project: str
+    dataset: str
+    split: str
+    epsilon: float
+    delta: float
+    alpha: int
+    budget: int
+    spent: int
+
+    @property
+    def label(self) -> str:
+        """Its name in the log."""
+        return f"{self.project}/{self.dataset}/{self.split}"
+
+    @property
+    def left(self) -> int:
+        """In billionths; below zero if more was spent elsewhere than there was."""
+        return self.budget - self.spent
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """The database at `path`, created if there is none; every commit is on disk before it returns."""
+    with readable():
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA foreign_keys = ON")
+        db.executescript(f"BEGIN IMMEDIATE; {LOG_SCHEMA} {SCHEMA} COMMIT;")
+        return db
+
+
+def check(db: sqlite3.Connection) -> None:
+    """Raise SiteError unless every account's state is the sum of its charges."""
+    wrong = db.execute(
+        "SELECT 1 FROM account WHERE spent <>"
+        " (SELECT coalesce(sum(units), 0) FROM charge WHERE account = number)"
+    ).fetchone()
+    if wrong:
+        raise unusable("an account is not the sum of its charges")

@@ -1,0 +1,64 @@
+"""Keeps the ledger's accounts as the custodians signed them: budgets, caps, and what was spent elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from rapha_lab.curator.accounting import Gaussian, Loss, Pure
+from rapha_lab.curator.ledger import ALL, Ledger
+from rapha_lab.protocol.policy import Policy
+from rapha_lab.protocol.schema import SPLITS
+from rapha_lab.protocol.spend import Spend, spends
+
+__all__ = ["follow", "fund"]
+
+
+def fund(ledger: Ledger, policy: Policy, project: str, dataset: str, splits: Iterable[str]) -> None:
+    """Open the accounts of a project on a dataset's splits, and those of all projects if there is a cap on them.
+
+    A cap that was signed once stays until another is signed.
+
+    Raises:
+        PolicyError: more is spent already than a new budget or cap has.
+    """
+    mine, whole = policy.project(project), policy.dataset(dataset)
+    for split in splits:
+        ledger.open_account(project, dataset, split, mine.epsilon, mine.delta)
+        if whole.epsilon is not None:
+            ledger.open_account(ALL, dataset, split, whole.epsilon, whole.delta)
+
+
+def follow(ledger: Ledger, page: Callable[[], Policy], path: str | Path) -> Callable[[], Policy]:
+    """Gives what gives the policy in force, once the ledger has its accounts and the spends signed beside it.
+
+    Args:
+        ledger: has the accounts.
+        page: gives the policy in force, read anew each time.
+        path: where it is; a spend that is signed beside it holds from the next request on.
+    """
+    last: tuple[Policy, list[Spend]] | None = None
+
+    def in_force() -> Policy:
+        nonlocal last
+        policy = page()
+        elsewhere = spends(path)
+        if (policy, elsewhere) != last:
+            for project in policy.projects:
+                for dataset in project.datasets:
+                    if project.name not in policy.revoked:
+                        fund(ledger, policy, project.name, dataset, SPLITS)
+            for spend in elsewhere:
+                if not ledger.has(spend.name):
+                    spend.check(policy)
+                    where = spend.project, spend.dataset, [spend.split]
+                    ledger.add(spend.name, *where, _loss(spend), spend.digest)
+            last = policy, elsewhere
+        return policy
+
+    return in_force
+
+
+def _loss(spend: Spend) -> Loss:
+    """The curve of what was spent: of any (ε, 0)-private answer, or of ρ-zCDP, which is that of a Gaussian."""
+    return Pure(spend.epsilon) if spend.epsilon is not None else Gaussian((2 * (spend.rho or 0.0)) ** -0.5)
