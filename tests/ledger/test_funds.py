@@ -309,7 +309,8 @@ def bundled(ledger: Ledger):
     public = PublicKey("ed25519", ledger._key.public_key().public_bytes_raw())
     head = {"checkpoint": ledger.log.checkpoint(), "key": str(public)}
     path = Path(ledger._db.execute("PRAGMA database_list").fetchone()[2]).parent / "bundle"
-    lines = [json.dumps(head), *(json.dumps(entry.decode()) for entry in ledger.log.entries())]
+    signed = ledger.log.signed(0, 1000)
+    lines = [json.dumps(head), *(json.dumps([body.decode(), said]) for body, said in signed)]
     path.write_text("\n".join(lines) + "\n")
     audit = verify(path)
     spent = {account.label: account.spent for account in map(ledger._numbered, numbers(ledger))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, Wai
 from rapha_lab.protocol.keys import PrivateKey
 from rapha_lab.protocol.release import Release
 
-MEAN = 'patients.mean("age", epsilon=0.5)'
+_ASKED = itertools.count(500)
 FIT = f"""
 import torch
 model = torch.nn.Linear({len(ward.FEATURES)}, 1)
@@ -36,10 +37,15 @@ def log(clinic: Clinic, kind: str) -> list[dict[str, object]]:
     return [entry for entry in map(json.loads, told) if entry["kind"] == kind]
 
 
+def mean() -> str:
+    """A question that nobody asked before, since one that was asked is answered as before."""
+    return f'patients.mean("age", epsilon={next(_ASKED) / 1000})'
+
+
 class TestOneCustodian:
     def test_the_answer_waits_and_goes_on_in_its_cell_once_released(self, shared: Clinic) -> None:
         """Charged before; nothing of it is shown while it waits; the custodian saw the very values."""
-        job = until(shared.connect().run(MEAN, "ward"), "waiting")
+        job = until(shared.connect().run(mean(), "ward"), "waiting")
         assert job.outputs == []
         assert "waits for a custodian" in job.told["waits"]["what"]
         assert "waits for a custodian" in job._repr_mimebundle_()["text/plain"]
@@ -53,8 +59,9 @@ class TestOneCustodian:
         verify_release(release, shared.connect().key)
 
     def test_a_refusal_reaches_the_researcher_with_its_reason(self, shared: Clinic) -> None:
-        """And stays: neither the custodian nor another one can take it back."""
-        job = until(shared.connect().run(MEAN, "ward"), "waiting")
+        """And stays: neither custodian can take it back, and asking again is refused again, for nothing."""
+        question = mean()
+        job = until(shared.connect().run(question, "ward"), "waiting")
         guardian, officer = shared.custodian(0), shared.custodian(1)
         subject = newest(guardian)["subject"]
         guardian.refuse(subject, "Ask on a larger split.")
@@ -66,6 +73,10 @@ class TestOneCustodian:
                 custodian.approve(subject)
         with pytest.raises(RefusedError, match="larger split"):
             shared.connect().collect(subject)
+        charged = len(log(shared, "charge"))
+        with pytest.raises(RefusedError, match="larger split"):
+            shared.connect().run(question, "ward").wait()
+        assert len(log(shared, "charge")) == charged
 
     def test_a_lane_that_is_auto_does_not_wait(self, shared: Clinic) -> None:
         """And its charge says so, as the other's says who released."""
@@ -100,7 +111,7 @@ class TestTwoCustodians:
 class TestForgery:
     @pytest.fixture
     def held(self, shared: Clinic) -> Iterator[dict[str, object]]:
-        until(shared.connect().run(MEAN, "ward", session="held"), "waiting")
+        until(shared.connect().run(mean(), "ward", session="held"), "waiting")
         guardian = shared.custodian()
         yield guardian.show(newest(guardian)["subject"])
         shared.connect().end_sessions("held")
@@ -188,7 +199,7 @@ class TestSurvival:
         """By a slip of ours, that is."""
         config, researcher, custodians = clinic.prepare(tmp_path)
         with hospital.running(config) as (_, url):
-            until(hospital.connected(url, researcher).run(MEAN, "ward"), "waiting")
+            until(hospital.connected(url, researcher).run(mean(), "ward"), "waiting")
             guardian = clinic.Custodian(hospital.connected(url, custodians[0]), custodians[0])
             guardian.refuse(newest(guardian)["subject"], "No.")
         with (
@@ -200,7 +211,7 @@ class TestSurvival:
     def test_a_cancelled_cell_leaves_its_answer_in_the_airlock(self, shared: Clinic) -> None:
         """And the session goes on."""
         site = shared.connect()
-        job = until(site.run("n = 7\n" + MEAN, "ward", session="other"), "waiting")
+        job = until(site.run("n = 7\n" + mean(), "ward", session="other"), "waiting")
         subject = newest(shared.custodian())["subject"]
         job.cancel()
         until(job, "cancelled")
