@@ -30,6 +30,7 @@ __all__ = [
     "Pure",
     "Reviewed",
     "SampledGaussian",
+    "Sum",
     "budget_at",
     "decode_loss",
     "encode_loss",
@@ -240,6 +241,17 @@ class Pure(Loss, frozen=True, tag="pure"):
     def with_noise(self, noise: float) -> Pure:
         """The same answer with Laplace noise of scale `noise` times the L1 sensitivity."""
         return Pure(1 / noise)
+
+
+class Sum:
+    """The Rényi curve of several losses one after another, each so many times."""
+
+    def __init__(self, losses: list[tuple[Loss, int]]) -> None:
+        self._losses = losses
+
+    def rdp(self, alpha: int) -> float:
+        """The sum of their curves."""
+        return sum(times * loss.rdp(alpha) for loss, times in self._losses)
 
 
 _decoder = msgspec.json.Decoder(Nothing | Reviewed | Gaussian | SampledGaussian | BandedGaussian | Pure)

@@ -63,16 +63,6 @@ class Statement(msgspec.Struct, frozen=True):
     jobs: int
 
 
-class _Sum:
-    """The Rényi curve of several losses one after another, each so many times."""
-
-    def __init__(self, losses: list[tuple[Loss, int]]) -> None:
-        self._losses = losses
-
-    def rdp(self, alpha: int) -> float:
-        return sum(times * loss.rdp(alpha) for loss, times in self._losses)
-
-
 class Ledger:
     """Opens the ledger at `path`, creating it if there is none, and ends what a crash left open.
 
@@ -491,7 +481,9 @@ class Ledger:
             losses.append((further, None, 1))
         if not losses:
             return 0.0, 0
-        total = _Sum([(loss if ran is None else loss.part(ran), times) for loss, ran, times in losses])
+        total = accounting.Sum(
+            [(loss if ran is None else loss.part(ran), times) for loss, ran, times in losses]
+        )
         epsilon = accounting.epsilon_of(total, account.delta)
         return min(account.epsilon, epsilon), sum(times for *_, times in losses)
 
