@@ -122,13 +122,14 @@ class EnclaveMagics(Magics):
             inputs=sent,
             origin=_origin(self.shell),
         )
+        card = _Card(job)
         try:
-            _follow(job)
+            _follow(job, card)
         except KeyboardInterrupt:
             if self._is_leaving():
                 raise SiteError("The job runs on without this kernel.", "", _back(job)) from None
             job.cancel()
-            _follow(job)
+            _follow(job, card)
         job.raise_error()
         return job
 
@@ -144,18 +145,26 @@ def _back(job: Job) -> str:
     return f'Come back to it: site.attach("{job.id}").'
 
 
-def _follow(job: Job) -> None:
-    """Show a job's outputs as they come, and its card while it takes steps."""
-    card = None
+class _Card:
+    """A job's card: shown once it takes steps or waits, kept up to date from then on."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._shown = job, None
+
+    def update(self) -> None:
+        """Show how far the job is."""
+        if self._shown is not None:
+            self._shown.update(self._job._repr_mimebundle_(), raw=True)
+        elif self._job.told.get("steps", 0) > 1 or self._job.state == "waiting":
+            self._shown = display(self._job._repr_mimebundle_(), raw=True, display_id=True)
+
+
+def _follow(job: Job, card: _Card) -> None:
+    """Show a job's outputs as they come, and its card."""
     for outputs in job.follow():
         for output in outputs:
             _show(output)
-        if job.told.get("steps", 0) > 1 or job.state == "waiting" or card is not None:
-            bundle = job._repr_mimebundle_()
-            if card is None:
-                card = display(bundle, raw=True, display_id=True)
-            else:
-                card.update(bundle, raw=True)
+        card.update()
     if job.state not in ENDED:
         raise SiteError("The job was left running.", "", _back(job))
 
