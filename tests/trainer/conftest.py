@@ -46,7 +46,8 @@ def alone(model: nn.Module, loss: Callable[..., Tensor], x: Tensor, y: Tensor) -
         model.zero_grad()
         prediction = model(x[i : i + 1])
         loss(
-            prediction.reshape(y[i : i + 1].shape) if prediction.numel() == 1 else prediction, y[i : i + 1]
+            prediction.reshape(y[i : i + 1].shape) if prediction.numel() == y[i].numel() == 1 else prediction,
+            y[i : i + 1],
         ).backward()
         for name, p in model.named_parameters():
             if p.requires_grad:

@@ -136,12 +136,13 @@ elementwise(
 
 
 def _floats_only(*names: str) -> None:
-    """Integers divided by a record's zero would raise: these operations are for floats."""
+    """Integers divided by a record's zero would raise: these are for floats, or integers and a positive constant."""
     for name in names:
         op = operation(f"aten.{name}")
 
         def apply(*args: Any, _op: Any = op) -> Any:
-            if not any(isinstance(a, Tensor) and a.dtype.is_floating_point for a in args):
+            constant = not isinstance(args[1], Tensor) and args[1] > 0
+            if not constant and not any(isinstance(a, Tensor) and a.dtype.is_floating_point for a in args):
                 raise TypeError("integers; convert them to float first")
             return _apply(_op, aligned(args))
 
