@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from rapha_lab.curator import checks
+from rapha_lab.curator import checks, clock
 from rapha_lab.curator.accounting import epsilon_of
 from rapha_lab.curator.airlock import Airlock
 from rapha_lab.curator.cohort import Cohort, View
@@ -337,8 +337,12 @@ class Desk:
                 self._ledger.touch(job, steps)
             done, beats = done + steps, beats + (not steps)
 
+        began = clock.now()
         try:
-            answer = plan.run(cohort.view(split), progress)
+            try:
+                answer = plan.run(cohort.view(split), progress)
+            finally:
+                clock.wait(began)  # else the log's order would tell which of two jobs was done first
             about = self._about(mode, cohort.schema.name, job)
             said, wait = statement(answer.values, answer.tensors), partial(hold, answer)
             return answer, self._ledger.settle(job, said, answer.tensors, about=about, also=wait)

@@ -7,16 +7,15 @@ out  {"id", "step", "steps", "spent"}   {"id", "release" | "result" | "error"}
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import msgspec
 
+from rapha_lab.curator import clock
 from rapha_lab.curator.desk import Caller, Cancelled, Desk
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RaphaError, RefusedError
@@ -26,9 +25,6 @@ from rapha_lab.protocol.release import Release
 __all__ = ["Server"]
 
 WORKERS = 4
-
-QUANTUM = 0.05
-"""Seconds; an answer or refusal leaves at the first whole multiple of it after its request came."""
 
 
 class Call(msgspec.Struct, forbid_unknown_fields=True):
@@ -78,11 +74,11 @@ class Server:
             elif call.do == "quote":
                 self._pricing.submit(self._look_up, call)
             elif call.do == "collect":
-                self._pool.submit(self._reply, call, self._desk.collect, time.monotonic(), call.text)
+                self._pool.submit(self._reply, call, self._desk.collect, clock.now(), call.text)
             elif call.do != "ask":
                 self._quick.submit(self._look_up, call)
             elif (request := messages.read_frame(self._reader)) is not None:
-                self._pool.submit(self._answer, call, *request, time.monotonic())
+                self._pool.submit(self._answer, call, *request, clock.now())
         self._cancelled.add("*")
         self._pool.shutdown(cancel_futures=True)
 
@@ -91,9 +87,8 @@ class Server:
             messages.write_frame(self._writer, messages.encode(header), tensors)
 
     def _leave(self, header: dict[str, Any], tensors: bytes, came: float) -> None:
-        """Say it when its time has come: how long it took tells only in which quantum it was done."""
-        quanta = math.ceil((time.monotonic() - came) / QUANTUM)
-        time.sleep(max(0.0, came + quanta * QUANTUM - time.monotonic()))
+        """Say an answer or refusal at the next whole quantum after its request came."""
+        clock.wait(came)
         self._say(header, tensors)
 
     def _answer(self, call: Call, request: bytes, tensors: bytes, came: float) -> None:

@@ -29,8 +29,8 @@ import ward
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from mistakes import MISTAKES, ChargesAfterTheRelease
 
+from rapha_lab.curator import clock
 from rapha_lab.curator import ledger as ledger_module
-from rapha_lab.curator import server as server_module
 from rapha_lab.curator.accounting import Loss, units
 from rapha_lab.curator.cohort import Cohort, View
 from rapha_lab.curator.desk import Caller, Desk
@@ -253,7 +253,7 @@ class World:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        server_module.QUANTUM = 1e-6
+        clock.QUANTUM = 1e-6
         schema = Schema.from_dict(_toml(ward.SCHEMA))
         self.cohort = Cohort(schema, ward.frame(), salt=bytes(32))
         self.asked, self.page = story(schema), policy()

@@ -1,5 +1,7 @@
 """The lane from a session's call to the desk's release: what travels, what is refused, what the author sees."""
 
+import contextlib
+
 import msgspec
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from bay import SCHEMA, Here, asked, ward
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from rapha_lab.client.rehearsal import Rehearsal
+from rapha_lab.curator import clock as clock_module
 from rapha_lab.curator import server
 from rapha_lab.curator.desk import Caller, Cancelled, Desk
 from rapha_lab.curator.ledger import Ledger
@@ -188,8 +191,8 @@ class TestWhenAnAnswerLeaves:
     def clock(self, monkeypatch):
         """A clock that only sleeping moves, and a server that notes when it speaks."""
         now, said = [100.0], []
-        monkeypatch.setattr(server.time, "monotonic", lambda: now[0])
-        monkeypatch.setattr(server.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+        monkeypatch.setattr(clock_module.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(clock_module.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
         monkeypatch.setattr(
             server.Server, "_say", lambda self, header, blob=b"": said.append((now[0], header))
         )
@@ -214,4 +217,22 @@ class TestWhenAnAnswerLeaves:
 
         served = server.Server(_Desk(), {}, None, None)
         served._answer(server.Call("ask", "j"), b"", b"", 100.0)
-        assert said[0][0] == pytest.approx(100.0 + quanta * server.QUANTUM, abs=1e-9)
+        assert said[0][0] == pytest.approx(100.0 + quanta * clock_module.QUANTUM, abs=1e-9)
+
+    @pytest.mark.parametrize(("took", "quanta"), [(0.0001, 1), (0.0499, 1), (0.051, 2), (0.31, 7)])
+    @pytest.mark.parametrize("how", ["settle", "abandon"])
+    def test_is_logged_at_a_whole_quantum_too(self, clock, desk, monkeypatch, took, quanta, how):
+        """Else two jobs side by side would tell by their order in the log which was done first, to any precision."""
+        (now, _), (made, ledger), noted = clock, desk, []
+
+        def answers(self, jobs, k, size, seconds, started, beat):
+            started()
+            now[0] += took
+            return [bytes(8)] * k if how == "settle" else 1 / 0
+
+        monkeypatch.setattr(Here, "answers", answers)
+        honest = getattr(ledger, how)
+        monkeypatch.setattr(ledger, how, lambda *a, **b: noted.append(now[0]) or honest(*a, **b))
+        with contextlib.suppress(RaphaError):
+            made("shards").answer(Caller("r", "p", "j"), TestAtTheDesk.ASK, b"", lambda *_: None)
+        assert noted == [pytest.approx(100.0 + quanta * clock_module.QUANTUM, abs=1e-9)]
