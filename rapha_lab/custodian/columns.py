@@ -42,7 +42,7 @@ def draft(asker: Asker, found: Found, of: str, name: str, code: str) -> list[str
         RequestError: naming the question whose answer does not fit.
     """
     key, stored = f"{of}.{name}", "numeric_value" if code else name
-    suggested = _suggested(None if found.untyped or code else found.columns[name])
+    suggested = _suggested(name, None if found.untyped or code else found.columns[name])
 
     def records() -> pl.Series:
         return found.column(stored)
@@ -122,10 +122,12 @@ def _categories(asker: Asker, key: str, code: str, records: Callable[[], pl.Seri
     return [f"categories = {_toml(listed)}  {MARKS['custodian']}"], reason
 
 
-def _suggested(kind: pl.DataType | None) -> str:
-    """The type that a stored type speaks for; nothing is guessed from values."""
+def _suggested(name: str, kind: pl.DataType | None) -> str:
+    """The type that a column's name and stored type speak for; nothing is guessed from values."""
     if kind is None:
         return "skip"
+    if name.lower().endswith("_concept_id"):  # OMOP's codes
+        return "category"
     if kind == pl.Boolean:
         return "boolean"
     if kind.is_integer():

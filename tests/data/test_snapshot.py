@@ -239,8 +239,8 @@ def test_the_command_takes_it_and_shows_the_hash(database, tmp_path, capsys):
     assert "rapha" not in manifest["database"]
 
 
-def test_a_real_curator_answers_a_count_of_it(database, tmp_path):
-    """Snapshot, schema, policy, ledger: the noisy number of the CDM's people, and it is paid for."""
+def test_a_real_curator_answers_a_count_and_a_new_snapshot_brings_no_new_budget(database, tmp_path):
+    """Snapshot, schema, policy, ledger: the noisy number of the CDM's people; fewer after a refresh, on the same account."""
     (tmp_path / "omop.toml").write_text(toml(SCHEMA))
     take(schema(), database, tmp_path)
     researcher, custodians = PrivateKey.create(), [PrivateKey.create() for _ in range(3)]
@@ -251,13 +251,32 @@ def test_a_real_curator_answers_a_count_of_it(database, tmp_path):
     paths = str(tmp_path / "state"), str(tmp_path / "policy.toml")
     site = Site(Config("test", *paths, [Dataset(str(tmp_path / "omop.toml"), str(tmp_path))]))
     try:
-        asked = messages.encode(messages.Count(dataset="omop", epsilon=1.0))
-        who = str(researcher.public), "tutorial"
-        release, _ = site._curator.ask("job", *who, asked, b"", lambda *_: None)
-        assert abs(release["values"]["value"] - 2694) < 100
-        assert release["epsilon"] == 1.0
+        assert abs(_count(site, researcher, "first") - 2694) < 100
+        spent = _spent(site, researcher)
+        assert 0 < spent < 4
+        sql(database, "DELETE FROM person WHERE person_id % 2 = 0")
+        take(schema(), database, tmp_path)
+        site._curator._process.kill()
+        site._curator._process.wait()
+        assert abs(_count(site, researcher, "second") - 1347) < 200
+        assert _spent(site, researcher) > spent
     finally:
         site.close()
+
+
+def _count(site, researcher, job):
+    """How many people the site's curator says there are, for ε = 1."""
+    asked = messages.encode(messages.Count(dataset="omop", epsilon=1.0))
+    release, _ = site._curator.ask(job, str(researcher.public), "tutorial", asked, b"", lambda *_: None)
+    assert release["epsilon"] == 1.0
+    return release["values"]["value"]
+
+
+def _spent(site, researcher):
+    """The ε that the project has spent on the train split."""
+    (card,) = site._curator.look_up("catalog", researcher=str(researcher.public))
+    account = card["budget"]["tutorial"]["train"]
+    return account["epsilon"] - account["left"]
 
 
 def toml(fields):

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from wards import FIELDS, SALT, TABLES, hospital, ward
 
@@ -79,6 +79,7 @@ samples = st.lists(
 
 
 class TestTensors:
+    @settings(max_examples=40)
     @given(samples, st.sampled_from(("all", *SPLITS)))
     def test_any_rows_give_the_public_layout_within_bounds(self, rows, split):
         """None, some, too many, at any time and with any value: shape, dtype and range are the schema's."""
@@ -101,6 +102,7 @@ class TestTensors:
                 assert part.tensor(columns).shape == (0, *hospital().layout(columns)[0])
             assert part.table("labs").height == 0
 
+    @settings(max_examples=40)
     @given(samples, st.sampled_from(["p0", "p1", "p2"]))
     def test_without_one_patients_rows_the_others_are_the_same_bit_for_bit(self, rows, gone):
         """One patient is one unit, whatever is in their rows."""
