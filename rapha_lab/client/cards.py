@@ -211,7 +211,12 @@ def blocked(error: dict[str, Any]) -> dict[str, Any]:
     return {BLOCKED: error, "text/html": html, "text/plain": "\n".join(part for part in parts if part)}
 
 
-_KINDS = {"count": "Number of patients", "fit": "Training", "evaluate": "Evaluation"}
+_KINDS = {
+    "count": "Number of patients",
+    "fit": "Training",
+    "evaluate": "Evaluation",
+    "shards": "A function on shards",
+}
 
 
 def quote(quote: Quote) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def inquiry(
 
     Args:
         schema: of the dataset.
-        what: "count", "mean:COLUMN", "survival:TIME,EVENT" and so on, "evaluate:METRIC,METRIC", "fit", or a model.
+        what: "count", "mean:COLUMN", "survival:TIME,EVENT" and so on, "evaluate:METRIC,METRIC",
+            "shards:NUMBERS", "fit", or a model.
         split: train for a fit, test for an evaluation, else all patients, if not given.
         epochs, batch, clip: of a fit.
         patients: another number of patients than the declared one.
@@ -106,6 +107,8 @@ def _parsed(what: Any) -> tuple[str, dict[str, Any]]:
         return kind, {"columns": names}
     if kind == "survival" and len(names) == 2:
         return kind, {"time": names[0], "event": names[1]}
+    if kind == "shards" and (not names or (len(names) == 1 and names[0].isdecimal())):
+        return kind, {"size": int(names[0])} if names else {}
     if kind == "rows" and len(names) == 1:
         return kind, {"table": names[0]}
     if kind == "evaluate":
@@ -114,6 +117,7 @@ def _parsed(what: Any) -> tuple[str, dict[str, Any]]:
         f"{what!r} is no question that has a price.",
         "It is one of count, sum:COLUMN, mean:COLUMN, variance:COLUMN, histogram:COLUMN, quantiles:COLUMN, "
         "correlation:COLUMN,COLUMN, survival:TIME,EVENT, missing:COLUMN, describe, rows:TABLE, evaluate:METRIC, fit, "
+        "shards:NUMBERS, "
         "or a model to fit.",
         'Say "mean:age", for instance.',
         field="what",

@@ -332,7 +332,8 @@ class Dataset:
         """What a question would cost and how exact its answer would be: free, and no record is looked at.
 
         Args:
-            what: "count", "mean:COLUMN", "histogram:COLUMN", "evaluate:METRIC,METRIC", "fit", or a model to fit.
+            what: "count", "mean:COLUMN", "histogram:COLUMN", "evaluate:METRIC,METRIC",
+                "shards:NUMBERS", "fit", or a model to fit.
             epsilon: its price; or
             error: the standard error wished, of which the quote says the ε.
             split: train for a fit, test for an evaluation, else all patients, if not given.

@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 from scipy.special import logit, ndtr, ndtri
 
-from rapha_lab.curator.accounting import Loss
+from rapha_lab.curator.accounting import Gaussian, Loss, noise_for
 from rapha_lab.curator.desk import Caller, permit
 from rapha_lab.curator.ledger import Ledger
-from rapha_lab.curator.mechanisms import aggregate, evaluate, metrics, train
+from rapha_lab.curator.mechanisms import aggregate, evaluate, metrics, shards, train
 from rapha_lab.curator.mechanisms.question import touched
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.expression import extended
@@ -29,7 +29,10 @@ from rapha_lab.protocol.schema import Schema
 
 __all__ = ["quote", "quotes"]
 
-LANES = {"fit": "train", "evaluate": "evaluate"}
+LANES = {"fit": "train", "evaluate": "evaluate", "shards": "shards"}
+
+MANY, FEW = 10, 100
+"""Numbers from a shard, and patients in it, beyond and below which another lane serves better."""
 
 
 def quotes(
@@ -142,9 +145,28 @@ def _evaluate(asked: Inquiry, epsilon: float, schema: Schema, delta: float) -> t
     return loss, told | {"error": errors.get(asked.metrics[0]), "figures": errors, "notes": notes}
 
 
+def _shards(asked: Inquiry, epsilon: float, schema: Schema, delta: float) -> tuple[Loss, dict[str, Any]]:
+    size, expected = asked.size or 1, schema.expected(asked.split)
+    if size > 100:
+        raise _wrong("size", f"{size} numbers are too many.", 'Say "shards:10"; 100 are the most.')
+    if expected is None:
+        raise _undeclared(schema)
+    loss = Gaussian(noise_for(Gaussian, epsilon, delta))
+    k = shards.choose(loss.noise, size, shards.LEAST, math.floor(expected / shards.FEWEST))
+    part, each = loss.noise * math.sqrt(size) / k, expected / k
+    notes = ["Noise alone; what the function returns on so few patients may be biased, which no noise shows."]
+    if size > MANY or each < FEW:
+        why = f"{size} numbers share the noise" if size > MANY else f"a shard has about {each:.0f} patients"
+        notes.append(f"Since {why}, a model trained by fit (DP-SGD) at the same ε is likely to serve better.")
+    figures = {"shards": float(k), "patients expected in a shard": each}
+    told = {"noise": loss.noise, "error": part, "unit": "of each number's bounds"}
+    return loss, told | {"figures": figures, "notes": notes}
+
+
 _KINDS: Mapping[str, Callable[[Inquiry, float, Schema, float], tuple[Loss, dict[str, Any]]]] = {
     "fit": _fit,
     "evaluate": _evaluate,
+    "shards": _shards,
 }
 
 
@@ -185,6 +207,8 @@ def _epsilon_for(asked: Inquiry, schema: Schema, delta: float) -> float:
     wished = asked.error or 0.0
     if asked.kind == "fit":
         raise _wrong("error", "A training has no standard error.", "Say epsilon=2, for instance.")
+    if asked.kind == "shards":
+        raise _wrong("error", "A function on shards is quoted by its ε.", "Say epsilon=1, for instance.")
     if asked.kind == "evaluate":
         return _epsilon_for_metric(asked, wished, schema)
     ask = _ask(asked, 1.0, schema)

@@ -50,7 +50,7 @@ def plan(
 
     Args:
         dataset: what `site.dataset(...)` gave.
-        what: a model to fit, or "count", "mean:COLUMN", "histogram:COLUMN", "evaluate:METRIC", "fit".
+        what: a model to fit, or "count", "mean:COLUMN", "histogram:COLUMN", "evaluate:METRIC", "shards:NUMBERS", "fit".
         epsilon, epochs, batch: to begin with.
         patients: another cohort's size; such figures are marked hypothetical.
         split: train for a fit, test for an evaluation, else all patients, if not given.

@@ -17,7 +17,7 @@ __all__ = ["Inquiries", "Inquiry", "Kind", "Quote", "Standing"]
 
 Kind = Literal[
     "count", "sum", "mean", "variance", "histogram", "quantiles", "correlation", "survival", "missing", "describe",
-    "rows", "fit", "evaluate",
+    "rows", "fit", "evaluate", "shards",
 ]  # fmt: skip
 
 
@@ -30,7 +30,7 @@ class Inquiry(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
         column: of a question about one.
         fields: further fields of an aggregate's request, as in {"by": ["sex"]}.
         steps, batch, clip: of a fit or of a training loop.
-        size: the model's numbers to train.
+        size: the model's numbers to train, or those that a function on shards returns.
         metrics: of an evaluation.
         prevalence, auroc: what to assume of the patients and the model to be evaluated.
         patients: another number of patients than the declared one, for planning.
