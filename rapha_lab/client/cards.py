@@ -156,7 +156,7 @@ def _range(column: dict[str, Any]) -> str:
 
 
 _STATES = {
-    "queued": "waiting",
+    "queued": "queued",
     "rehearsing": "rehearsing on made-up patients",
     "running": "running at the site",
     "waiting": "waits for a custodian",

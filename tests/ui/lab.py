@@ -27,6 +27,7 @@ FLAGS = (
 WAIT = 60_000
 """Milliseconds; only a failing test waits as long, on a busy machine too."""
 
+PASSPHRASE = "of the user of this Lab"
 CONNECT = 'import rapha_lab as rapha\n%load_ext rapha_lab\nsite = rapha.connect("demo")\ncohort = site.dataset("flchain")'
 MEAN = '%%enclave flchain\npatients.mean("age", epsilon=0.01)'
 FIT = """%%enclave flchain --epsilon 0.05 -o model
@@ -76,6 +77,7 @@ class Server:
         self.files.mkdir(parents=True, exist_ok=True)
         self.environment = os.environ | {
             "RAPHA_LAB_HOME": str(folder / "rapha"),
+            "RAPHA_LAB_PASSPHRASE": PASSPHRASE,
             "IPYTHONDIR": str(folder / "ipython"),
         }
         for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR"):

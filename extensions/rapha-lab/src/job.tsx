@@ -7,6 +7,7 @@ const WORDS: Record<string, string> = {
   queued: 'Queued',
   rehearsing: 'Rehearsing on mock patients',
   running: 'Running',
+  waiting: 'Waits for approval',
   done: 'Done',
   failed: 'Failed',
   cancelled: 'Cancelled',
@@ -46,6 +47,7 @@ export function Job({ job, cancel, showCell, note }: IJobProps): JSX.Element {
       {job.source_line && <code className="rapha-Job-source">{job.source_line}</code>}
       <Progress job={job} />
       <Figures job={job} />
+      {job.state === 'waiting' && <Waits waits={job.waits} />}
       {note && <p className="rapha-Note">{note}</p>}
       {refused && (
         <p className="rapha-Note" role="alert">
@@ -68,6 +70,16 @@ export function Job({ job, cancel, showCell, note }: IJobProps): JSX.Element {
         </span>
       </footer>
     </article>
+  );
+}
+
+/** Who is waited for, and the name under which they find it. */
+function Waits({ waits }: Pick<IJob, 'waits'>): JSX.Element {
+  return (
+    <p className="rapha-Note">
+      {waits?.what ?? 'A custodian has yet to decide.'}{' '}
+      {waits?.field && <code title={waits.field}>{waits.field.slice(0, 12)}</code>}
+    </p>
   );
 }
 

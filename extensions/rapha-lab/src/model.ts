@@ -5,7 +5,7 @@ import { request } from './api';
 import { IJob, ISite, ISites } from './tokens';
 
 const SECOND = 1000;
-const LIVE = new Set(['queued', 'rehearsing', 'running']);
+const LIVE = new Set(['queued', 'rehearsing', 'running', 'waiting']);
 
 /** Whether a job can still change. */
 export function isLive(job: IJob): boolean {

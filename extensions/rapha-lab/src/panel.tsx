@@ -40,6 +40,9 @@ export const panel: JupyterFrontEndPlugin<void> = {
 function Panel({ sites, showCell }: { sites: ISites; showCell: (job: IJob) => void }): JSX.Element {
   useSites(sites);
   const datasets = sites.sites.flatMap(site => site.datasets.map(dataset => ({ site, dataset })));
+  const waiting = sites.jobs.filter(({ state }) => state === 'waiting');
+  const jobs = sites.jobs.filter(({ state }) => state !== 'waiting');
+  const cancel = (job: IJob) => sites.cancel(job);
   return (
     <div className="rapha-Panel-body">
       {sites.problem && (
@@ -55,8 +58,13 @@ function Panel({ sites, showCell }: { sites: ISites; showCell: (job: IJob) => vo
           <Datasets datasets={datasets} />
         </Section>
       )}
-      <Section title="Jobs" count={sites.jobs.length}>
-        <Jobs jobs={sites.jobs} cancel={job => sites.cancel(job)} showCell={showCell} />
+      {waiting.length > 0 && (
+        <Section title="Approvals waited for" count={waiting.length}>
+          <Jobs jobs={waiting} cancel={cancel} showCell={showCell} />
+        </Section>
+      )}
+      <Section title="Jobs" count={jobs.length}>
+        <Jobs jobs={jobs} cancel={cancel} showCell={showCell} />
       </Section>
     </div>
   );

@@ -47,6 +47,7 @@ export type JobState =
   | 'queued'
   | 'rehearsing'
   | 'running'
+  | 'waiting'
   | 'done'
   | 'failed'
   | 'cancelled'
@@ -66,6 +67,8 @@ export interface IJob {
   seconds_left: number | null;
   started: string | number | null;
   source_line?: string | null;
+  /** What the job waits for, while it does. */
+  waits?: { what?: string; why?: string; field?: string } | null;
   simulated: boolean;
 }
 
