@@ -43,6 +43,7 @@ class Channel:
         key: the researcher's Ed25519 key.
         policy: what evidence is accepted.
         endorsements: the vendor's collateral, for hardware that needs it.
+        policy_hash: of the custodians' policy, if the researcher has read one and wants no other.
 
     Raises:
         EvidenceError: the enclave is not to be trusted; nothing was sent.
@@ -50,10 +51,15 @@ class Channel:
     """
 
     def __init__(
-        self, url: str, key: PrivateKey, policy: AppraisalPolicy, endorsements: Endorsements | None = None
+        self,
+        url: str,
+        key: PrivateKey,
+        policy: AppraisalPolicy,
+        endorsements: Endorsements | None = None,
+        policy_hash: bytes | None = None,
     ) -> None:
         self.url = url.rstrip("/")
-        self.key, self.policy, self._endorsements = key, policy, endorsements
+        self.key, self.policy, self._endorsements, self.policy_hash = key, policy, endorsements, policy_hash
         # proxies of the environment are for the internet; a site is inside, often under a hospital's own authority
         context = ssl.create_default_context()
         self._http = httpx.Client(timeout=httpx.Timeout(30, read=600), trust_env=False, verify=context)
@@ -71,7 +77,8 @@ class Channel:
             )
         _check_tls(response, evidence.binding.tls_key_hash)
         claims, (build, head) = Verifier().verify(evidence, self._endorsements), logged_build(evidence)
-        verdict = appraise(claims, evidence.binding, self.policy, build=build, nonce=nonce).require()
+        bound, read = evidence.binding, self.policy_hash
+        verdict = appraise(claims, bound, self.policy, build=build, nonce=nonce, policy_hash=read).require()
         return Attested(verdict, evidence.binding, build, head, evidence.build.checkpoint)  # type: ignore[union-attr]
 
     @property

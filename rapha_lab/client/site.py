@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 import re
 import threading
@@ -48,6 +49,7 @@ def connect(
     release_keys: Collection[str] = (),
     minimum_tcb: Mapping[str, int] | None = None,
     endorsements: Endorsements | None = None,
+    policy: str | Path | None = None,
     token: str | None = None,
 ) -> Site:
     """Connect to a hospital's site, or to the demo on this machine, which is started if need be.
@@ -64,6 +66,7 @@ def connect(
         release_keys: keys whose signed releases to trust, as the custodians published them.
         minimum_tcb: lowest firmware versions to accept of an AMD platform, such as {"snp": 23}.
         endorsements: the vendor's collateral for the hardware's evidence, if not the site's own mirror.
+        policy: the page that the custodians signed, as you read it: a site under another one is refused.
         token: of the hospital's identity provider, where the site asks for one; see `Site.login`.
 
     Raises:
@@ -79,16 +82,19 @@ def connect(
         raise RequestError(
             f"{where!r} is no site.", "A site is an address.", 'Say "demo" or "https://...".', field="where"
         )
+    pinned = AppraisalPolicy(
+        frozenset(measurements),
+        frozenset(release_keys),
+        allow_simulated=simulated,
+        minimum_tcb=minimum_tcb or {},
+    )
+    page = None if policy is None else hashlib.sha256(Path(policy).read_bytes()).digest()
     with _lock:
         found = _open.get((url, str(secret.public)))
-        if found is None:
-            policy = AppraisalPolicy(
-                frozenset(measurements),
-                frozenset(release_keys),
-                allow_simulated=simulated,
-                minimum_tcb=minimum_tcb or {},
-            )
-            found = _open[url, str(secret.public)] = Site(Channel(url, secret, policy, endorsements), project)
+        # what was accepted under other terms is appraised anew
+        if found is None or (found._channel.policy, found._channel.policy_hash) != (pinned, page):
+            channel = Channel(url, secret, pinned, endorsements, page)
+            found = _open[url, str(secret.public)] = Site(channel, project)
     if token is not None:
         found.login(token)
     found.refresh()

@@ -111,7 +111,7 @@ class Gateway:
         self._cells, self._card, self._log, self._evidence, self._known = cells, card, log, evidence, known
         self._sealing, self._signing, self._replay = sealing_key, signing_key, sealing.Replay()
         self._identity, self._login, self._pages = identity, login, pages
-        self.strangers, self.researchers = Limits(10.0, 100), Limits(10.0, 500)
+        self.strangers, self.researchers = Limits(10.0, 100), Limits(20.0, 1000)
         self._held = 0
         # strangers wait for each other, never researchers for strangers
         self._hardware, self._rooms = anyio.CapacityLimiter(2), anyio.CapacityLimiter(64)

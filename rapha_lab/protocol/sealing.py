@@ -238,7 +238,7 @@ class Replay:
     forgets. A restart forgets, but has new sealing keys, which no old request opens under.
     """
 
-    def __init__(self, per_key: int = 8192, total: int = 65_536) -> None:
+    def __init__(self, per_key: int = 16_384, total: int = 131_072) -> None:
         self._per_key, self._total, self._lock = per_key, total, threading.Lock()
         self._until: dict[bytes, tuple[float, str]] = {}
         self._counts: dict[str, int] = {}

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from ward import Ward
 
+from rapha_lab.client import site as client
 from rapha_lab.client import witness as witnessing
 from rapha_lab.client.appraisal import AppraisalPolicy
 from rapha_lab.client.channel import Channel
@@ -114,6 +115,34 @@ class TestEvidence:
         with pytest.raises(EvidenceError, match="SIMULATED"):
             Channel(serving.url, serving.key, AppraisalPolicy())
         assert sent == ["/evidence"]
+
+
+class TestConnect:
+    @pytest.fixture(autouse=True)
+    def alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No connection of another test is taken up."""
+        monkeypatch.setattr(client, "_open", {})
+        monkeypatch.setattr(client, "_latest", [])
+
+    def test_stricter_terms_are_not_met_by_an_earlier_connection(self, serving: Ward) -> None:
+        """Who consented to a simulated enclave once has to do so again, and pins count each time."""
+        site = client.connect(serving.url, key=serving.key, allow_simulated=True)
+        assert client.connect(serving.url, key=serving.key, allow_simulated=True) is site
+        with pytest.raises(EvidenceError, match="SIMULATED"):
+            client.connect(serving.url, key=serving.key)
+        with pytest.raises(EvidenceError, match="No known release"):
+            client.connect(
+                serving.url, key=serving.key, allow_simulated=True, measurements=["sha256:" + "0" * 64]
+            )
+
+    def test_a_researcher_may_demand_the_policy_they_read(self, serving: Ward, tmp_path: Path) -> None:
+        """The site runs under that very page, or is refused."""
+        page = serving.folder / "policy.toml"
+        assert client.connect(serving.url, key=serving.key, allow_simulated=True, policy=page).name
+        other = tmp_path / "policy.toml"
+        other.write_text(page.read_text().replace("900.0", "1.0"))
+        with pytest.raises(EvidenceError, match="another policy than the one shown"):
+            client.connect(serving.url, key=serving.key, allow_simulated=True, policy=other)
 
 
 class TestWitness:
@@ -236,6 +265,19 @@ class TestOwnSite:
         other = AppraisalPolicy(signers=frozenset({str(own.key.public)}), allow_simulated=True)
         with pytest.raises(EvidenceError, match="No known release"):
             Channel(own.url, own.key, other)
+
+    def test_following_a_fast_fit_asks_a_few_times_a_second(
+        self, own: Own, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not at each of its steps, or the limit on requests would end the watching."""
+        kinds, asked = own.running.gateway._kinds, list[int]()
+        watch = kinds["watch"]
+        monkeypatch.setitem(kinds, "watch", lambda *given: (asked.append(1), watch(*given))[1])
+        job = (
+            hospital.connected(own.url, own.key).run(LONG.replace("epochs=3000", "epochs=150"), "ward").wait()
+        )
+        assert job.told["steps"] > 300
+        assert 3 * len(asked) < job.told["steps"]
 
     def test_a_revoked_researchers_fit_stops_and_their_session_ends(self, own: Own) -> None:
         """One custodian revokes: what ran stays charged, nothing is released, the key is unknown; others work on."""
