@@ -9,10 +9,24 @@ from rapha_lab.protocol.errors import RaphaError, SealedError
 from rapha_lab.protocol.release import Release
 
 if TYPE_CHECKING:
+    from rapha_lab.client.attacks import attack
+    from rapha_lab.client.kept import keep
     from rapha_lab.client.site import Dataset, Job, Site, connect
     from rapha_lab.notebook.planner import plan
 
-__all__ = ["Dataset", "Job", "RaphaError", "Release", "SealedError", "Site", "connect", "errors", "plan"]
+__all__ = [
+    "Dataset",
+    "Job",
+    "RaphaError",
+    "Release",
+    "SealedError",
+    "Site",
+    "attack",
+    "connect",
+    "errors",
+    "keep",
+    "plan",
+]
 
 _LAZY = ("Dataset", "Job", "Site", "connect")  # the enclave's processes import this package, not the client
 
@@ -22,6 +36,14 @@ def __getattr__(name: str) -> Any:
         from rapha_lab.client import site
 
         return getattr(site, name)
+    if name == "keep":
+        from rapha_lab.client import kept
+
+        return kept.keep
+    if name == "attack":
+        from rapha_lab.client import attacks
+
+        return attacks.attack
     if name == "plan":
         from rapha_lab.notebook import planner
 

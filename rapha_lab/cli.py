@@ -101,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _review_parsers(commands.add_parser("review", help="what waits for custodians in a site's airlock"))
     _opt_out_parsers(commands.add_parser("optout", help="patients who opted out, at the site itself"))
+    made = commands.add_parser("dossier", help="all an output checker needs of a kept model, in one folder")
+    made.add_argument("model", type=Path, help="as rapha.keep wrote it, the site's log beside it")
+    made.add_argument("--folder", type=Path, help="a new one; MODEL.dossier if not given")
+    made.set_defaults(run=_write_dossier)
     _log_commands(commands.add_parser("log", help="a site's transparency log").add_subparsers(required=True))
     witness = commands.add_parser("witness", help="check that a log extends what was seen of it, and cosign")
     witness.add_argument("what", help='a bundle, "demo" or an address')
@@ -244,6 +248,18 @@ def _opt_outs_of(config: Path) -> tuple[Path, bytes]:
 
     state = Path(Config.load(config).state)
     return state / "opt-outs", (state / "split.salt").read_bytes()
+
+
+def _write_dossier(args: argparse.Namespace) -> None:
+    import json
+
+    from rapha_lab.client.dossier import write
+
+    folder = write(args.model, args.folder or args.model.with_suffix(".dossier"))
+    words = {True: "holds", False: "DOES NOT HOLD", None: "not tried"}
+    for told in json.loads((folder / "dossier.json").read_text())["criteria"]:
+        print(f"{words[told['holds']]:<14} {told['criterion']}")
+    print(f"Written to {folder}: dossier.json, dossier.html, ro-crate-metadata.json.")
 
 
 def _review(args: argparse.Namespace) -> None:

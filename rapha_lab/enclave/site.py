@@ -196,6 +196,15 @@ class Site:
             "state": says("state"),
             "collect": self._curator.collect,
             "jobs": lambda who, text: (self._jobs(who), b""),
+            "policy": lambda who, text: (self._page(), b""),
+        }
+
+    def _page(self) -> dict[str, Any]:
+        """The policy's page with the statements on it, for whoever it names."""
+        signed = Signed.load(self.config.policy)
+        return {
+            "text": signed.text,
+            "statements": [msgspec.json.encode(s).decode() for s in signed.statements],
         }
 
     def _jobs(self, researcher: str) -> list[dict[str, Any]]:

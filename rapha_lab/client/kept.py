@@ -1,0 +1,128 @@
+"""A trained model as the researcher keeps it: one safetensors file with the releases and the proofs it came with.
+
+No pickle. What the file says of itself is in its metadata: releases with their receipts, the attestation as it
+was appraised, the policy's page with its signatures. The site's log is kept beside it, for anybody to verify.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from safetensors import SafetensorError, safe_open
+
+from rapha_lab.client.logs import fetch
+from rapha_lab.client.site import Site, latest
+from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.release import Release
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Kept", "keep", "load"]
+
+KEY = "rapha-lab"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A kept model.
+
+    Attributes:
+        path: the file.
+        tensors: by name.
+        parameters: the names of what was trained; the rest are buffers.
+        releases: what the site answered, the training first.
+        told: attestation, policy and attack report as they were when it was kept.
+    """
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    parameters: list[str]
+    releases: list[Release]
+    told: dict[str, Any]
+
+    @property
+    def log(self) -> Path:
+        """Where the site's log is kept beside it."""
+        return self.path.with_suffix(".log")
+
+    def unchanged(self) -> bool | None:
+        """Whether it holds exactly the weights that the site released; None after a loop, whose steps were released."""
+        from safetensors.torch import save
+
+        if all(release.op != "fit" for release in self.releases):
+            return None
+        trained = {name: self.tensors[name] for name in self.parameters}
+        digest = hashlib.sha256(save(trained)).hexdigest()
+        return any(digest == release.tensors for release in self.releases if release.op == "fit")
+
+
+def keep(
+    path: str | Path,
+    model: torch.nn.Module,
+    *releases: Release,
+    site: Site | None = None,
+    attack: dict[str, Any] | None = None,
+) -> Path:
+    """Keep a trained model with what shows how it came about, for its dossier.
+
+    Args:
+        path: of the file, "mortality.safetensors"; the site's log is written beside it.
+        model: with the released weights.
+        releases: the training's, evaluations and whatever belongs to it.
+        site: where it was trained; the last one connected to if not given.
+        attack: a report of `rapha_lab.client.attacks.attack`.
+
+    Raises:
+        RequestError: no release of a training is among them.
+    """
+    from safetensors.torch import save_file
+
+    if not any(release.op in ("fit", "open") for release in releases):
+        why = "The dossier of a model tells how it was trained."
+        raise RequestError(
+            "No release of a training is given.", why, "Say keep(path, model, history).", field="releases"
+        )
+    site = site or latest()
+    policy = site._channel.call("policy", {})[0]
+    told = {
+        "releases": [msgspec.to_builtins(release) for release in releases],
+        "parameters": [name for name, _ in model.named_parameters()],
+        "site": site.card() | {"datasets": []},
+        "policy": policy,
+        "attack": attack,
+        "kept": int(time.time()),
+    }
+    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, path, metadata={KEY: json.dumps(told)})
+    kept = Path(path)
+    fetch(site, kept.with_suffix(".log"))
+    return kept
+
+
+def load(path: str | Path) -> Kept:
+    """What `keep` wrote.
+
+    Raises:
+        RequestError: the file is none of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RequestError(f"There is no model at {path}.", "", "Keep one with rapha.keep.", field="model")
+    try:
+        with safe_open(path, "pt") as file:
+            told = json.loads((file.metadata() or {})[KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        releases = [msgspec.convert(each, Release) for each in told.pop("releases")]
+        parameters = [name for name in told.pop("parameters") if name in tensors]
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError):
+        raise RequestError(
+            f"{path} is no model kept with its releases.", "", "Keep it with rapha.keep.", field="model"
+        ) from None
+    return Kept(path, tensors, parameters, releases, told)
