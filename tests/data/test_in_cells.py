@@ -61,7 +61,7 @@ def test_a_model_of_them_trains_evaluates_and_loops(name):
     """Token ids into an embedding, pixels into a convolution, visits into a masked mean."""
     rehearsal = Rehearsal()
     rehearsal.run(CELLS[name], Schema.load(DEMO / f"{name}.toml"), epsilon=None)
-    assert 0 <= rehearsal.namespace["judged"]["auroc"] <= 1
+    assert 0 <= float(rehearsal.namespace["judged"]["auroc"]) <= 1
     assert all(weight.isfinite().all() for weight in rehearsal.namespace["model"].parameters())
 
 
