@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rapha_lab.protocol import errors
@@ -11,6 +12,7 @@ from rapha_lab.protocol.release import Release
 if TYPE_CHECKING:
     from rapha_lab.client.attacks import attack
     from rapha_lab.client.kept import keep
+    from rapha_lab.client.rehearsal import check, fix
     from rapha_lab.client.site import Dataset, Job, Site, connect
     from rapha_lab.notebook.planner import plan
 
@@ -22,32 +24,27 @@ __all__ = [
     "SealedError",
     "Site",
     "attack",
+    "check",
     "connect",
     "errors",
+    "fix",
     "keep",
     "plan",
 ]
 
-_LAZY = ("Dataset", "Job", "Site", "connect")  # the enclave's processes import this package, not the client
+# where a name is, for the enclave's processes import this package and not the client
+_LAZY = {
+    **dict.fromkeys(("Dataset", "Job", "Site", "connect"), "client.site"),
+    **dict.fromkeys(("check", "fix"), "client.rehearsal"),
+    "attack": "client.attacks",
+    "keep": "client.kept",
+    "plan": "notebook.planner",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        from rapha_lab.client import site
-
-        return getattr(site, name)
-    if name == "keep":
-        from rapha_lab.client import kept
-
-        return kept.keep
-    if name == "attack":
-        from rapha_lab.client import attacks
-
-        return attacks.attack
-    if name == "plan":
-        from rapha_lab.notebook import planner
-
-        return planner.plan
+        return getattr(import_module(f"rapha_lab.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

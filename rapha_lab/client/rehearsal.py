@@ -22,6 +22,7 @@ import torch
 from rapha_lab.client.mock import mock, mock_tables
 from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.expressions import chosen
+from rapha_lab.curator.lift import lift
 from rapha_lab.curator.mechanisms import Plan, aggregate, loop, shards
 from rapha_lab.curator.noise import SystemNoise
 from rapha_lab.curator.plans import plan_of, words
@@ -32,10 +33,11 @@ from rapha_lab.protocol.expression import extended
 from rapha_lab.protocol.messages import Split
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
-from rapha_lab.session import interpreter, parcels, recipe, shard
+from rapha_lab.session import checking, interpreter, parcels, recipe, shard
+from rapha_lab.session.checking import fix
 from rapha_lab.session.patients import Patients
 
-__all__ = ["Rehearsal", "encoded", "training"]
+__all__ = ["Rehearsal", "check", "encoded", "fix", "training"]
 
 PATIENTS, STEPS, BATCH, SHARDS, DELTA = 400, 3, 64, 3, 1e-5
 
@@ -194,6 +196,25 @@ def _few(request: messages.Shards, small: Schema, patients: float) -> Plan:
     """The same question on made-up shards of as many patients as at the site."""
     k = max(SHARDS, round((small.expected(request.split) or 0) / patients))
     return shards.plan(msgspec.structs.replace(request, k=k), small, DELTA, _Kernel(), least=1, fewest=1)
+
+
+def check(model: Any, loss: Any, inputs: Any, target: Any, *, of: Any = None) -> checking.Findings:
+    """What will train, what will not, and the line to change; nothing is asked of a site and nothing spent.
+
+    Args:
+        model: an `nn.Module`.
+        loss: of (prediction, target); the usual one of the target's type if None.
+        inputs: columns as for `fit`, or a batch of made-up patients: a tensor, or tensors by argument.
+        target: a column, or a tensor of made-up targets.
+        of: the dataset, or `patients`, whose columns are meant.
+
+    Returns:
+        Findings: printed, they say it; as a condition, they are whether the model trains.
+
+    Raises:
+        RequestError: an argument is malformed.
+    """
+    return checking.check(model, loss, inputs, target, of=of, lift=lambda program: lift(program).paths)
 
 
 def encoded(schema: Schema, patients: polars.DataFrame, columns: str | list[str]) -> torch.Tensor:

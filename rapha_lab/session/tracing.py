@@ -210,14 +210,29 @@ def _matched(loss: Any, prediction: Tensor, target: Tensor, squeeze: bool = True
 def refuse_modules(model: nn.Module, training: bool = True) -> None:
     """Raise ProgramError if `model` holds a layer whose training looks across patients."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (training or module.running_mean is None):
-            channels = module.num_features
-            groups = next(g for g in (32, 16, 8, 4, 3, 2, 1) if channels % g == 0 and g < max(channels, 2))
-            raise ProgramError(
-                f"{name or 'The model'} is a {type(module).__name__}, which mixes patients.",
-                "It normalises each patient by the others of the batch, so no gradient is one patient's own.",
-                f"Replace it by nn.GroupNorm({groups}, {channels}) or nn.LayerNorm.", field=name or "model",
-            )  # fmt: skip
+        refuse_layer(name, module, training)
+
+
+def refuse_layer(name: str, module: nn.Module, training: bool = True) -> None:
+    """Raise ProgramError if a module's own training looks across patients."""
+    it = f"{name or 'The model'} is a {type(module).__name__}"
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (training or module.running_mean is None):
+        channels = module.num_features
+        raise ProgramError(
+            f"{it}, which mixes patients.",
+            "It normalises each patient by the others of the batch, so no gradient is one patient's own.",
+            f"Replace it by nn.GroupNorm({groups(channels)}, {channels}) or nn.LayerNorm.", field=name or "model",
+        )  # fmt: skip
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and training and module.track_running_stats:
+        raise ProgramError(
+            f"{it} with running statistics, which mix patients.", "It keeps means over all that it has seen.",
+            "Make it with track_running_stats=False.", field=name or "model",
+        )  # fmt: skip
+
+
+def groups(channels: int) -> int:
+    """A usual number of groups for a GroupNorm of so many channels."""
+    return next(g for g in (32, 16, 8, 4, 3, 2, 1) if channels % g == 0 and g < max(channels, 2))
 
 
 def made_up(example: Tensor, patients: int, seed: int = 0) -> Tensor:

@@ -1,0 +1,128 @@
+"""`rapha.check` says beforehand what training would say, and `rapha.fix` mends what has one way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from house import numbers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rapha_lab as rapha
+from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.schema import Schema
+
+X, Y = torch.randn(5, 3, 8), torch.randint(2, (5,)).float()
+
+
+def images() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU(inplace=True),
+        nn.Sequential(nn.Flatten(), nn.Linear(48, 4), nn.BatchNorm1d(4)), nn.Linear(4, 1),
+    )  # fmt: skip
+
+
+def test_every_layer_that_mixes_patients_is_named_with_its_way_out() -> None:
+    """All at once, not the first alone."""
+    found = rapha.check(images(), nn.BCEWithLogitsLoss(), X, Y)
+    assert not found
+    assert [f.where for f in found if f.stops] == ["1", "3.2"]
+    assert all("nn.GroupNorm" in f.instead and "rapha.fix(model)" in f.instead for f in found)
+    assert "does not train yet" in repr(found)
+
+
+def test_a_fixed_model_trains_and_keeps_what_it_can() -> None:
+    """Scales and weights are kept, the first model is as it was."""
+    model = images()
+    with torch.no_grad():
+        model[1].weight.fill_(3.0)
+    fixed = rapha.fix(model)
+    assert isinstance(model[1], nn.BatchNorm1d)
+    assert isinstance(fixed[1], nn.GroupNorm)
+    assert torch.equal(fixed[1].weight, model[1].weight)
+    assert torch.equal(fixed[0].weight, model[0].weight)
+    assert not fixed[2].inplace
+    found = rapha.check(fixed, nn.BCEWithLogitsLoss(), X, Y)
+    assert found
+    assert set(found.paths) == {name for name, _ in fixed.named_parameters()}
+    assert "trains  0.weight" in repr(found)
+    assert isinstance(rapha.fix(nn.BatchNorm1d(6)), nn.GroupNorm)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum() > 0 else -self.layer(x)
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(8, 1), nn.Linear(8, 1)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(self.frozen(x)) + 0 * self.idle(x).detach()
+
+
+def contrastive(z: Tensor, y: Tensor) -> Tensor:
+    z = F.normalize(z, dim=-1)
+    return F.cross_entropy(z @ z.T, torch.arange(len(z)))
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "says"),
+    [
+        (Branching(), None, "torch.where"),
+        (nn.Linear(8, 4), contrastive, "mixes patients"),
+        (nn.Linear(7, 1), nn.BCEWithLogitsLoss(), "shapes"),
+        (nn.Linear(8, 1), lambda p, y: F.mse_loss(torch.fft.fft(p).real[:, 0], y), "operation"),
+        (nn.Linear(8, 2), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9.0])), "reduction"),
+    ],
+)
+def test_what_will_not_train_is_said_with_what_to_change(model: nn.Module, loss: Any, says: str) -> None:
+    """A finding that stops, in the words that training would use."""
+    y = torch.tensor([0, 1, 1, 0, 1]) if isinstance(loss, nn.CrossEntropyLoss) else Y
+    found = rapha.check(model, loss or nn.BCEWithLogitsLoss(), torch.randn(5, 8), y)
+    (stop,) = [f for f in found if f.stops]
+    assert says in f"{stop.what} {stop.why} {stop.instead}"
+    assert stop.instead
+
+
+def test_what_will_not_move_is_noted() -> None:
+    """Frozen parameters, and those that the loss does not reach; the rest trains."""
+    found = rapha.check(Unused(), nn.BCEWithLogitsLoss(), torch.randn(5, 8), Y)
+    assert found
+    assert {f.where for f in found} == {"frozen.weight", "idle.weight", "idle.bias"}
+
+
+def test_columns_of_a_dataset_stand_for_tensors() -> None:
+    """With the usual loss of the target."""
+
+    class Known:
+        schema = Schema.from_dict(numbers("known", 3, 100))
+
+    found = rapha.check(nn.Linear(3, 1), None, ["x0", "x1", "x2"], "y", of=Known())
+    assert found
+    assert set(found.paths) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ((len, nn.MSELoss(), X, Y), "model"),
+        ((nn.Linear(8, 1), nn.MSELoss(), ["a"], Y), "inputs"),
+        ((nn.Linear(8, 1), nn.MSELoss(), X, torch.tensor(1.0)), "target"),
+        ((nn.Linear(8, 1), None, X, Y), "loss"),
+    ],
+)
+def test_a_malformed_argument_is_named(arguments: Any, field: str) -> None:
+    """With what to give instead."""
+    with pytest.raises(RequestError) as caught:
+        rapha.check(*arguments)
+    assert caught.value.field == field
