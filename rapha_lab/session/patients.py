@@ -114,7 +114,7 @@ class Patients(Questions):
             epochs: passes over the expected number of patients.
             batch: expected patients in a step.
             clip: the most one patient's gradient may weigh.
-            bands: of noise that later steps take back (Choquette-Choo et al. 2023), for many epochs at large ε.
+            bands: of noise that later steps take back (Choquette-Choo et al. 2023), for large ε and small batches.
             average: release the average of the weights over the steps with this decay, 0.99 say.
             corrected: Adam without the noise in its second moment (Tang et al. 2023).
 
