@@ -25,6 +25,8 @@ __all__ = ["Cell", "Cells", "Order", "kept"]
 State = Literal["queued", "running", "waiting", "done", "failed", "cancelled", "lost"]
 ENDED = ("done", "failed", "cancelled", "lost")
 MAX_SESSIONS, MAX_QUEUE, MAX_CELLS, MAX_OUTPUT = 4, 32, 500, 64 << 20
+MAX_HELD = 1 << 30
+"""Bytes that one researcher's cells may hold: what was sent to them, what they showed, what they brought back."""
 
 
 class Order(msgspec.Struct, forbid_unknown_fields=True):
@@ -66,6 +68,11 @@ class Cell:
     orphaned: bool = False
     waits: dict[str, Any] | None = None
     size: int = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes that it holds."""
+        return self.size + len(self.tensors) + len(self.blob)
 
     def summary(self) -> dict[str, Any]:
         """What a job list shows."""
@@ -156,16 +163,29 @@ class Cells:
                 raise SiteError(
                     "Too many cells wait in this session.", f"The limit is {MAX_QUEUE}.", "Wait for some."
                 )
+            self._forget(researcher, len(tensors))
             self._cells[cell.id] = cell
             if (researcher, order.session) in self._idled:
                 self._idled.discard((researcher, order.session))
                 self._add(cell, {"type": "stream", "name": "stderr", "text": _IDLED})
             session.cells = [*(c for c in session.cells if c.state not in ENDED), cell]
-            for old in list(self._cells)[: max(0, len(self._cells) - MAX_CELLS)]:
-                if self._cells[old].state in ENDED:
-                    del self._cells[old]
             self._changed.notify_all()
         return cell
+
+    def _forget(self, researcher: str, more: int) -> None:
+        """Forget this researcher's oldest ended cells where they are too many or hold too much; nobody else's."""
+        mine = [cell for cell in self._cells.values() if cell.researcher == researcher]
+        held, count = sum(cell.held for cell in mine) + more, len(mine)
+        for cell in mine:
+            if (count >= MAX_CELLS or held > MAX_HELD) and cell.state in ENDED:
+                del self._cells[cell.id]
+                held, count = held - cell.held, count - 1
+        if held > MAX_HELD:
+            raise SiteError(
+                "Your cells hold too much at this site.",
+                f"What waits and runs may hold {MAX_HELD >> 20} MiB.",
+                "Wait for some, or send less with -i.",
+            )
 
     def _spawn(self, researcher: str, name: str) -> Worker | None:
         """A worker for a session that is new, or None."""
@@ -303,7 +323,7 @@ class Cells:
         if output["type"] == "stream":
             return {"type": "stream", "name": str(output["name"]), "text": str(output["text"])}
         data = dict(output["data"])
-        if MIME not in data or canonical(data) not in self._issued:
+        if MIME not in data or _name(data) not in self._issued:
             data = {kind: v for kind, v in data.items() if not kind.startswith("application/vnd.rapha.")}
         return {"type": "display", "data": data, "metadata": dict(output["metadata"])}
 
@@ -358,7 +378,7 @@ class Cells:
             cell.step = cell.steps
         release = msgspec.convert(wire, Release)
         data = release._repr_mimebundle_()
-        self._issued.add(canonical(data))
+        self._issued.add(_name(data))
         self._add(cell, {"type": "display", "data": data, "metadata": {}, "of": MIME})
         return wire, blob
 
@@ -392,6 +412,11 @@ _COLLECT = "What waited is still in the airlock: site.airlock() lists it, site.c
 
 class _Stopped(SiteError):
     """A question of a cell that was cancelled before."""
+
+
+def _name(data: dict[str, Any]) -> bytes:
+    """What stands for a card among those that were issued."""
+    return hashlib.sha256(canonical(data)).digest()
 
 
 def _printed(output: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import ward
 
 from rapha_lab.enclave import cells
-from rapha_lab.protocol.errors import CellError, SiteError
+from rapha_lab.protocol.errors import CellError, RequestError, SiteError
 from rapha_lab.protocol.keys import PrivateKey
 
 BOMBS = """
@@ -79,6 +79,26 @@ def test_a_session_takes_a_few_cells_and_no_more(place):
     assert len({job.id for job in waiting}) == cells.MAX_QUEUE - 1
     with pytest.raises(SiteError, match="Too many cells wait"):
         _ = [mine.run("1", "ward") for _ in range(3)]
+
+
+def test_a_researcher_who_holds_too_much_loses_their_own_oldest_cells(place, monkeypatch):
+    """Never another's, whose results are paid for; and what is still to run is refused, not kept."""
+    _, mine, theirs = place
+    monkeypatch.setattr(cells, "MAX_HELD", 3 << 20)
+    kept = theirs.run("print('kept')", "ward").wait()
+    loud = [mine.run("print('x' * 1_000_000)", "ward").wait() for _ in range(5)]
+    assert "kept" in text(theirs.attach(kept.id).wait())
+    assert "x" in text(mine.attach(loud[-1].id).wait())
+    with pytest.raises(RequestError, match="no such job"):
+        mine.attach(loud[0].id).wait()
+    monkeypatch.setattr(cells, "MAX_CELLS", 2)
+    monkeypatch.setattr(cells, "MAX_HELD", 1 << 30)
+    few = [mine.run("1", "ward").wait() for _ in range(3)]
+    assert {told["id"] for told in mine.jobs()} == {few[1].id, few[2].id}
+    assert kept.id in {told["id"] for told in theirs.jobs()}
+    monkeypatch.setattr(cells, "MAX_HELD", 1 << 10)
+    with pytest.raises(SiteError, match="hold too much"):
+        mine.run("len(big)", "ward", inputs=({}, bytes(5000)))
 
 
 def test_an_idle_session_ends_and_the_next_cell_says_so(place):
