@@ -476,7 +476,10 @@ def _passphrase(prompt: str) -> str:
 
 def _new_key(args: argparse.Namespace) -> None:
     key = PrivateKey.create()
-    key.save(args.file, _passphrase("A passphrase for it, 10 characters or more: "))
+    passphrase = _passphrase("A passphrase for it, 10 characters or more: ")
+    if _passphrase("Once more: ") != passphrase:
+        raise RequestError("The two differ.", "A key whose passphrase is a slip is lost.", "Try again.")
+    key.save(args.file, passphrase)
     print(key.public)
 
 

@@ -132,15 +132,26 @@ def _check_signature(head: Checkpoint, code: str, key: Ed25519PublicKey) -> None
 def _compare(bundle: Bundle, heads: Sequence[bytes], path: Path) -> str:
     """Check that the bundle extends what the file at `path` shows; gives that one's checkpoint."""
     text = path.read_text()
-    other = read(path) if text.startswith("{") else None
-    note = other.note if other else text.partition("\n\n")[2] if text.startswith("c2sp.org/") else text
-    for number, (mine, theirs) in enumerate(
-        zip(bundle.entries, other.entries if other else (), strict=False)
-    ):
+    if not text.startswith("{"):
+        note = text.partition("\n\n")[2] if text.startswith("c2sp.org/") else text
+        _extends(bundle, heads, note, path.name)
+        return note
+    other = read(path)
+    _holds(path, bundle.key)  # who accuses shows clean hands
+    for number, (mine, theirs) in enumerate(zip(bundle.entries, other.entries, strict=False)):
         if mine[0] != theirs[0]:
             raise first_bad(number, f"{path.name} has another entry there: the site signed two histories.")
-    _extends(bundle, heads, note, path.name)
-    return note
+    _extends(bundle, heads, other.note, path.name)
+    return other.note
+
+
+def _holds(path: Path, key: str) -> None:
+    try:
+        verify(path, key)
+    except LogError as error:
+        raise LogError(
+            f"{path.name} does not hold itself.", str(error), "It shows nothing about this log."
+        ) from None
 
 
 def _extends(bundle: Bundle, heads: Sequence[bytes], note: str, whence: str) -> None:

@@ -113,6 +113,7 @@ class Site:
         seed = _secret(self._state / "site.key")
         self.signing_key = PrivateKey("ed25519", (Ed25519PrivateKey.from_private_bytes(seed),))
         self.sealing_key = PrivateKey.create(config.suite)
+        self._unnamed = set[str]()
         self._tls_key_hash = _tls_key_hash(config.tls_certificate)
         self._policy()
         self._attester = attester()
@@ -288,14 +289,18 @@ class Site:
         return [f"{c.name} ({c.role})" for c in policy.custodians if c.key in keys]
 
     def end_revoked(self) -> None:
-        """End the sessions of researchers whom the policy in force no longer names; of all, if none is."""
+        """End the sessions of researchers whom the policy in force no longer names; of all, if none is.
+
+        They end at the second look, so that a page in the middle of being written closes nobody's session.
+        """
         working = self.cells.researchers()
         try:
             named = {who for who in working if self._policy().projects_of(who)} if working else set()
         except RaphaError:
             named = set()
-        for researcher in working - named:
+        for researcher in (working - named) & self._unnamed:
             self.cells.end(researcher)
+        self._unnamed = working - named
 
     @property
     def tier(self) -> str:

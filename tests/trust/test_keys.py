@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rapha_lab.cli import main
 from rapha_lab.protocol.errors import RequestError, TrustError
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
 
@@ -111,3 +112,17 @@ def test_only_signing_keys_verify() -> None:
     assert not PublicKey("x25519", key.public.raw).verifies(key.sign(b"m"), b"m")
     assert not key.public.verifies(key.sign(b"m"), b"n")
     assert not key.public.verifies(b"", b"m")
+
+
+def test_a_new_keys_passphrase_is_asked_for_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A slip of the fingers would lose the key."""
+    monkeypatch.delenv("RAPHA_LAB_PASSPHRASE", raising=False)
+    typed = iter([PASSPHRASE, PASSPHRASE + "x", PASSPHRASE, PASSPHRASE])
+    monkeypatch.setattr("getpass.getpass", lambda prompt: next(typed))
+    assert main(["keys", "new", str(tmp_path / "key")]) == 1
+    assert not (tmp_path / "key").exists()
+    assert main(["keys", "new", str(tmp_path / "key")]) == 0
+    public = capsys.readouterr().out.strip()
+    assert str(PrivateKey.load(tmp_path / "key", PASSPHRASE).public) == public

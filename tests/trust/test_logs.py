@@ -310,6 +310,13 @@ class TestTwoHistories:
         note.write_text(head(bodies[:6]))
         verify(forked, PUBLIC, against=[note])
 
+    def test_a_tampered_file_accuses_nobody(self, bundle: Path, pairs: Pairs, tmp_path: Path) -> None:
+        """What is compared with has to hold itself, or anybody could make two histories of one."""
+        changed = [*pairs[:6], (b'{"kind":"cell"}', pairs[6][1]), *pairs[7:]]
+        other = write(tmp_path / "slander.jsonl", changed, head([body for body, _ in pairs]))
+        with pytest.raises(LogError, match=r"slander.jsonl does not hold itself. Entry 6 is the first"):
+            verify(bundle, PUBLIC, against=[other])
+
     def test_a_receipts_proof_serves_as_well(self, forked: Path, bundle: Path, tmp_path: Path) -> None:
         """A release's proof holds the checkpoint of its day."""
         proof = tmp_path / "entry.tlog-proof"
