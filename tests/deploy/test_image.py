@@ -225,7 +225,9 @@ def test_the_network_rules_are_rules() -> None:
     assert path.read_text().count("policy drop;") == 3
 
 
-@pytest.mark.parametrize("script", ["init", "overlay/sbin/rapha-init", "overlay/sbin/rapha-state", "build"])
+@pytest.mark.parametrize(
+    "script", ["init", "overlay/usr/sbin/rapha-init", "overlay/usr/sbin/rapha-state", "build"]
+)
 def test_scripts_parse_and_stop_at_the_first_failure(script: str) -> None:
     """`set -e` in each."""
     path = DEPLOY / script
