@@ -75,6 +75,8 @@ def load(preload: Sequence[str], *, libraries: bool = True) -> None:
             _libraries()
     for name in preload:
         importlib.import_module(name)
+    for name in _THREADED:  # a library that only looks whether it is loaded must find nothing, not None
+        sys.modules.pop(name, None)
     assert_alone()
 
 
