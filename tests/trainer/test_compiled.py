@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import lifted
 from test_models import MODELS
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from rapha_lab.curator import noise
 from rapha_lab.curator.lift import compiling
@@ -97,3 +102,13 @@ def test_without_a_compiler_the_step_stays_eager(monkeypatch: pytest.MonkeyPatch
     assert it.compile(parameters, constants) is None
     rows = {"x": x, "target": y}
     assert it.clipped_sum(parameters, constants, rows, torch.ones(5, dtype=torch.bool), 1.0)
+
+
+def test_no_one_else_can_write_where_compiled_code_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's files are in a folder of this process alone, whatever the environment says."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp")
+    compiling._own_cache.cache_clear()
+    compiling._own_cache()
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert Path(cache_dir()) == folder

@@ -61,10 +61,18 @@ class Totals(dict[str, Tensor]):
     """
 
     def __init__(self, wanted: Mapping[str, Sequence[int]]) -> None:
-        sizes = [math.prod(shape) for shape in wanted.values()]
-        self.flat = torch.zeros(sum(sizes), dtype=torch.float64)
-        parts = zip(wanted.items(), self.flat.split(sizes), strict=True)
-        super().__init__({name: part.view(list(shape)) for (name, shape), part in parts})
+        self._wanted = wanted
+        self.flat = torch.zeros(sum(map(math.prod, wanted.values())), dtype=torch.float64)
+        super().__init__(self._views(self.flat))
+
+    def _views(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([math.prod(shape) for shape in self._wanted.values()])
+        return {n: part.view(list(s)) for (n, s), part in zip(self._wanted.items(), parts, strict=True)}
+
+    def cast(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        """The sums in their parameters' dtypes."""
+        made = {dtype: self._views(self.flat.to(dtype)) for dtype in {*dtypes.values()}}
+        return {name: made[dtype][name] for name, dtype in dtypes.items()}
 
 
 class Lifted:

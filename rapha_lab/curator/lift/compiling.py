@@ -108,6 +108,7 @@ def assembled(function: Callable[..., Any], example: list[Tensor]) -> Callable[[
     Raises:
         Exception: whatever the compiler says.
     """
+    _own_cache()  # before anything of the compiler is imported, which makes a folder of its own
     from torch._inductor.decomposition import select_decomp_table
 
     with warnings.catch_warnings(), torch.no_grad():
@@ -125,7 +126,6 @@ def _machine_code(graph: GraphModule, example: list[Tensor]) -> Callable[[list[T
     import torch._inductor.config as inductor
     from torch._inductor.compile_fx import compile_fx_inner
 
-    _own_cache()
     # no pool of worker processes beside the one that holds records, and torch's own random numbers in dropout
     with inductor.patch(compile_threads=1, fallback_random=True), _called_as_it_is(_LINEAR):
         return compile_fx_inner(graph, example)
@@ -151,9 +151,8 @@ def keep_pages() -> None:
 def _own_cache() -> None:
     """A folder for the compiler's files that no one else can write to: what lies there is run."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="rapha-compiled-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="rapha-compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _faster_products(graph: GraphModule) -> None:

@@ -257,8 +257,8 @@ def clipped_sum(
 
 def private(total: Totals, deviation: float, share: float, noise: Noise, weights: Tensors) -> Tensors:
     """The sums with Gaussian noise of this standard deviation, on a grid no record moves, over `share`; uses them up."""
-    noisy(total.flat, deviation, noise).div_(share)
-    return {name: t.to(weights[name].dtype) for name, t in total.items()}
+    noisy(total.flat, deviation, noise).mul_(1 / share)
+    return total.cast({name: t.dtype for name, t in weights.items()})
 
 
 def slack(microbatch: int) -> float:
