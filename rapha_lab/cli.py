@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     except FileNotFoundError as error:
         print(f"There is no file {error.filename}.", file=sys.stderr)
+    except (OSError, UnicodeDecodeError) as error:
+        told = error.strerror if isinstance(error, OSError) else "It is no text."
+        print(f"{getattr(error, 'filename', None) or 'A file'}: {told}", file=sys.stderr)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
     return 1
@@ -471,7 +474,12 @@ def _measure(args: argparse.Namespace) -> None:
 
 
 def _passphrase(prompt: str) -> str:
-    return os.environ.get("RAPHA_LAB_PASSPHRASE") or getpass.getpass(prompt)
+    try:
+        return os.environ.get("RAPHA_LAB_PASSPHRASE") or getpass.getpass(prompt)
+    except EOFError:
+        raise RequestError(
+            "A passphrase is needed.", "There is nobody to ask.", "Set RAPHA_LAB_PASSPHRASE."
+        ) from None
 
 
 def _new_key(args: argparse.Namespace) -> None:

@@ -131,7 +131,10 @@ def _check_signature(head: Checkpoint, code: str, key: Ed25519PublicKey) -> None
 
 def _compare(bundle: Bundle, heads: Sequence[bytes], path: Path) -> str:
     """Check that the bundle extends what the file at `path` shows; gives that one's checkpoint."""
-    text = path.read_text()
+    try:
+        text = path.read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        raise LogError(f"{path} cannot be read.", str(error.strerror)) from None
     if not text.startswith("{"):
         note = text.partition("\n\n")[2] if text.startswith("c2sp.org/") else text
         _extends(bundle, heads, note, path.name)

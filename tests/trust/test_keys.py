@@ -126,3 +126,17 @@ def test_a_new_keys_passphrase_is_asked_for_twice(
     assert main(["keys", "new", str(tmp_path / "key")]) == 0
     public = capsys.readouterr().out.strip()
     assert str(PrivateKey.load(tmp_path / "key", PASSPHRASE).public) == public
+
+
+def test_where_nobody_can_be_asked_for_a_passphrase_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a script without a terminal: the name of the variable, and no traceback."""
+
+    def nobody(prompt: str) -> str:
+        raise EOFError
+
+    monkeypatch.delenv("RAPHA_LAB_PASSPHRASE", raising=False)
+    monkeypatch.setattr("getpass.getpass", nobody)
+    assert main(["keys", "new", str(tmp_path / "key")]) == 1
+    assert "RAPHA_LAB_PASSPHRASE" in capsys.readouterr().err

@@ -433,4 +433,8 @@ class TestWitness:
         entry.write_bytes(entry.read_bytes() + b" ")
         assert main(["log", "check", str(entry), "--key", PUBLIC]) == 1
         assert main(["log", "prove", str(bundle), "999", str(entry)]) == 1
+        assert main(["log", "verify", str(bundle), "--against", str(tmp_path)]) == 1
+        assert main(["log", "check", str(tmp_path / "none"), "--key", PUBLIC]) == 1
+        assert main(["log", "verify", str(tmp_path / "w.key"), "--key", "no key"]) == 1
+        assert main(["witness", str(bundle)]) == 1
         assert "LogError" in capsys.readouterr().err
