@@ -7,7 +7,8 @@ from axe_playwright_python.sync_playwright import Axe
 from lab import MEAN, Lab
 from playwright.sync_api import expect
 
-OURS = ".rapha-Panel, .rapha-Strip, .rapha-Seal, .rapha-Output, .rapha-Status"
+OURS = ".rapha-Panel, .rapha-Strip, .rapha-Seal, .rapha-Output, .rapha-Status, .jp-RenderedHTML"
+CARDS = "display(site, cohort, cohort.quote('mean:age', epsilon=0.1))"
 BLOCKED = {
     "what": "No.",
     "why": "Rows.",
@@ -33,9 +34,10 @@ def _gallery(lab: Lab) -> None:
     bundles = [{"application/vnd.rapha.blocked+json": BLOCKED}, {"application/vnd.rapha.job+json": JOB}]
     bundles += [{"text/plain": "AUROC 0.99"}]
     outputs = [{"output_type": "display_data", "data": data, "metadata": {}} for data in bundles]
-    lab.write("gallery.ipynb", MEAN, {"source": MEAN, "outputs": outputs, "execution_count": 1})
+    lab.write("gallery.ipynb", MEAN, {"source": MEAN, "outputs": outputs, "execution_count": 1}, CARDS)
     lab.open("gallery.ipynb")
     lab.run(0)
+    lab.run(2)
     expect(lab.cell(0).locator(".rapha-Release")).to_be_visible()
     lab.command("rapha-lab:open-panel")
     expect(lab.page.locator(".rapha-Panel .rapha-Gauge").first).to_be_visible()
@@ -139,7 +141,7 @@ class TestAccessibility:
         lab.page.keyboard.press("Tab")
         expect(button).to_be_focused()
         lab.page.keyboard.press("Enter")
-        expect(lab.page.locator(".jp-Notebook .jp-CodeCell")).to_have_count(3)
+        expect(lab.page.locator(".jp-Notebook .jp-CodeCell")).to_have_count(4)
 
     def test_no_state_is_told_by_colour_alone(self, lab: Lab) -> None:
         """Simulated, signed, covered and spent each stand in words."""
