@@ -37,7 +37,8 @@ def add(folder: Path, asker: Asker) -> tuple[str, str]:
     question = "Which of them has one row for each patient"
     main = tables[sources.index(asker.ask("table", question, sources[0], one_of("table", *sources)))]
     patient = _patient(asker, main, "patient", unique=not main.source.endswith("/"))
-    name = word(asker, "name", "A short name for the dataset", re.split(r"[./]", main.source)[0])
+    stem = re.split(r"[./]", main.source)[0] or folder.resolve().name
+    name = word(asker, "name", "A short name for the dataset", stem)
     head = {
         "name": name,
         "title": asker.ask("title", "One line on what it is"),
@@ -62,7 +63,8 @@ def _number(asker: Asker) -> list[str]:
 
 
 def _table(asker: Asker, found: Found, patient: str) -> list[str]:
-    key = re.sub(r"\W", "_", re.sub(r"\.(parquet|csv)$", "", found.source.rstrip("/")).rpartition("/")[2])
+    stem = re.sub(r"\.(parquet|csv)$", "", found.source.rstrip("/")).rpartition("/")[2]
+    key = re.sub(r"\W", "_", stem).strip("_") or "events"
     question = f"Add {found.source} as a table with many rows a patient (yes or no)"
     if asker.ask(f"{key}.add", question, "no", one_of(f"{key}.add", "yes", "no")) == "no":
         return []

@@ -58,9 +58,9 @@ def find(folder: Path) -> list[Found]:
         here = Path(place)
         # a snapshot's own folder is reached by its name without a date
         folders[:] = sorted(n for n in folders if not n.startswith(".") and ".snapshot." not in n)
-        if (here / "metadata" / "dataset.json").exists() and here != folder:
+        if (here / "metadata").is_dir() and (here / "data").is_dir():  # a MEDS folder
             kinds = {name: _plain(kind) for name, kind in meds.KINDS.items()}
-            found.append(Found(folder, f"{here.relative_to(folder)}/", kinds))
+            found.append(Found(folder, f"{here.relative_to(folder)}/".removeprefix("./") or "./", kinds))
             folders.clear()
             continue
         for path in (here / name for name in sorted(names) if not name.startswith(".")):

@@ -195,6 +195,8 @@ class TestSources:
         file.write_text("".join(f"{json.dumps(k)} = {json.dumps(v)}\n" for k, v in given.items()))
         assert main(["data", "add", str(tmp_path), "--answers", str(file)]) == 0
         schema = Schema.load(tmp_path / "events.toml")
+        _, shown = drafted(tmp_path / "events", file)
+        assert "./: subject_id" in shown  # the folder itself may be named, too
         assert (schema.patient, schema.source, schema.table("visits").time) == (
             "subject_id",
             "events/",
