@@ -122,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
 def _data_commands(data: Any) -> None:
     add = data.add_parser("add", help="walk from the tables in a folder to a schema; writes NAME.toml there")
     add.add_argument("folder", type=Path)
+    add.add_argument(
+        "--database", default="", help="postgresql://user@host/name: its tables instead; PGPASSWORD"
+    )
     add.add_argument("--answers", type=Path, help="answers written beforehand, as TOML")
     add.set_defaults(run=_add_data)
     check = data.add_parser("check", help="try a schema on the records; shows rows, for custodians alone")
@@ -407,9 +410,11 @@ def _add_data(args: argparse.Namespace) -> None:
     from rapha_lab.custodian.add import add
     from rapha_lab.custodian.answers import File, Terminal
     from rapha_lab.custodian.check import report, unset
+    from rapha_lab.custodian.snapshot import take
+    from rapha_lab.protocol.schema import Schema
 
     asker = File(args.answers) if args.answers else Terminal()
-    name, text = add(args.folder, asker)
+    name, text = add(args.folder, asker, args.database)
     if isinstance(asker, File):
         asker.close()
     path = args.folder / f"{name}.toml"
@@ -423,8 +428,10 @@ def _add_data(args: argparse.Namespace) -> None:
     print(f"Written: {path}. It is what researchers will see; read it before you serve it.")
     if left := unset(text):
         print("To be set before it is a schema:", *left, sep="\n  ")
-        print(f"Then run: rapha-lab data check {path}")
+        print(f"Then run: rapha-lab data {'snapshot' if args.database else 'check'} {path}")
     else:
+        if args.database:
+            take(Schema.load(path), args.database, args.folder)
         print(report(path, args.folder))
 
 

@@ -21,13 +21,18 @@ from rapha_lab.protocol.errors import RequestError
 __all__ = ["add"]
 
 
-def add(folder: Path, asker: Asker) -> tuple[str, str]:
+def add(folder: Path, asker: Asker, database: str = "") -> tuple[str, str]:
     """The name of the new schema, and its text.
+
+    Args:
+        folder: the data folder, whose tables are offered.
+        asker: whom to ask.
+        database: the address of a PostgreSQL database, whose tables are offered instead.
 
     Raises:
         RequestError: naming the question whose answer does not fit.
     """
-    tables = find(folder)
+    tables = find(folder, database)
     asker.tell("Tables found, with the names and types of their columns:")
     for table in tables:
         asker.tell(

@@ -18,13 +18,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
+import polars as pl
 
 from rapha_lab.curator.sources.database import needs, quoted
 from rapha_lab.curator.sources.files import MANIFEST, digest_of
 from rapha_lab.protocol.errors import RequestError, SiteError
 from rapha_lab.protocol.schema import Schema
 
-__all__ = ["Snapshot", "take"]
+__all__ = ["Snapshot", "column", "tables", "take"]
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -82,6 +83,36 @@ def take(schema: Schema, database: str, folder: Path) -> Snapshot:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def tables(database: str) -> dict[str, dict[str, str]]:
+    """The tables and views that the database lets this user read, each with its columns' names and types.
+
+    Raises:
+        SiteError: if the database cannot be reached, or goes away.
+    """
+    found: dict[str, dict[str, str]] = {}
+    with _connection(database) as cursor:
+        cursor.execute(_READABLE)
+        for schema, table, column, kind in cursor.fetchall():
+            found.setdefault(table if schema == "public" else f"{schema}.{table}", {})[column] = kind
+    return found
+
+
+def column(database: str, table: str, name: str) -> pl.Series:
+    """One column of a table, for a custodian to look at.
+
+    Raises:
+        SiteError: if the database cannot be reached, or goes away.
+    """
+    with _connection(database) as cursor:
+        cursor.execute(f"SELECT {quoted(name)}::text AS value FROM {quoted(table)}")  # noqa: S608
+        batches = list(_read(cursor.fetch_record_batch()))
+    return (
+        pl.concat([pl.DataFrame(batch)["value"] for batch in batches])
+        if batches
+        else pl.Series("value", [], pl.String)
+    )
+
+
 def _wanted(schema: Schema) -> tuple[str, dict[str, tuple[str, str, str, list[str]]]]:
     """The snapshot's name, and by file the table, its patient and time, and its columns."""
     sources = [(schema.source, schema.patient, "", schema.columns)]
@@ -124,6 +155,11 @@ def _connection(database: str) -> Iterator[Any]:
 
 _TYPES = """SELECT attname::text, typname::text FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
 WHERE attrelid = to_regclass($1) AND attnum > 0 AND NOT attisdropped"""
+
+_READABLE = """SELECT c.table_schema::text, c.table_name::text, c.column_name::text, c.udt_name::text
+FROM information_schema.columns c WHERE c.table_schema NOT IN ('pg_catalog', 'information_schema')
+AND has_table_privilege(format('%I.%I', c.table_schema, c.table_name), 'SELECT')
+ORDER BY c.table_schema, c.table_name, c.ordinal_position"""
 
 # what is not one of these, such as numeric, uuid or an enumeration, is read as text, which loses nothing
 _PLAIN = frozenset(

@@ -5,13 +5,25 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import polars as pl
 
-from rapha_lab.curator.sources import database, files, meds
+from rapha_lab.curator.sources import database as duckdb_file
+from rapha_lab.curator.sources import files, meds
+from rapha_lab.custodian import snapshot
 from rapha_lab.protocol.errors import RequestError
 
 __all__ = ["Found", "find", "glance"]
+
+
+_SQL: dict[str, pl.DataType] = {
+    **dict.fromkeys(("int2", "int4", "int8"), pl.Int64()),
+    **dict.fromkeys(("float4", "float8", "numeric"), pl.Float64()),
+    **dict.fromkeys(("timestamp", "timestamptz"), pl.Datetime("us")),
+    "bool": pl.Boolean(),
+    "date": pl.Date(),
+}
 
 
 @dataclass(frozen=True)
@@ -22,11 +34,13 @@ class Found:
         folder: the data folder.
         source: how a schema names it.
         columns: names and stored types; nothing of a record.
+        database: the address of the PostgreSQL database it is still in.
     """
 
     folder: Path
     source: str
     columns: dict[str, pl.DataType]
+    database: str = ""
 
     @property
     def untyped(self) -> bool:
@@ -40,20 +54,31 @@ class Found:
             RequestError: if it cannot be read.
         """
         path = self.folder / self.source
+        if self.database:
+            values = snapshot.column(self.database, path.stem, name)
+            return (
+                values if self.columns[name] == pl.String else values.cast(self.columns[name], strict=False)
+            )
         if self.source.endswith("/"):
             return meds.events(path)[name]
         if path.parent.suffix == ".duckdb":
-            return database.read(path.parent, path.name, [name])[name]
+            return duckdb_file.read(path.parent, path.name, [name])[name]
         return files.read(path, [name])[name]
 
 
-def find(folder: Path) -> list[Found]:
-    """Every table below the folder, by path; hidden files and folders are passed over.
+def find(folder: Path, database: str = "") -> list[Found]:
+    """Every table below the folder, by path, or those of a PostgreSQL database if its address is given.
 
     Raises:
         RequestError: if there is none, or one cannot be read.
     """
     found: list[Found] = []
+    if database:
+        name = urlsplit(database).path.strip("/") or "database"
+        for table, stored in snapshot.tables(database).items():
+            columns = {column: _SQL.get(kind, pl.String()) for column, kind in stored.items()}
+            found.append(Found(folder, f"{name}.snapshot/{table}.parquet", columns, database))
+        return found
     for place, folders, names in os.walk(folder, followlinks=True):
         here = Path(place)
         # a snapshot's own folder is reached by its name without a date
@@ -66,14 +91,14 @@ def find(folder: Path) -> list[Found]:
         for path in (here / name for name in sorted(names) if not name.startswith(".")):
             relative = path.relative_to(folder)
             if path.suffix == ".duckdb":
-                held = database.tables(path).items()
+                held = duckdb_file.tables(path).items()
                 found += [Found(folder, f"{relative}/{name}", kinds) for name, kinds in held]
             elif path.suffix in (".parquet", ".csv"):
                 found.append(Found(folder, str(relative), files.columns(path)))
     if not found:
         what = f"There is no table in {folder}."
         why = "Looked for .parquet, .csv and .duckdb files and MEDS folders."
-        instead = "For PostgreSQL write the schema and run: rapha-lab data snapshot."
+        instead = "For PostgreSQL say --database postgresql://user@host/name."
         raise RequestError(what, why, instead, field="folder")
     return found
 

@@ -239,6 +239,34 @@ def test_the_command_takes_it_and_shows_the_hash(database, tmp_path, capsys):
     assert "rapha" not in manifest["database"]
 
 
+def test_a_custodian_is_walked_from_the_database_to_a_schema(database, tmp_path, capsys):
+    """`rapha-lab data add --database`: tables and types from the catalog, a snapshot, and a look at it."""
+    sql(database, "DROP SCHEMA IF EXISTS cdm CASCADE", "DROP VIEW IF EXISTS dying, failing")
+    given = {
+        "table": "postgres.snapshot/person.parquet", "name": "omop", "patient": "person_id", "title": "t",
+        "omop.gender_concept_id.categories": "8507; 8532", "omop.gender_concept_id.meaning": "Gender.",
+        "omop.gender_concept_id.public": "OMOP.", "omop.year_of_birth.meaning": "Year of birth.",
+        "condition_occurrence.add": "yes", "condition_occurrence.name": "conditions", "conditions.most": "9",
+        "conditions.time": "condition_start_date", "conditions.meaning": "A diagnosis.",
+        "conditions.condition_concept_id.categories": "260139; 372328", "conditions.condition_concept_id.meaning": "m",
+        "conditions.condition_concept_id.public": "OMOP.",
+    }  # fmt: skip
+    tables = {"person": "omop", "condition_occurrence": "conditions"}
+    for table, columns in module.tables(database).items():
+        for column in columns:
+            key = f"{tables[table]}.{column}"
+            if not column.endswith(("person_id", "start_date")) and f"{key}.meaning" not in given:
+                given[f"{key}.type"] = "skip"
+    answers = "".join(f"{json.dumps(key)} = {json.dumps(value)}\n" for key, value in given.items())
+    (tmp_path / "answers.txt").write_text(answers)
+    line = ["data", "add", str(tmp_path), "--database", database, "--answers", str(tmp_path / "answers.txt")]
+    assert main(line) == 0
+    said = capsys.readouterr().out
+    assert "person_id (Int64)" in said
+    assert "2,694 patients" in said
+    assert Schema.load(tmp_path / "omop.toml").table("conditions").most == 9
+
+
 def test_a_real_curator_answers_a_count_and_a_new_snapshot_brings_no_new_budget(database, tmp_path):
     """Snapshot, schema, policy, ledger: the noisy number of the CDM's people; fewer after a refresh, on the same account."""
     (tmp_path / "omop.toml").write_text(toml(SCHEMA))
