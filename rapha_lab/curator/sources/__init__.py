@@ -33,7 +33,7 @@ class Reader:
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
-        self._hash = hashlib.sha256()
+        self._hash, self._files = hashlib.sha256(), dict[Path, bytes]()
         self.unreadable: dict[str, int] = {}
 
     def read(
@@ -69,8 +69,12 @@ class Reader:
                 self.unreadable[f"{table}.{column.name}" if table else column.name] = bad
         return frame
 
-    def _seen(self, data: bytes) -> None:
-        self._hash.update(len(data).to_bytes(8) + data)
+    def _seen(self, path: Path) -> bytes:
+        """The hash of a file, taken once however many tables are in it."""
+        if path not in self._files:
+            self._files[path] = files.digest_of(path)
+            self._hash.update(self._files[path])
+        return self._files[path]
 
     @property
     def digest(self) -> bytes:

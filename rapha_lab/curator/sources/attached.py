@@ -5,9 +5,7 @@ One that is not there, cannot be read or lies outside the data folder is a missi
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -15,6 +13,7 @@ import polars as pl
 import torch
 
 from rapha_lab.curator.sources.database import needs
+from rapha_lab.curator.sources.files import Seen
 from rapha_lab.protocol.columns import Column
 
 __all__ = ["contents", "names_files"]
@@ -25,9 +24,7 @@ def names_files(column: Column, series: pl.Series) -> bool:
     return series.dtype == pl.String and (column.type == "image" or column.files)
 
 
-def contents(
-    folder: Path, column: Column, series: pl.Series, seen: Callable[[bytes], None]
-) -> tuple[pl.Series, int]:
+def contents(folder: Path, column: Column, series: pl.Series, seen: Seen) -> tuple[pl.Series, int]:
     """What the named files hold, and how many cannot be read.
 
     Raises:
@@ -46,17 +43,14 @@ def contents(
     ), bad
 
 
-def _content(
-    folder: Path, column: Column, name: str, seen: Callable[[bytes], None]
-) -> str | np.ndarray | None:
+def _content(folder: Path, column: Column, name: str, seen: Seen) -> str | np.ndarray | None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         return None
     try:
-        data = (folder / path).read_bytes()
-        seen(hashlib.sha256(data).digest())
+        seen(folder / path)
         if column.type == "text":
-            return data.decode("utf-8", "replace")
+            return (folder / path).read_bytes().decode("utf-8", "replace")
         reader = {".npy": _numpy, ".png": _png, ".dcm": _dicom}.get(path.suffix.lower())
         return None if reader is None else _fitted(reader(folder / path), column).ravel()
     except ImportError as error:

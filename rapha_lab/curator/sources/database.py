@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from rapha_lab.curator.sources.files import digest_of
+from rapha_lab.curator.sources.files import Seen, digest_of
 from rapha_lab.protocol.errors import RequestError
 
 __all__ = ["connect", "needs", "quoted", "read", "tables"]
@@ -70,9 +69,7 @@ def _types(connection: Any, table: str) -> dict[str, pl.DataType]:
     return dict(pl.DataFrame(connection.sql(f"SELECT * FROM {quoted(table)} LIMIT 0")).schema)  # noqa: S608
 
 
-def read(
-    path: Path, table: str, names: list[str], seen: Callable[[bytes], None] = lambda data: None
-) -> pl.DataFrame:
+def read(path: Path, table: str, names: list[str], seen: Seen = digest_of) -> pl.DataFrame:
     """Those of the named columns that a table or view has; upper and lower case are one.
 
     Raises:
@@ -83,7 +80,7 @@ def read(
     import duckdb
 
     try:
-        seen(digest_of(path))
+        seen(path)
         there = connection.execute(f"SELECT * FROM {quoted(table)} LIMIT 0").description  # noqa: S608
         known = {name.lower() for name, *_ in there}
         wanted = [f'"{name}" AS "{name}"' for name in names if name.lower() in known]

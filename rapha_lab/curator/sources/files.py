@@ -11,33 +11,15 @@ import polars as pl
 
 from rapha_lab.protocol.errors import RequestError
 
-__all__ = ["BROKEN", "MANIFEST", "columns", "digest_of", "read"]
+__all__ = ["BROKEN", "MANIFEST", "Seen", "columns", "digest_of", "read"]
 
 MANIFEST = "snapshot.json"
 
+Seen = Callable[[Path], bytes]
+"""Takes note of a file that is read, and gives its SHA-256."""
+
 # polars quotes what it could not parse, and panics on some damaged files
 BROKEN = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
-
-
-def read(path: Path, names: list[str], seen: Callable[[bytes], None] = lambda data: None) -> pl.DataFrame:
-    """Those of the named columns that a file has.
-
-    Raises:
-        RequestError: if it is none of its kind, or not what its snapshot holds.
-        OSError: if there is no such file.
-    """
-    digest = digest_of(path)
-    _check_snapshot(path, digest)
-    seen(digest)
-    try:
-        if path.suffix == ".parquet":
-            there = pl.read_parquet_schema(path)
-            return pl.read_parquet(path, glob=False, columns=[name for name in names if name in there])
-        frame = pl.read_csv(path, infer_schema=False, glob=False)
-    except BROKEN:
-        what = f"The file {path.name} cannot be read as {path.suffix[1:]}."
-        raise RequestError(what, instead="Write it again.", field="source") from None
-    return frame.select(name for name in names if name in frame.columns)
 
 
 def columns(path: Path) -> dict[str, pl.DataType]:
@@ -59,6 +41,25 @@ def digest_of(path: Path) -> bytes:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+def read(path: Path, names: list[str], seen: Seen = digest_of) -> pl.DataFrame:
+    """Those of the named columns that a file has.
+
+    Raises:
+        RequestError: if it is none of its kind, or not what its snapshot holds.
+        OSError: if there is no such file.
+    """
+    _check_snapshot(path, seen(path))
+    try:
+        if path.suffix == ".parquet":
+            there = pl.read_parquet_schema(path)
+            return pl.read_parquet(path, glob=False, columns=[name for name in names if name in there])
+        frame = pl.read_csv(path, infer_schema=False, glob=False)
+    except BROKEN:
+        what = f"The file {path.name} cannot be read as {path.suffix[1:]}."
+        raise RequestError(what, instead="Write it again.", field="source") from None
+    return frame.select(name for name in names if name in frame.columns)
 
 
 def _check_snapshot(path: Path, digest: bytes) -> None:

@@ -8,13 +8,13 @@ name no code holds the events themselves, of the codes that its column `code` li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from rapha_lab.curator.sources.files import BROKEN, digest_of
+from rapha_lab.curator.sources.files import BROKEN, Seen, digest_of
 from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.errors import RequestError
 
@@ -37,7 +37,7 @@ def read(
     time: str,
     *,
     per_patient: bool,
-    seen: Callable[[bytes], None],
+    seen: Seen,
 ) -> pl.DataFrame:
     """A row a patient, or a row a time, or where no column names a code the events themselves.
 
@@ -80,7 +80,7 @@ def _of_code(events: pl.DataFrame, column: Column, keys: list[str]) -> pl.DataFr
     return chosen.group_by(keys, maintain_order=True).agg(pl.col(column.name).last()).collect()
 
 
-def events(folder: Path, seen: Callable[[bytes], None] = lambda data: None) -> pl.DataFrame:
+def events(folder: Path, seen: Seen = digest_of) -> pl.DataFrame:
     """All events of a folder, in the standard's own columns.
 
     Raises:
@@ -95,7 +95,7 @@ def events(folder: Path, seen: Callable[[bytes], None] = lambda data: None) -> p
         raise RequestError(what, "It has no Parquet file below data/.", "Correct the source.", field="source")
     frames = []
     for part in parts:
-        seen(digest_of(part))
+        seen(part)
         try:
             frame = pl.read_parquet(part, glob=False)
             if not frame.schema[SUBJECT].is_integer():
