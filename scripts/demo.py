@@ -42,7 +42,8 @@ def main() -> int:
     with client.setup_kernel(env=_environment()):
         try:
             for number, cell in enumerate(notebook.cells):
-                print(f"\r  {number + 1} of {len(notebook.cells)} cells", end="", flush=True)
+                if sys.stdout.isatty():
+                    print(f"\r  {number + 1} of {len(notebook.cells)} cells", end="", flush=True)
                 client.execute_cell(cell, number)
             figures = _figures(client, notebook)
         except CellExecutionError as error:

@@ -1,7 +1,8 @@
 import { JupyterFrontEnd, JupyterFrontEndPlugin } from '@jupyterlab/application';
 import { ICommandPalette } from '@jupyterlab/apputils';
 import { Cell, CodeCell } from '@jupyterlab/cells';
-import { INotebookTracker, NotebookActions } from '@jupyterlab/notebook';
+import { PageConfig } from '@jupyterlab/coreutils';
+import { INotebookTracker, NotebookActions, NotebookPanel } from '@jupyterlab/notebook';
 import { IRenderMimeRegistry } from '@jupyterlab/rendermime';
 import { CommandRegistry } from '@lumino/commands';
 import { isEnclave, parse, withFlag } from './enclave';
@@ -74,8 +75,10 @@ export const commands: JupyterFrontEndPlugin<void> = {
     });
     app.commands.addCommand(CommandIDs.showCell, {
       label: 'Show the Cell of a Job',
-      describedBy: { args: { type: 'object', properties: { cell: { type: 'string' } } } },
-      execute: args => showCell(app, tracker, String(args.cell ?? ''))
+      describedBy: {
+        args: { type: 'object', properties: { cell: { type: 'string' }, notebook: { type: 'string' } } }
+      },
+      execute: args => showCell(app, tracker, String(args.cell ?? ''), String(args.notebook ?? ''))
     });
     palette?.addItem({ command: CommandIDs.openPanel, category: CATEGORY });
     const refresh = () => app.commands.notifyCommandChanged();
@@ -112,8 +115,23 @@ function likelyDataset(tracker: INotebookTracker, sites: ISites): string {
   return near ?? (names.size === 1 ? [...names][0] : '');
 }
 
-async function showCell(app: JupyterFrontEnd, tracker: INotebookTracker, id: string): Promise<void> {
-  const panel = tracker.find(({ content }) => content.widgets.some(cell => cell.model.id === id));
+/** Make a cell the active one; its notebook, a path on the server's disk, is opened if need be. */
+async function showCell(
+  app: JupyterFrontEnd,
+  tracker: INotebookTracker,
+  id: string,
+  notebook: string
+): Promise<void> {
+  const find = () => tracker.find(({ content }) => content.widgets.some(cell => cell.model.id === id));
+  // the server shortens the user's home to "~"
+  const root = PageConfig.getOption('serverRoot').replace(/^~/, '').replace(/\/$/, '') + '/';
+  const at = notebook.indexOf(root);
+  if (!find() && at >= 0) {
+    const path = notebook.slice(at + root.length);
+    const opened = (await app.commands.execute('docmanager:open', { path })) as NotebookPanel | undefined;
+    await opened?.revealed;
+  }
+  const panel = find();
   if (panel) {
     app.shell.activateById(panel.id);
     const index = panel.content.widgets.findIndex(cell => cell.model.id === id);

@@ -18,7 +18,7 @@ export const panel: JupyterFrontEndPlugin<void> = {
   requires: [ISites],
   optional: [ILayoutRestorer],
   activate: (app: JupyterFrontEnd, sites: ISites, restorer: ILayoutRestorer | null) => {
-    const showCell = (job: IJob) => void app.commands.execute(CommandIDs.showCell, { cell: job.origin?.cell ?? '' });
+    const showCell = ({ origin }: IJob) => void app.commands.execute(CommandIDs.showCell, { ...origin });
     const widget = ReactWidget.create(<Panel sites={sites} showCell={showCell} />);
     widget.id = ID;
     widget.addClass('rapha-Panel');
