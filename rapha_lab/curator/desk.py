@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -343,6 +344,7 @@ class Desk:
                 answer = plan.run(cohort.view(split), progress)
             finally:
                 clock.wait(began)  # else the log's order would tell which of two jobs was done first
+            answer = _blinded(answer)
             about = self._about(mode, cohort.schema.name, job)
             said, wait = statement(answer.values, answer.tensors), partial(hold, answer)
             return answer, self._ledger.settle(job, said, answer.tensors, about=about, also=wait)
@@ -406,6 +408,14 @@ def _at_once(mode: Mode) -> None:
             "A training loop of your own gets a private gradient at every step, and none of them can wait.",
             "Use patients.train.fit(...), whose one answer can.",
         )
+
+
+def _blinded(answer: Answer) -> Answer:
+    """The answer with a random number, so that nobody finds out what it is by trying answers against its hash.
+
+    The log is for everybody's eyes, and has the hash before custodians have said that the answer may leave.
+    """
+    return replace(answer, values=answer.values | {"nonce": os.urandom(16).hex()})
 
 
 def _told(job: str, ask: Ask, delta: float, answer: Answer) -> dict[str, Any]:

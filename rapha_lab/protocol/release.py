@@ -61,7 +61,7 @@ class Release(msgspec.Struct, kw_only=True):
     Attributes:
         job: the number under which the site's log and ledger know it.
         op: what was asked, as in protocol/messages.py.
-        values: the answer as the curator gave it.
+        values: the answer as the curator gave it, with a random `nonce` that hides it behind its hash in the log.
         tensors: SHA-256 of the tensors that came with it, in hex.
         epsilon, delta: its own guarantee; `unit` says for whom.
         receipt: the log's entry with its proof and the signed checkpoint.

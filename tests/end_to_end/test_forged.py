@@ -181,6 +181,7 @@ class TestCallers:
     def test_anothers_job_gives_nothing(self, pipe, honest, serving):
         """Neither for the same question nor for another."""
         request, tensors = honest["mean"]
+        request |= {"epsilon": 0.125}  # not asked before, so that it opens a job
         pipe.ask(request, tensors, job="mine")
         spent = pipe.books()
         other = str(serving.other.public)

@@ -267,7 +267,7 @@ class Lives(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-TestLives = Lives.TestCase
+TestLives = pytest.mark.timeout(3600 if DEEP else 300)(Lives.TestCase)
 TestLives.settings = settings(
     max_examples=2000 if DEEP else 40,
     stateful_step_count=50 if DEEP else 30,

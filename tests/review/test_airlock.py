@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import sqlite3
@@ -18,10 +19,12 @@ from clinic import Clinic, newest, until
 from safetensors.torch import load
 
 from rapha_lab.client.releases import verify_release
-from rapha_lab.protocol.decision import Decision, decide
+from rapha_lab.curator.desk import _blinded
+from rapha_lab.curator.mechanisms import Answer
+from rapha_lab.protocol.decision import Decision, decide, subject_of
 from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, WaitingError
 from rapha_lab.protocol.keys import PrivateKey
-from rapha_lab.protocol.release import Release
+from rapha_lab.protocol.release import Release, canonical, statement
 
 _ASKED = itertools.count(500)
 FIT = f"""
@@ -218,3 +221,31 @@ class TestSurvival:
         assert site.run("n", "ward", session="other").wait().outputs[0]["data"]["text/plain"] == "7"
         shared.custodian().approve(subject)
         assert site.collect(subject)[0].values["column"] == "age"
+
+
+def test_the_log_does_not_tell_an_answer_that_waits(shared: Clinic) -> None:
+    """An exact guess of it, put through the same hash, is nowhere in the log: neither as charge nor as subject."""
+    job = until(shared.connect().run(mean(), "ward", session="guess"), "waiting")
+    guardian = shared.custodian()
+    told = guardian.show(newest(guardian)["subject"])
+    seen = json.loads(told["document"])
+    values = dict(seen["release"]["values"])
+    entries = {
+        json.loads(e).get("release")
+        for e in shared.connect()._channel.call("log", {"start": 0})[0]["entries"]
+    }
+    subjects = {newest(guardian)["subject"]}
+    assert hashlib.sha256(statement(values, seen["release"]["tensors"])).hexdigest() in entries
+    del values["nonce"]
+    assert hashlib.sha256(statement(values, seen["release"]["tensors"])).hexdigest() not in entries
+    seen["release"]["values"] = values
+    assert subject_of(canonical(seen)) not in subjects
+    job.cancel()
+    shared.connect().end_sessions("guess")
+
+
+def test_two_answers_alike_have_nonces_of_their_own() -> None:
+    """Long enough that none is guessed."""
+    told = [_blinded(Answer({"kind": "count", "value": 7})).values for _ in range(50)]
+    assert len({each["nonce"] for each in told}) == 50
+    assert all(len(each["nonce"]) == 32 for each in told)
