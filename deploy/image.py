@@ -24,7 +24,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 UUID = "5a7e0000-0000-4000-8000-000000000000"
 SALT = "00" * 32  # a salt hides equal images from each other, which nobody needs here
-MODULES = ("virtio_pci", "virtio_blk", "dm-verity", "erofs", "sev-guest", "tsm")
+MODULES = (
+    "virtio_pci", "virtio_blk", "virtio_net", "dm-verity", "dm-crypt", "erofs", "nf_tables", "nft_ct", "sev-guest", "tsm",
+)  # fmt: skip
 PROGRAMS = ("/bin/busybox", "/sbin/veritysetup")
 COMMAND_LINE = "console=ttyS0 panic=-1 oops=panic lockdown=confidentiality rapha.root={root}"
 

@@ -32,6 +32,8 @@ def witness(channel: Channel, name: str = "") -> Checkpoint:
         LogError: it does not; the checkpoint that was seen before is kept as evidence.
     """
     key, attested = signing_key(str(channel.site_key)), channel.attested
+    if not attested.verdict.claims.simulated:
+        _same_log(attested.head.origin, str(channel.site_key))
     seen, before = [attested.head], last_seen(attested.head.origin, str(channel.site_key))
     if before is not None:
         seen.append(open_checkpoint(before, key, attested.head.origin))
@@ -43,6 +45,18 @@ def witness(channel: Channel, name: str = "") -> Checkpoint:
     _extends(seen[-1], now, told)
     remember(str(told["checkpoint"]), str(channel.site_key), channel.key, name)
     return now
+
+
+def _same_log(origin: str, site: str) -> None:
+    """A site has one log for its whole life: under a new name nothing would be remembered of it."""
+    path = _path("", site)
+    before = read(path).setdefault("origin", origin)
+    if before != origin:
+        why = f"It was {before}, and is {origin}: entries of the first would be out of sight."
+        raise LogError(
+            "The site shows a log of another name.", why, "Ask its custodians what became of the other."
+        )
+    write(path, {"origin": origin})
 
 
 def _extends(old: Checkpoint, new: Checkpoint, told: dict[str, Any]) -> None:

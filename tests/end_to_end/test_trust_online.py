@@ -171,6 +171,22 @@ class TestWitness:
         with pytest.raises(LogError, match="does not extend"):
             witness(channel)
 
+    def test_a_log_under_a_new_name_is_no_way_out(
+        self, serving: Ward, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A real site keeps its log's name; the demo, which is simulated, has a new log at each start."""
+        channel = serving.connect()._channel
+        claims = msgspec.structs.replace(channel.verdict.claims, simulated=False)
+        verdict = dataclasses.replace(channel.verdict, claims=claims)
+        monkeypatch.setattr(channel, "attested", dataclasses.replace(channel.attested, verdict=verdict))
+        witness(channel)
+        witness(channel)
+        path = witnessing._path("", str(channel.site_key))
+        path.write_text(json.dumps({"origin": "the log that was"}))
+        with pytest.raises(LogError, match="another name"):
+            witness(channel)
+        assert json.loads(path.read_text()) == {"origin": "the log that was"}
+
     def test_mutant_without_memory_a_fork_passes(
         self, serving: Ward, monkeypatch: pytest.MonkeyPatch
     ) -> None:
