@@ -28,10 +28,14 @@ function ReleaseCard({ data }: { data: IRelease }): JSX.Element {
       {rows.length > 0 && <Rows rows={rows} />}
       {rows.length > MOST && <p className="rapha-Note">{rows.length - MOST} more rows in the value itself.</p>}
       <p className="rapha-Release-price">
-        <span>
-          ε {epsilon(data.epsilon)}, δ {figure(data.delta)}
-        </span>
-        <span>one {data.unit} more or less</span>
+        {data.op === 'review' ? (
+          <span>no ε: outside every privacy guarantee</span>
+        ) : (
+          <span>
+            ε {epsilon(data.epsilon)}, δ {figure(data.delta)}
+          </span>
+        )}
+        {data.op !== 'review' && <span>one {data.unit} more or less</span>}
         <span>
           {data.dataset}, {data.split === 'all' ? 'all splits' : `${data.split} split`}
         </span>
