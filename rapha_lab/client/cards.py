@@ -213,6 +213,11 @@ def blocked(error: dict[str, Any]) -> dict[str, Any]:
 
 _KINDS = {
     "count": "Number of patients",
+    "describe": "Table 1",
+    "correlation": "Correlation",
+    "survival": "Survival",
+    "missing": "What is missing",
+    "rows": "A table's rows",
     "fit": "Training",
     "evaluate": "Evaluation",
     "shards": "A function on shards",

@@ -87,6 +87,7 @@ class Release(msgspec.Struct, kw_only=True):
         """What was asked, in a few words."""
         told = self.values
         kind, column = told.get("kind", self.op), told.get("column", "")
+        among = f" where {told['among']}" if told.get("among") else ""
         by = f" by {' and '.join(told['by'])}" if told.get("by") else ""
         of = {
             "count": "Rows",
@@ -106,7 +107,7 @@ class Release(msgspec.Struct, kw_only=True):
             "survival": f"Without {told.get('event')} by {told.get('time')}{by}",
             "missing": "Not known",
             "description": "Patients described",
-            "rows": f"{of.get(told.get('of', ''), 'Rows')} in {told.get('table')}{by}",
+            "rows": f"{of.get(told.get('of', ''), 'Rows')} in {told.get('table')}{by}{among}",
             "evaluation": f"How well {told.get('target', 'the target')} is predicted on {self.split}",
             "shards": f"{told.get('function', '')} of patients, averaged over {told.get('shards')} shards",
             "fit": f"Trained on {self.split}: {told.get('steps')} private steps",

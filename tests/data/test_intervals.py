@@ -62,7 +62,7 @@ class TestCohorts:
             return [both.select(pl.corr("age", "visits")).item()]
         shares = [100 * (frame["sex"] == sex).sum() / len(frame) for sex in ("F", "M")]
         lacking = [100 * frame[name].null_count() / len(frame) for name in ("age", "sex")]
-        return [age.mean(), age.std(ddof=0), lacking[0], *shares, lacking[1]]
+        return [len(frame), age.mean(), age.std(ddof=0), lacking[0], *shares, lacking[1]]
 
     @pytest.mark.parametrize(
         "ask",

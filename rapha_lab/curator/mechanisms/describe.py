@@ -54,18 +54,20 @@ def table(columns: Sequence[Column]) -> Question:
         return np.concatenate(parts)
 
     def read(noisy: list[int], sd: float) -> dict[str, Any]:
-        number, figures, start = max(noisy[0] / WEIGHT, 1.0), list[dict[str, Any]](), 1
+        number, start = max(noisy[0] / WEIGHT, 1.0), 1
+        patients = counted(noisy[0] / WEIGHT, sd / WEIGHT)
+        figures = [{"name": "patients", **patients}]
         for column in columns:
             size = keys[column.name].size if column.name in keys else 3
             block = noisy[start : start + size]
             start += size
             figures += (
-                _shares(column, keys[column.name], block, sd, number)
+                _shares(column, keys[column.name], block, sd)
                 if column.name in keys
                 else _numbers(column, block, sd, number)
             )
         told = {"kind": "description", "columns": [column.name for column in columns], "figures": figures}
-        return told | {"patients": counted(noisy[0] / WEIGHT, sd / WEIGHT)}
+        return told | {"patients": patients}
 
     def expect(sd: float, expected: float | None) -> dict[str, Any]:
         if expected is None:
@@ -88,14 +90,15 @@ def table(columns: Sequence[Column]) -> Question:
     return Question(exact, root(*reach), read, expect)
 
 
-def _shares(column: Column, keys: Keys, block: list[int], sd: float, number: float) -> list[dict[str, Any]]:
-    error = sd / SHARE
+def _shares(column: Column, keys: Keys, block: list[int], sd: float) -> list[dict[str, Any]]:
+    """Each value's share of the column's own sum, which is less noisy than the number of patients."""
+    number, noise = max(sum(block) / SHARE, 1.0), sd / SHARE
     told = []
     for cell, value in enumerate(block):
-        share = value / SHARE / number
-        spread = math.hypot(error, share * sd / WEIGHT) / number
+        share = min(max(value / SHARE / number, 0.0), 1.0)
+        error = noise / number * math.sqrt((1 - share) ** 2 + (keys.size - 1) * share**2)
         name = f"{column.name}, {keys.label(cell)} (%)"
-        told.append(figure(name, 100 * share, 100 * spread, 0.0, 100.0) | {"column": column.name})
+        told.append(figure(name, 100 * share, 100 * error, 0.0, 100.0) | {"column": column.name})
     return told
 
 

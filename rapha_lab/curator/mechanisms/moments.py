@@ -164,7 +164,7 @@ def mean_and_spread(
     most = max(1 - m * m, 0.0)
     var = min(max((t + 1) / 2 - m * m, 0.0), most)
     error = math.sqrt((noise / 2) ** 2 + (2 * m * noise) ** 2 + ((2 * m * m - t / 2) * noise_n) ** 2) / n
-    far = number < 4 * noise_n  # too few patients to divide by their number
+    far = number < 5 * noise_n  # too few patients to divide by their number
     low_v, high_v = (0.0, 1.0) if far else (max(var - Z * error, 0.0), min(var + Z * error, 1.0))
     spread = {
         "name": "sd",
@@ -204,7 +204,7 @@ def correlation(columns: Sequence[Column]) -> Question:
             _correlations(np.array(noisy, dtype=float), size, pairs),
             _correlations(drawn, size, pairs),
         )
-        far = noisy[0] / WEIGHT < 4 * sd / WEIGHT
+        far = noisy[0] / WEIGHT < 5 * sd / WEIGHT
         figures = []
         for index, (i, j) in enumerate(pairs):
             ends = [-1.0, 1.0] if far else np.quantile(draws[:, index], [0.025, 0.975]).tolist()

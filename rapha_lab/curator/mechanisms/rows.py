@@ -20,7 +20,7 @@ from rapha_lab.curator.mechanisms.moments import WEIGHT, ratio
 from rapha_lab.curator.mechanisms.question import GRID, Question, Z, added, counted, fixed, keys_of, root
 from rapha_lab.curator.tables import PATIENT
 from rapha_lab.protocol.errors import RequestError
-from rapha_lab.protocol.expression import check_rows
+from rapha_lab.protocol.expression import check_rows, text
 from rapha_lab.protocol.messages import Rows
 from rapha_lab.protocol.schema import Column, Schema, Table
 
@@ -73,6 +73,7 @@ def question(ask: Rows, schema: Schema) -> Question:
         told |= {"column": value.name, "unit": value.unit} if value else {"unit": "rows"}
         told |= {"unit": "patients"} if ask.of == "patients" else {}
         told["note"] = _note(table, cap)
+        told |= {"among": text(ask.rows)} if ask.rows is not None else {}
         if cut:
             told["cut"] = counted(noisy[-1] / flag, sd / flag)
         figures = _read(ask.of, noisy[: len(noisy) - cut], sd, limits, size)
