@@ -27,6 +27,9 @@ from rapha_lab.protocol.schema import Schema
 
 __all__ = ["plan_of", "words"]
 
+LONGEST = 1000
+"""Characters of an expression that a release repeats."""
+
 
 def plan_of(
     ask: messages.ASKS,
@@ -58,8 +61,9 @@ def plan_of(
 
 def words(ask: Ask) -> dict[str, Any]:
     """What a release says of the patients it is about and of columns made for it."""
-    where = {"where": text(ask.where)} if ask.where is not None else {}
-    return where | ({"derived": {name: text(e) for name, e in ask.derive.items()}} if ask.derive else {})
+    where = {"where": text(ask.where)[:LONGEST]} if ask.where is not None else {}
+    derived = {name: text(expression)[:LONGEST] for name, expression in ask.derive.items()}
+    return where | ({"derived": derived} if derived else {})
 
 
 def _plan(

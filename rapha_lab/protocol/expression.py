@@ -244,7 +244,7 @@ def _literal(value: bool | int | float | str | None) -> Typed:
     if isinstance(value, bool):
         return Typed("boolean", float(value), float(value))
     if not abs(value) <= 1e15:
-        raise RequestError(f"The number {value:g} is too large.", "1e15 is the largest.", field="where")
+        raise RequestError("A number is too large.", "1e15 is the largest.", field="where")
     return Typed("integer" if isinstance(value, int) else "number", float(value), float(value))
 
 

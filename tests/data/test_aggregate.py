@@ -1,6 +1,7 @@
 """One patient moves the exact integers by no more than is stated, the noise has the stated law."""
 
 import math
+import os
 from dataclasses import replace
 
 import msgspec
@@ -216,12 +217,12 @@ class TestSensitivity:
 class TestNoise:
     @pytest.mark.parametrize("sd", [0.4, 2.0, 17.0])
     def test_gaussian_noise_has_the_discrete_gaussian_law(self, sd):
-        """40,000 draws against the mass function exp(-k²/2σ²)."""
+        """Draws (100,000 in the deep run) against the mass function exp(-k²/2σ²)."""
         assert law(question.gaussian(sd), lambda k: np.exp(-(k**2) / (2 * sd**2)), 6 * sd) > 1e-6
 
     @pytest.mark.parametrize("scale", [0.3, 2.0, 15.0])
     def test_laplace_noise_has_the_discrete_laplace_law(self, scale):
-        """40,000 draws against the mass function exp(-|k|/b)."""
+        """Draws (100,000 in the deep run) against the mass function exp(-|k|/b)."""
         assert law(question.laplace(scale), lambda k: np.exp(-np.abs(k) / scale), 20 * scale) > 1e-6
 
     def test_the_law_test_sees_a_fifth_less_noise(self):
@@ -262,8 +263,9 @@ class TestNoise:
 
 
 def law(noise, mass, reach):
-    """The p-value of 40,000 draws of noise under a law, by chi-square over its likely values."""
-    draws = np.array(noise(np.zeros(40_000, dtype=np.int64)))
+    """The p-value of draws of noise under a law, by chi-square over its likely values."""
+    size = 100_000 if os.environ.get("RAPHA_LAB_DEEP") else 40_000
+    draws = np.array(noise(np.zeros(size, dtype=np.int64)))
     k = np.arange(-math.ceil(reach), math.ceil(reach) + 1)
     expected = mass(k) / mass(k).sum() * len(draws)
     often = expected >= 10

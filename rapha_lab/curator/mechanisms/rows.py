@@ -26,6 +26,8 @@ from rapha_lab.protocol.schema import Column, Schema, Table
 
 __all__ = ["question"]
 
+MARKED = 1 << 26
+
 
 def question(ask: Rows, schema: Schema) -> Question:
     """What is asked of a table's rows, as integers.
@@ -107,9 +109,18 @@ def _note(table: Table, cap: int) -> str:
 def _sums(of: str, owner: np.ndarray, group: np.ndarray, size: int) -> np.ndarray:
     """By group: rows, or the patients who have any, or rows as a mean's weights; `size` is no group."""
     if of == "patients":
-        group = np.unique(owner * (size + 1) + group) % (size + 1)
+        group = _distinct(owner * (size + 1) + group) % (size + 1)
     counts = np.bincount(group, minlength=size + 1)[:size]
     return WEIGHT * counts if of == "mean" else counts
+
+
+def _distinct(cells: np.ndarray) -> np.ndarray:
+    """The cells that occur; by marking them where they are few, which is quicker than to sort."""
+    if not len(cells) or cells.max() >= MARKED:
+        return np.unique(cells)
+    seen = np.zeros(int(cells.max()) + 1, dtype=bool)
+    seen[cells] = True
+    return np.flatnonzero(seen)
 
 
 def _groups(by: Column, rows: Any, names: list[str]) -> np.ndarray:

@@ -22,6 +22,9 @@ from rapha_lab.protocol.schema import Column
 
 __all__ = ["curve"]
 
+MOST = 4000
+"""Bins of all curves together."""
+
 FEW = 6.0
 """A curve ends where fewer are at risk than this many standard deviations of the noise in their number."""
 
@@ -38,6 +41,9 @@ def curve(time: Column, event: Column, by: Keys, bins: int) -> Question:
         raise RequestError(f"The event {event.name} is a {event.type}.", "Name a truth.", field="event")
     edges = edges_of(time, bins)
     size = len(edges) - 1
+    if by.size * size > MOST:
+        what = f"{by.size} curves of {size} bins are too many."
+        raise RequestError(what, f"{MOST} bins in all are the most.", "Take fewer bins.", field="bins")
 
     def exact(view: View) -> np.ndarray:
         cells = by.cells(view)
