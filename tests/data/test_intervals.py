@@ -152,7 +152,7 @@ class TestSurvival:
         """Sampling of patients and noise together, at each point that is shown."""
         schema = ward(patients=n)
         rng = np.random.default_rng(7)
-        rounds = 1000 if DEEP else 100
+        rounds = 400 if DEEP else 60
         hits, seen = {}, {}
         for _ in range(rounds):
             event, censored = rng.exponential(60, n), rng.uniform(0, 130, n)
