@@ -25,6 +25,7 @@ from IPython.core.formatters import DisplayFormatter
 from rapha_lab.protocol.errors import CellError, RaphaError
 from rapha_lab.protocol.release import Release, canonical
 from rapha_lab.session import pictures, tracing
+from rapha_lab.session.opacus import recognised
 
 __all__ = ["Screen", "cell_error", "run"]
 
@@ -176,7 +177,7 @@ def run(source: str, namespace: dict[str, Any], screen: Screen, name: str = "<ce
     namespace.setdefault("__name__", "__main__")
     namespace["display"] = screen.show
     screen.released.clear()
-    with _captured(screen, name):
+    with _captured(screen, name), recognised(source):
         try:
             body, last = _compile(source, name)
             exec(body, namespace)  # noqa: S102 - running the cell is what this process is for

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any, NoReturn, get_args
 
 import torch
@@ -17,6 +19,7 @@ from rapha_lab.protocol.program import digest
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
 from rapha_lab.session import parcels, recipe, shard, tracing
+from rapha_lab.session.opacus import Loader
 from rapha_lab.session.questions import Ask, Questions, made
 from rapha_lab.session.sealed import PATIENTS, Batch
 
@@ -148,7 +151,7 @@ class Patients(Questions):
         epochs: float | None = None,
         epsilon: float | None = None,
         clip: float | None = None,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """Batches for a training loop of your own; `loss.backward()` puts private gradients into `.grad`.
 
         `batch["age"]` and `batch[["age", "sex"]]` are sealed tensors: shape, dtype, arithmetic, no values. Every
@@ -171,6 +174,26 @@ class Patients(Questions):
             wire = self._ask(messages.Close(loop=opened["loop"]), b"")[0]
             if "op" in wire:
                 self._given(wire)
+
+    def loader(
+        self, inputs: Columns, target: str, *, batch_size: int | None = None, epochs: float = 1
+    ) -> Loader:
+        """In place of a `DataLoader` in a script for Opacus: sealed `(inputs, target)`, see docs/methods.md.
+
+        Args:
+            inputs, target: columns.
+            batch_size: expected patients in a batch.
+            epochs: how often it will be gone through.
+        """
+        size, steps = itemgetter("batch", "steps")(recipe.steps(self._expected(), epochs=1, batch=batch_size))
+
+        def opened(epochs: float, epsilon: float, clip: float) -> Generator[Batch]:
+            passes = (math.ceil(epochs * steps) - 0.5) * size / self._expected()
+            return self.batches(size, epochs=passes, epsilon=epsilon, clip=clip)
+
+        self.schema.layout(inputs)
+        self.schema.layout(target)
+        return Loader(opened, inputs, target, steps, epochs)
 
     def evaluate(
         self,

@@ -18,6 +18,9 @@ import msgspec
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import CellError, RaphaError, from_wire
 from rapha_lab.protocol.schema import Schema
+from rapha_lab.session import (
+    checking as checking,  # loaded for rapha.check, as a locked session imports nothing
+)
 from rapha_lab.session import interpreter, parcels
 from rapha_lab.session.patients import Patients
 
