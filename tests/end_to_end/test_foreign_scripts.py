@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ward import Ward
 
 from rapha_lab.session import parcels
@@ -42,4 +44,4 @@ def test_a_locked_session_checks_models_and_runs_scripts_for_opacus(serving: War
     trained = site.run(OPACUS, "ward", session="foreign").wait()
     shown = "\n".join(str(output["data"].get("text/plain", "")) for output in trained.outputs)
     assert "9 private steps" in shown
-    assert "noise multiplier                1.1" in shown
+    assert 1.1 <= float(re.search(r"noise multiplier +([0-9.]+)", shown)[1]) <= 1.12  # type: ignore[index]
