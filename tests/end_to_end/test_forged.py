@@ -397,8 +397,9 @@ class TestBudget:
         pipe, _ = poor
         kinds = [honest["fit"], honest["mean"], honest["count"], honest["histogram"]]
         jobs = [
-            pipe.send(request | {"split": "train", "epsilon": 0.4}, tensors)
-            for request, tensors in [kinds[n % 4] for n in range(60)]
+            # no two alike, since the same question has the same answer for nothing
+            pipe.send(kinds[n % 4][0] | {"split": "train", "epsilon": 0.4 + n / 1e4}, kinds[n % 4][1])
+            for n in range(60)
         ]
         replies = [pipe.hear(job)[0] for job in jobs]
         granted = [reply["release"] for reply in replies if "release" in reply]
@@ -425,7 +426,8 @@ class TestBudget:
         before = pipe.books()[0]["train"]
         assert "release" in pipe.ask(request | {"split": "train", "epsilon": fits}, tensors)
         assert pipe.books()[0]["train"] > before
-        refused(pipe.ask(request | {"split": "train", "epsilon": fits}, tensors), "BudgetError")
+        more = request | {"split": "train", "epsilon": fits, "column": "visits"}
+        refused(pipe.ask(more, tensors), "BudgetError")
 
     def test_a_refused_request_touches_no_other_split(self, poor, honest):
         """All splits are charged, or none."""
