@@ -1,5 +1,7 @@
 """Metrics from counts agree with scikit-learn's from scores, and intervals cover."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -90,15 +92,16 @@ class TestIntervals:
         [(1600, 0.27, 0.5), (1600, 0.27, 2.0), (1000, 0.1, 1.0), (1000, 0.3, 0.25)],
     )
     def test_they_cover_what_all_patients_like_these_would_give(self, n, prevalence, epsilon):
-        """Sampling and noise together: 95 % intervals hold the population's value in 89 % or more."""
+        """Sampling and noise together: 95 % intervals hold the population's value in 89 of 100 here, 93 in the deep run."""
+        rounds, least = (400, 0.93) if os.environ.get("RAPHA_LAB_DEEP") else (150, 0.89)
         rng = np.random.default_rng(3)
         population = truth(*scored(rng, 400_000, prevalence))
         hits = dict.fromkeys(NAMES, 0)
-        for _ in range(150):
+        for _ in range(rounds):
             for name, answer in judged(*scored(rng, n, prevalence), epsilon)["metrics"].items():
                 low, high = answer["interval"]
                 hits[name] += low <= population[name] <= high
-        assert min(hits.values()) >= 0.89 * 150, hits
+        assert min(hits.values()) >= least * rounds, hits
 
     def test_with_hardly_a_positive_they_are_all_that_is_possible(self):
         """Three positives under noise of three: nothing is known of the ranking, and the answer says so."""
