@@ -92,6 +92,11 @@ def countersign(text: str, key: PrivateKey, show: Callable[[str], object] = prin
         if asked["sign"] == "log-in":
             show(f"Log in to the console of {asked['site']}.")
             return signed_login(asked["site"], asked["challenge"], key)
+        if asked["sign"] == "veto":
+            show(f"You veto the policy {asked['policy']}. Reason: {asked['reason'] or 'none'}.")
+            return msgspec.json.encode(
+                state("veto", str(asked["policy"]), key, "", str(asked["reason"]))
+            ).decode()
         show(in_words(asked["item"]))
         show(f"You {asked['sign']} it." + (f" Reason: {asked['reason']}" if asked.get("reason") else ""))
         document, policy = asked["item"]["document"].encode(), asked["item"]["policy"]

@@ -1,7 +1,7 @@
 'use strict';
 // Everything shown is put in as text, never as markup: sources and answers are foreign.
 const at = id => document.getElementById(id);
-let token = '', shown = null, login = null;
+let token = '', policy = '', shown = null, login = null;
 
 async function ask(what, body) {
   const headers = { 'Content-Type': 'application/json', ...(token ? { Authorization: `Bearer ${token}` } : {}) };
@@ -105,6 +105,7 @@ on('challenge', async () => { login = await ask('challenge'); save('log-in.json'
 on('enter', async () => {
   const told = await ask('login', JSON.parse(at('login-line').value));
   token = told.token;
+  policy = told.policy;
   at('who').textContent = `${login ? login.site : ''} · ${told.key}`;
   at('login-line').value = '';
   await list();
@@ -113,3 +114,9 @@ on('approve', () => decide('approve'));
 on('refuse', () => decide('refuse'));
 on('send', async () => { await ask('decide', { text: at('decision-line').value.trim() }); await list(); });
 on('back', list);
+on('veto', () => save('veto.json', { sign: 'veto', policy, reason: at('veto-reason').value.trim() }));
+on('send-veto', async () => {
+  await ask('state', { text: at('veto-line').value.trim() });
+  at('who').textContent = 'The policy is no longer in force.';
+  only('');
+});

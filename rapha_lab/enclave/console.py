@@ -68,6 +68,7 @@ class Console:
     Args:
         site: the site's name, which is part of what is signed.
         ask: (what, who, text) -> result: the curator's answers about the airlock, as for sealed requests.
+        policy: hash of the policy in force, in hex, for a veto.
         is_custodian: whether a public key is a custodian's of the policy in force.
         admit: raises SiteError if a stranger of that address asks too often.
     """
@@ -76,10 +77,12 @@ class Console:
         self,
         site: str,
         ask: Callable[[str, str, str], Any],
+        policy: Callable[[], str],
         is_custodian: Callable[[str], bool],
         admit: Callable[[Request], None],
     ) -> None:
-        self._site, self._ask, self._is_custodian, self._admit = site, ask, is_custodian, admit
+        self._site, self._ask, self._policy = site, ask, policy
+        self._is_custodian, self._admit = is_custodian, admit
         self._lock = threading.Lock()
         self._challenges: dict[str, float] = {}
         self._tokens: dict[str, tuple[str, float]] = {}
@@ -129,7 +132,7 @@ class Console:
             now = time.monotonic()
             self._tokens = {t: (k, until) for t, (k, until) in self._tokens.items() if until > now}
             self._tokens[token] = said.key, now + GOOD
-        return {"token": token, "key": said.key}
+        return {"token": token, "key": said.key, "policy": self._policy()}
 
     def _call(self, name: str) -> Callable[[Request, bytes], Any]:
         def call(request: Request, body: bytes) -> Any:

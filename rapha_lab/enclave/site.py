@@ -142,7 +142,11 @@ class Site:
             known=self._known,
             custody=(custody := self._custody()),
             pages=lambda admit: Console(
-                config.name, lambda what, who, text: custody[what](who, text)[0], self._is_custodian, admit
+                config.name,
+                lambda what, who, text: custody[what](who, text)[0],
+                lambda: self._policy().hash.hex(),
+                self._is_custodian,
+                admit,
             ).routes(),
             login=Login(config.oidc) if config.oidc is not None else None,
         )

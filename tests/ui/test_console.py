@@ -13,6 +13,7 @@ from clinic import Clinic, newest, until
 from playwright.sync_api import Browser, Page
 
 from rapha_lab.client.custodian import countersign
+from rapha_lab.protocol.errors import RaphaError
 from rapha_lab.protocol.keys import PrivateKey
 
 HOSTILE = """
@@ -111,7 +112,7 @@ def test_nobody_else_is_let_in(page: Page, site: Clinic, who: str) -> None:
 
 def test_a_line_signed_by_another_key_is_not_sent_on(page: Page, site: Clinic) -> None:
     """Who is logged in decides, or nobody."""
-    until(site.connect().run('patients.mean("age", epsilon=0.5)', "ward", session="third"), "waiting")
+    until(site.connect().run('patients.mean("age", epsilon=0.6)', "ward", session="third"), "waiting")
     enter(page, site.custodians[0])
     page.click("text=Look at it")
     page.fill("#decision-line", signed(page, "#approve", site.custodians[2]))
@@ -128,3 +129,15 @@ def test_it_can_be_read_by_everybody(page: Page, site: Clinic) -> None:
         page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
         found = Axe().run(page, options={"resultTypes": ["violations"]})
         assert found.violations_count == 0, found.generate_report()
+
+
+def test_a_veto_ends_the_policy(page: Page, site: Clinic) -> None:
+    """From the browser, too; nothing is answered any more. The last test: this clinic is closed."""
+    enter(page, site.custodians[2])
+    page.click("text=Veto the policy")
+    page.fill("#veto-reason", "The ethics approval lapsed.")
+    page.fill("#veto-line", signed(page, "#veto", site.custodians[2]))
+    page.click("#send-veto")
+    page.wait_for_selector("text=no longer in force")
+    with pytest.raises(RaphaError, match="ethics approval lapsed"):
+        site.connect().run("1", "ward")
