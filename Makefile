@@ -46,7 +46,8 @@ test: .venv/test  ## Run every test.
 
 bench: .venv/test  ## Measure the trainer against its peers; writes benchmarks/README.md.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 --editable '.[lab,demo,demos,hospital,test,bench]'
-	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/trainer.py --write
 
 screenshots: .venv/test  ## Take the README's pictures anew.
 	@bash scripts/system-packages

@@ -1,0 +1,120 @@
+"""Writes benchmarks/README.md from what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from workloads import WORKLOADS
+
+PAGE = Path(__file__).parent / "README.md"
+SCALING = Path("build/bench/scaling.json")
+COLUMNS = {
+    "compiled": "**ours, compiled**", "eager": "ours, no compiler", "opacus hooks": "Opacus hooks",
+    "opacus ew": "Opacus ew", "opacus functorch": "Opacus functorch", "opacus ghost": "Opacus ghost", "jax": "JAX",
+}  # fmt: skip
+
+
+HEAD = """# What private training costs
+
+CPU time of one step as a multiple of plain, non-private, eager PyTorch on the same patients. Clipping, noise and update
+are included on the private side; our noise is from AES-256 in counter mode, the peers use their own generators. One
+process a workload, engines interleaved in rounds, median of the rounds' ratios; the same allocator settings for all. Below
+1 is possible because our products go through oneDNN, which on this processor is faster than plain PyTorch's.
+
+Machine: {machine}. **It was shared with other work while this ran**: expect 10 to 30 % either way, and more on
+steps below a millisecond. `make bench` measures anew; `build/bench/trainer.json` has the rows.
+
+{times}
+
+{mean}
+
+Empty cells: per-patient gradients of 9.5 million parameters would take 150 GB at that batch (hooks, ew, JAX); functorch
+is left out where it takes minutes a step; JAX is written for the MLPs and the GRU only. fast-DP is in no package registry
+and was not run here. Bags are compared with plain training on packed records; ours computes all 48 places of each.
+
+## Memory, and what is left to say
+
+By how many MB a step raises the resident memory at most. A step of `fit` has a fixed number of slots, more than the
+expected batch, so that its shape does not tell how many patients were drawn: it costs the table's ratio times *slots a
+patient*. Compiling happens once for a shape of model, in the curator, when a run is long enough to gain by it.
+
+{memory}
+"""
+
+GROWTH = """
+## How it grows
+
+![CPU time of a step by patients, parameters, batch and sessions](pictures/scaling.png)
+
+An MLP 30-128-128-2 at an expected batch of 256 unless the axis says otherwise, without a compiler; the step includes the
+Poisson draw and the padding. Patients are held in memory; what grows with them is one random number each, a step.
+"""
+
+
+def write(rows: list[dict[str, Any]], machine: str) -> None:
+    """The page: ratios, memory, what was not run and why, and how cost grows."""
+    by = {(row["workload"], row["engine"]): row for row in rows}
+    names = [name for name in WORKLOADS if (name, "plain") in by]
+    titles = {name: WORKLOADS[name].title for name in names}
+    times = [
+        [titles[n], f"{by[n, 'plain']['milliseconds']:.3g}", *(_ratio(by, n, e) for e in COLUMNS)]
+        for n in names
+    ]
+    memory = [
+        [titles[n], f"{by[n, 'plain']['megabytes']:.0f}", *(_mb(by, n, e) for e in COLUMNS), *_about(by, n)]
+        for n in names
+    ]
+    page = HEAD.format(
+        machine=machine,
+        times=_table(["workload", "plain, ms", *COLUMNS.values()], times),
+        mean=_mean(by, names),
+        memory=_table(["workload", "plain, MB", *COLUMNS.values(), "slots a patient", "compile, s"], memory),
+    )
+    PAGE.write_text(page + (_scaling(json.loads(SCALING.read_text())) if SCALING.exists() else ""))
+
+
+def _about(by: dict[Any, Any], name: str) -> list[str]:
+    row = by.get((name, "compiled"), {})
+    return [f"{row[key]:.3g}" if key in row else "" for key in ("slots", "seconds")]
+
+
+def _table(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
+
+
+def _ratio(by: dict[Any, Any], name: str, engine: str) -> str:
+    row = by.get((name, engine))
+    return (
+        ""
+        if row is None
+        else f"**{row['cpu_ratio']:.2f}**"
+        if engine == "compiled"
+        else f"{row['cpu_ratio']:.2f}"
+    )
+
+
+def _mb(by: dict[Any, Any], name: str, engine: str) -> str:
+    row = by.get((name, engine))
+    return "" if row is None else f"{row['megabytes']:.0f}"
+
+
+def _mean(by: dict[Any, Any], names: list[str]) -> str:
+    ratios = [
+        by[name, "compiled"]["cpu_ratio"] for name in names if (name, "compiled") in by and name != "bag"
+    ]
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return (
+        f"Geometric mean of the compiled column without the bags: **{mean:.2f}**, largest {max(ratios):.2f}."
+    )
+
+
+def _scaling(found: dict[str, list[Any]]) -> str:
+    parts = [GROWTH]
+    for what, rows in found.items():
+        head = [what, "steps a second"] if what == "sessions" else [what, "CPU ms a step", "MB"]
+        body = [[f"{v:,.0f}" if k == 0 else f"{v:.3g}" for k, v in enumerate(row)] for row in rows]
+        parts.append(_table(head, body) + "\n")
+    return "\n".join(parts)
