@@ -183,7 +183,11 @@ class Lifted:
     ) -> None:
         found = gradients.parts(self.graph, self.routes, parameters, constants, inputs)
         for name, t in gradients.clipped_sum(found, mask, clip).items():
-            totals[name].add_(t)
+            # piece by piece, since torch converts all that it adds to another dtype first
+            for total, part in zip(
+                totals[name].view(-1).split(LARGE), t.reshape(-1).split(LARGE), strict=True
+            ):
+                total.add_(part)
 
     def compile(self, parameters: Tensors, constants: Tensors) -> float | None:
         """Compile the clipped sum for its one shape; the seconds it took, or None if it stays as it is."""

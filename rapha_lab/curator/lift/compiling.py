@@ -109,6 +109,7 @@ def assembled(function: Callable[..., Any], example: list[Tensor]) -> Callable[[
         Exception: whatever the compiler says.
     """
     _own_cache()  # before anything of the compiler is imported, which makes a folder of its own
+    import torch._inductor.lowering  # some decompositions look there
     from torch._inductor.decomposition import select_decomp_table
 
     with warnings.catch_warnings(), torch.no_grad():

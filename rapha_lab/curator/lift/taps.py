@@ -31,7 +31,7 @@ class Part(Protocol):
         ...
 
     def total(self, scale: Tensor, counts: Tensor) -> Tensor:
-        """The sum of the counting patients' gradients times their scales, float64 in the parameter's shape."""
+        """The sum of the counting patients' gradients times their scales, in the parameter's shape."""
         ...
 
     def dense(self) -> Tensor:
@@ -59,7 +59,9 @@ GROUP = 256
 
 
 def in_groups(add: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
-    """The sum of `add` over groups of patients, float64."""
+    """The sum of `add` over groups of patients, float64 if there is more than one group."""
+    if len(first) <= GROUP:
+        return add(first, second)
     pairs = zip(first.split(GROUP), second.split(GROUP), strict=True)
     return reduce(torch.add, (add(one, other).double() for one, other in pairs))
 
