@@ -14,7 +14,7 @@ from wards import SALT, cohort_of, hospital, rows, ward
 from rapha_lab.client.mock import mock, mock_tables
 from rapha_lab.client.rehearsal import Rehearsal
 from rapha_lab.curator import expressions as module
-from rapha_lab.curator.cohort import Cohort
+from rapha_lab.curator.cohort import Cohort, mark_of
 from rapha_lab.curator.expressions import Chosen
 from rapha_lab.curator.mechanisms import aggregate
 from rapha_lab.protocol import messages
@@ -335,6 +335,16 @@ class TestOnePatient:
             asked = aggregate.question(ask, views[0].schema)
             a, b = (asked.exact(view).astype(float) for view in views)
             assert np.linalg.norm(a - b) <= asked.sensitivity
+
+    def test_who_opted_out_is_in_no_chosen_cohort(self):
+        """Neither in a new one, nor present in a step of an older one."""
+        cohort = Cohort(ward(), mock(ward(), 50), SALT)
+        where = Call("not", [Call("is_null", [Col("visits")])])
+        older = Chosen(cohort, {}, where).view("all")
+        assert (len(older), int(older.present().sum())) == (50, 50)
+        cohort.leave_out(frozenset({mark_of("mock-000003", SALT)}))
+        assert len(Chosen(cohort, {}, where).view("all")) == 49
+        assert (len(older), older.present().tolist().index(False)) == (50, 3)
 
     def test_nothing_is_computed_before_the_view_is_used(self, monkeypatch):
         """So that no record is touched before the ledger knows of it."""
