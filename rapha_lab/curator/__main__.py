@@ -87,12 +87,19 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
     key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(config.key))
 
     ledger = Ledger(Path(config.ledger), key, origin=config.log, about={"tier": config.tier})
-    pages = InForce(config.policy, ledger)
+    served: list[str] = []
+
+    def admits(policy: Policy) -> None:
+        for name in served:
+            policy.admits(name, config.measurement, simulated=config.simulated, tier=config.tier)
+
+    pages = InForce(config.policy, ledger, admits)
     policy = pages()
     cohorts = {}
     for source in config.datasets:
         schema = Schema.load(source.schema)
-        policy.admits(schema.name, config.measurement, simulated=config.simulated, tier=config.tier)
+        served.append(schema.name)
+        admits(policy)
         cohorts[schema.name] = Cohort.open(schema, source.folder, bytes.fromhex(config.salt))
         _advise(policy, cohorts[schema.name])
         for column, found in cohorts[schema.name].findings.items():

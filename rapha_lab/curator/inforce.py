@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
 
@@ -32,9 +33,13 @@ class InForce:
     Args:
         path: the page; its statements are beside it, `path` + ".signatures".
         ledger: remembers the page in force and what closed one.
+        admits: raises PolicyError if a page does not let this enclave serve what it serves.
     """
 
-    def __init__(self, path: str | Path, ledger: Ledger) -> None:
+    def __init__(
+        self, path: str | Path, ledger: Ledger, admits: Callable[[Policy], None] = lambda policy: None
+    ) -> None:
+        self._admits = admits
         self._path, self._ledger, self._lock = Path(path), ledger, threading.Lock()
         with ledger.transaction() as db:
             for line in SCHEMA.strip().splitlines():
@@ -58,6 +63,9 @@ class InForce:
             policy = signed.check(after=self._before)
             if policy.hash != self._recorded:
                 self._succeed(policy)
+            self._admits(
+                policy
+            )  # a page that closes this enclave is in force all the same: none before it is
             self._last = found, today, policy
             return policy
 

@@ -141,6 +141,28 @@ class TestSuccession:
         assert in_force().hash == FIRST.hash
         ledger.close()
 
+    def test_a_page_that_closes_this_enclave_holds_from_the_next_request(self, tmp_path: Path) -> None:
+        """A stronger sandbox is demanded: nothing is answered, and the page before does not come back."""
+        stronger = FIRST.text.replace('sandbox = "S1"', 'sandbox = "S3"').replace(
+            "version = 1", "version = 2"
+        )
+        clinic.write(tmp_path, FIRST, CUSTODIANS)
+        ledger = Ledger(tmp_path / "ledger.sqlite", fixed(7).parts[0])
+
+        def admits(policy: Policy) -> None:
+            policy.admits("ward", "sha256:" + "0" * 64, simulated=True, tier="S2")
+
+        in_force = InForce(tmp_path / "policy.toml", ledger, admits)
+        assert in_force().hash == FIRST.hash
+        clinic.write(tmp_path, Policy.parse(stronger), CUSTODIANS)
+        for _ in range(2):
+            with pytest.raises(PolicyError, match="sandbox is too weak"):
+                in_force()
+        clinic.write(tmp_path, FIRST, CUSTODIANS)
+        with pytest.raises(PolicyError, match="older version"):
+            in_force()
+        ledger.close()
+
     def test_without_its_memory_the_coup_succeeds(self, tmp_path: Path) -> None:
         """The mutant that forgets the page before: the test above has teeth."""
         coup = Policy.parse(clinic.page(RESEARCHER, STRANGERS, version=2, train="auto").text)
