@@ -71,7 +71,7 @@ def ours(workload: Workload, engine: str, notes: dict[str, Any]) -> Step:
     model, (x, y) = workload.make(), workload.data()
     traced = loss_program(model, nn.CrossEntropyLoss(), {"x": x[0]}, y[0])
     it = lift(traced.program)
-    it.for_batches_of(workload.batch)
+    slots = it.for_batches_of(workload.batch) * it.microbatch
     notes["slots"] = train.capacity(workload.batch, 1) / workload.batch
     weights, constants = it.tensors(traced.blob)
     if engine == "compiled":
@@ -80,7 +80,8 @@ def ours(workload: Workload, engine: str, notes: dict[str, Any]) -> Step:
             raise NotImplementedError(it.note)
         notes["seconds"] = round(seconds, 1)
     it.selftest(weights, constants)
-    rows, noise, drawn = train.with_absent({"x": x, "target": y}), SystemNoise(), torch.arange(workload.batch)
+    rows, noise = train.with_absent({"x": x, "target": y}), SystemNoise()
+    drawn = torch.arange(slots).clamp(max=workload.batch)  # what is left of the slots is empty
     optimizer = torch.optim.SGD(list(weights.values()), lr=RATE)
 
     def step() -> None:
