@@ -38,9 +38,9 @@ from rapha_lab.protocol.expression import (
 from rapha_lab.protocol.messages import Ask
 from rapha_lab.protocol.schema import Column, Schema
 
-__all__ = ["Chosen", "chosen", "compiled", "rows_where"]
+__all__ = ["Chosen", "chosen", "evaluated", "rows_where"]
 
-TIMED = "__timed"
+TIMED, VALUE = "__timed", "__value"
 GRID = 1 << 20
 
 
@@ -97,7 +97,7 @@ class Chosen(Cohort):
             frame = frame.with_columns(found.alias(name))
             scope[name] = typed_in(node, scope_of(self.schema), self.schema)
             plain = _replaced(plain, node, Col(name))
-        return frame.select(compiled(plain, scope).alias("value")).to_series()
+        return evaluated(plain, frame, scope)
 
 
 def chosen(cohort: Cohort, ask: Ask) -> Cohort:
@@ -169,8 +169,9 @@ def _from_rows(node: Over, frame: pl.DataFrame, schema: Schema, held: Rows) -> p
         frame.drop(set(rows.columns) - {PATIENT}, strict=False), on=PATIENT, how="left", maintain_order="left"
     )
     if node.where is not None:
-        rows = rows.filter(compiled(node.where, scope))
-    value = pl.lit(True) if node.of is None else compiled(node.of, scope)
+        rows = rows.filter(evaluated(node.where, rows, scope))
+    rows = rows.with_columns(evaluated(Lit(True) if node.of is None else node.of, rows, scope).alias(VALUE))
+    value = pl.col(VALUE)
     if node.fn in ("first", "last"):
         rows = rows.filter(pl.col(TIMED) & value.is_not_null())
     middle, half = _grid_of(node.of, scope) if node.fn in ("sum", "mean", "std") else (0.0, 1.0)
@@ -205,7 +206,7 @@ def rows_where(view: View, table: str, columns: set[str], where: Expression | No
     wanted = {name for name in names(where) if name in cohort._columns and name not in rows.columns}
     frame = _frame(wanted, {name: cohort._columns[name].of(patients) for name in wanted}, len(patients))
     rows = rows.join(frame, on=PATIENT, how="left", maintain_order="left")
-    return rows.filter(compiled(where, scope_in(held.table, scope_of(view.schema))))
+    return rows.filter(evaluated(where, rows, scope_in(held.table, scope_of(view.schema))))
 
 
 def _grid_of(of: Expression | None, scope: Mapping[str, Typed]) -> tuple[float, float]:
@@ -240,24 +241,38 @@ _AGGREGATES: dict[str, Callable[[float, float], pl.Expr]] = {
 # -- one row at a time -------------------------------------------------------------------------------------
 
 
-def compiled(expression: Expression, scope: Mapping[str, Typed]) -> pl.Expr:
-    """The polars expression over columns of `scope`: float64, truths, or codes of categories."""
+def evaluated(expression: Expression, frame: pl.DataFrame, scope: Mapping[str, Typed]) -> pl.Series:
+    """The expression's value in each row of a frame with columns of `scope`: float64, truths, or codes of categories.
+
+    A part at a time: in one expression of polars a part is computed as often as it is written, and what ends NaN
+    writes its argument twice, so that work and memory would double with every level.
+    """
     if isinstance(expression, Col):
-        return pl.col(expression.name)
-    if isinstance(expression, Lit):
-        return _literal(expression.value)
-    assert isinstance(expression, Call)
-    kinds = [typed_in(part, scope, None) for part in expression.of]
-    parts = [compiled(part, scope) for part in expression.of]
-    whole = typed_in(expression, scope, None)
-    if expression.fn in ("eq", "ne", "is_in", "when", "fill_null") and any(
-        k.type == "category" for k in kinds
-    ):
-        return _of_categories(expression.fn, parts, kinds)
-    if expression.fn in _ALIKE:
-        return _ALIKE[expression.fn](parts)
-    numbers = [part.cast(pl.Float64) for part in parts]
-    found = _NUMERIC[expression.fn](numbers)
+        return frame[expression.name]
+    held, parts = frame.select(PATIENT), []
+    if isinstance(expression, Call):
+        for place, part in enumerate(expression.of):
+            if isinstance(part, Lit):
+                parts.append(_literal(part.value))
+                continue
+            held = held.with_columns(evaluated(part, frame, scope).alias(str(place)))
+            parts.append(pl.col(str(place)))
+        found = _called(expression, parts, scope)
+    else:
+        assert isinstance(expression, Lit)
+        found = _literal(expression.value)
+    # beside the patients, since alone what is made of literals would have one row, however many there are
+    return held.select(PATIENT, found.alias(VALUE))[VALUE]
+
+
+def _called(call: Call, parts: list[pl.Expr], scope: Mapping[str, Typed]) -> pl.Expr:
+    kinds = [typed_in(part, scope, None) for part in call.of]
+    whole = typed_in(call, scope, None)
+    if call.fn in ("eq", "ne", "is_in", "when", "fill_null") and any(k.type == "category" for k in kinds):
+        return _of_categories(call.fn, parts, kinds)
+    if call.fn in _ALIKE:
+        return _ALIKE[call.fn](parts)
+    found = _NUMERIC[call.fn]([part.cast(pl.Float64) for part in parts])
     # what is no number is missing, and an infinity stays one until it is clipped
     return found if whole.type == "boolean" else found.fill_nan(None)
 

@@ -1,6 +1,9 @@
 """Expressions mean what polars means, speak of one patient only, stay within public bounds and never raise."""
 
 import math
+import os
+import subprocess
+import sys
 
 import msgspec
 import numpy as np
@@ -90,6 +93,23 @@ HOSTILE = [
     Call("sqrt", [Call("sub", [Lit(50), Col("age")])]),
     Call("pow", [Call("mul", [Col("age"), Lit(1e15)]), Lit(8)]),
 ]
+
+
+DEEP = """
+import resource
+from rapha_lab.client.mock import mock
+from rapha_lab.curator.cohort import Cohort
+from rapha_lab.curator.expressions import Chosen
+from rapha_lab.protocol.expression import Call, Col, Lit
+from wards import SALT, ward
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+cohort = Cohort(ward(), mock(ward(), 20), SALT)
+for fn, more in (("fill_null", [Lit(1)]), ("add", [Lit(1)]), ("integer", []), ("is_in", [Lit(1), Lit(0)])):
+    deep = Col("age")
+    for _ in range(38):
+        deep = Call(fn, [deep, *more])
+    assert len(Chosen(cohort, {"deep": deep}, None).view("all").numbers("deep")) == 20
+"""
 
 
 def clipped(expression):
@@ -221,6 +241,26 @@ class TestTotal:
         assert held.values.tolist() == [200.0, 0.0, 0.0, 0.0]
         assert held.known.tolist() == [True, False, False, True]
         assert broken._held(column, wild).values.max() == 1e9
+
+    @pytest.mark.parametrize("patients", [0, 1, 20])
+    @pytest.mark.parametrize("of", [Lit(True), Lit("a"), Lit(None), Call("lt", [Lit(1), Lit(2)])], ids=str)
+    def test_what_is_made_of_literals_has_a_value_for_everybody(self, of, patients):
+        """One row for all would raise an error if there are more patients than one, and tell that there are."""
+        whole = Cohort(ward(), mock(ward(), 20)[:patients], SALT)
+        expression = Call("fill_null", [of, Lit(True)]) if of == Lit(None) else of
+        view = derived(expression, whole)
+        assert len(view.codes("new")) == patients
+        assert bool(view.known("new").all())
+        if of not in (Lit("a"), Lit(None)):
+            assert len(Chosen(whole, {}, of).view("all")) == patients
+
+    def test_work_and_memory_do_not_double_with_every_level(self):
+        """The deepest expressions, in a process that has 8 GiB: each part is computed once."""
+        path = ":".join(sys.path)
+        done = subprocess.run(
+            [sys.executable, "-c", DEEP], env={**os.environ, "PYTHONPATH": path}, timeout=300
+        )
+        assert done.returncode == 0
 
     def test_every_function_is_computed(self):
         """The list of functions and their meanings have the same names."""
