@@ -21,6 +21,7 @@ $(BIN)/python:
 
 # torch is named first and pinned: an unpinned one would take gigabytes
 .venv/demo: $(BIN)/python pyproject.toml constraints.txt $(FRONT_END)
+	@echo "Filling .venv, once: some minutes without a word."
 	@$(if $(FRONT_END),rm -rf rapha_lab/labextension)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 --editable '.[lab,demo]'
 	@touch $@

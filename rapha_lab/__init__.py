@@ -1,4 +1,14 @@
-"""Rapha Lab: write PyTorch in a notebook cell; it runs where the patients' records are."""
+"""Rapha Lab: write PyTorch in a notebook cell; it runs where the patients' records are.
+
+    import rapha_lab as rapha
+    %load_ext rapha_lab
+    site = rapha.connect("demo")
+    cohort = site.dataset("flchain")    # .schema, .budget, .mock(), .inputs(), .quote(), .plan()
+
+Cells that begin with `%%enclave flchain` run at the site and hold `patients`: `help(patients)` in one of them lists what
+can be asked. Here `check` and `fix` say and mend what keeps a model from training, `keep` writes a model
+with its releases and receipts to a file, and `attack` tries to tell who was in a training.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +62,10 @@ def __getattr__(name: str) -> Any:
             # a session at the site has no client: there the model is checked without the curator's table
             return getattr(import_module("rapha_lab.session.checking"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def load_ipython_extension(shell: Any) -> None:

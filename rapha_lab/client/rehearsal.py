@@ -219,8 +219,14 @@ def check(model: Any, loss: Any, inputs: Any, target: Any, *, of: Any = None) ->
 
 def encoded(schema: Schema, patients: polars.DataFrame, columns: str | list[str]) -> torch.Tensor:
     """Local patients, or their rows in a table, as a program's input, by the very code that does it at the site."""
+    if not isinstance(patients, polars.DataFrame):
+        raise RequestError(
+            f"The patients are a {type(patients).__name__}.", "They are read from a polars.DataFrame.",
+            "Say polars.DataFrame({...}), or polars.from_pandas(frame).", field="patients",
+        )  # fmt: skip
     names = [columns] if isinstance(columns, str) else list(columns)
     schema.layout(columns)
+    _listed(schema, patients, names)
     table = schema.table_of(names[0]) if names else None
     if table is not None:
         people = patients.select(polars.col(table.patient).alias(schema.patient)).unique(maintain_order=True)
@@ -232,6 +238,19 @@ def encoded(schema: Schema, patients: polars.DataFrame, columns: str | list[str]
     rows = patients.with_columns(polars.int_range(polars.len()).alias(schema.patient))
     part = msgspec.structs.replace(schema, columns=asked, tables=(), patients=None)
     return Cohort(part, rows, salt=bytes(16)).view("all").tensor(columns)
+
+
+def _listed(schema: Schema, patients: polars.DataFrame, names: list[str]) -> None:
+    """Refuse a category that the schema does not list: at the site it is missing, here it is a slip of the pen."""
+    for column, _ in map(schema.find, names):
+        if column.type != "category" or column.name not in patients.columns:
+            continue
+        unlisted = set(patients[column.name].drop_nulls().cast(polars.String)) - set(column.categories)
+        if unlisted:
+            raise RequestError(
+                f"{column.name} is never {sorted(unlisted)[0]!r}.", "",
+                f"There are {', '.join(column.categories)}; say None where it is not known.", field=column.name,
+            )  # fmt: skip
 
 
 def training(

@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
@@ -255,15 +255,21 @@ class Site:
             "project": self.project,
         }
         order |= {"epsilon": epsilon, "outputs": list(outputs), "inputs": parcel, "origin": origin or {}}
-        return self.attach(self._channel.call("run", order, blob)[0]["cell"])
+        return Job(self, self._channel.call("run", order, blob)[0]["cell"])
 
     def jobs(self) -> list[dict[str, Any]]:
         """Your cells at the site, oldest first, as the job card shows them."""
         return [told | self._tag() for told in self._channel.call("jobs", {})[0]]
 
     def attach(self, job: str) -> Job:
-        """A cell of yours at the site, whoever started it and whether or not that kernel lives."""
-        return Job(self, job)
+        """A cell of yours at the site, whether or not the kernel lives that started it; `jobs` has their numbers.
+
+        Raises:
+            RequestError: you have no such job.
+        """
+        found = Job(self, job)
+        found.poll()
+        return found
 
     def cancel(self, job: str) -> dict[str, Any]:
         """Stop a cell of yours; what has run stays charged."""
@@ -309,6 +315,14 @@ class Dataset:
     def __init__(self, site: Site, told: dict[str, Any]) -> None:
         self.site, self._told = site, told
         self.schema = Schema.from_dict(told["schema"])
+
+    def __getattr__(self, name: str) -> NoReturn:
+        instead = "cohort.mock() makes patients up; an enclave cell asks about the real ones."
+        if name == "plan":
+            instead = "It comes with the notebook's extension: %load_ext rapha_lab."
+        raise AttributeError(
+            f"A dataset has no {name!r}, for its records stay at the site. {instead}", name=name, obj=self
+        )
 
     @property
     def name(self) -> str:
@@ -436,6 +450,20 @@ class Job:
             pass
         self.raise_error()
         return self
+
+    def bring(self, **into: Any) -> dict[str, Any]:
+        """The values that the cell's -o named; waits for the end.
+
+        Args:
+            into: modules by those names, to load the weights into; else they come as dicts of tensors.
+
+        Raises:
+            RaphaError: what ended the job, or weights that do not fit.
+        """
+        from rapha_lab.client.rehearsal import Rehearsal
+
+        self.wait()
+        return Rehearsal().take(self.values, self.blob, into)
 
     def raise_error(self) -> None:
         """Raise what ended the job, if it did not end well."""

@@ -532,7 +532,8 @@ class Ledger:
         spent = self._spent(account)[0]
         return BudgetError(
             f"This would overdraw the privacy budget{whose} of {account.dataset}, split {account.split}.",
-            f"Of epsilon={account.epsilon:g} (delta={account.delta:g}) {account.epsilon - spent:.3g} is left.",
+            f"Of epsilon={account.epsilon:g} (delta={account.delta:g}) {account.epsilon - spent:.3g} is left; "
+            "what answers cost together is no plain sum of epsilons.",
             f"The same request fits with epsilon={fits!r}." if fits else "Nothing more of this kind fits.",
             field="epsilon",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import polars as pl
@@ -16,7 +17,7 @@ def absent(package: str) -> SiteError:
     return SiteError(
         "The demonstration data are not installed.",
         f"They come with {package}, which is an optional dependency.",
-        "Run: pip install 'rapha-lab[demos]'",
+        f"In the clone, run {sys.executable} -m pip install -c constraints.txt -e '.[demos]'.",
     )
 
 

@@ -206,7 +206,11 @@ class _NothingMore:
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r} is preloaded at this site", name=name)
+        raise ModuleNotFoundError(
+            f"No module named {name!r} is preloaded at this site: define what you need of it in the cell, "
+            "or use it here on what -o brings back",
+            name=name,
+        )
 
 
 def seal_imports() -> None:

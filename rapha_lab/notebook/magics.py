@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import time
 import uuid
@@ -130,8 +131,21 @@ class EnclaveMagics(Magics):
                 raise SiteError("The job runs on without this kernel.", "", _back(job)) from None
             job.cancel()
             _follow(job, card)
-        job.raise_error()
+        try:
+            job.raise_error()
+        except CellError as error:
+            self._explain(error)
+            raise
         return job
+
+    def _explain(self, error: CellError) -> None:
+        """Say why the site lacks a name that the rehearsal has: it keeps what a refused cell defined."""
+        lacks = re.match(r"NameError: name '(\w+)' is not defined", error.what)
+        if lacks and lacks[1] in self._rehearsal.namespace:
+            error.traceback.append(
+                f"{lacks[1]} is only in the rehearsal: the cell that defines it was refused before it reached the site, "
+                "or its session there has ended. Run that cell again first."
+            )
 
     def _is_leaving(self) -> bool:
         """Whether the kernel shuts down: Jupyter begins that with an interrupt as well, and says so a moment later."""
@@ -142,7 +156,7 @@ class EnclaveMagics(Magics):
 
 
 def _back(job: Job) -> str:
-    return f'Come back to it: site.attach("{job.id}").'
+    return f'Come back to it: job = site.attach("{job.id}"), job.releases, job.bring(model=model).'
 
 
 class _Card:

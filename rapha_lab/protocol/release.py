@@ -191,7 +191,8 @@ class Release(msgspec.Struct, kw_only=True):
         return f"ε {self.epsilon:g}, δ {self.delta:g} per {self.unit} · {where}"
 
     def __repr__(self) -> str:
-        rows = "\n".join(f"  {row.name:<24} {_figure(row.value):>12}{_bar(row)}" for row in self.rows[:40])
+        wide = max([24, *(len(row.name) for row in self.rows[:40])])
+        rows = "\n".join(f"  {row.name:<{wide}} {_shown(row):>12}{_bar(row)}" for row in self.rows[:40])
         more = f"\n  ... {len(self.rows) - 40} more" if len(self.rows) > 40 else ""
         return (
             f"{self.title}\n{rows}{more}\n  {self._price()}"
@@ -202,7 +203,7 @@ class Release(msgspec.Struct, kw_only=True):
     def _repr_html_(self) -> str:
         rows = "".join(
             f'<tr><td style="text-align:left">{html.escape(row.name)}</td>'
-            f'<td style="text-align:right;font-variant-numeric:tabular-nums">{_figure(row.value)}</td>'
+            f'<td style="text-align:right;font-variant-numeric:tabular-nums">{_shown(row)}</td>'
             f'<td style="text-align:left;opacity:.75">{html.escape(_bar(row).strip())}</td>'
             f"<td>{_line(row, self.rows)}</td></tr>"
             for row in self.rows[:60]
@@ -241,13 +242,23 @@ def _entries(name: str, shape: list[int]) -> list[str]:
     return [f"{name}[{', '.join(map(str, place))}]" if place else name for place in places]
 
 
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def _figure(value: float, places: int = 0) -> str:
+    return f"{value:,.{places}f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _places(row: Row) -> int:
+    """Decimals of a large figure whose interval would else have no width to see."""
+    return 2 if row.interval is not None and 0 < row.interval[1] - row.interval[0] < 4 else 0
+
+
+def _shown(row: Row) -> str:
+    return _figure(row.value, _places(row))
 
 
 def _bar(row: Row) -> str:
     if row.interval is not None:
-        return f"  95 % {_figure(row.interval[0])} to {_figure(row.interval[1])}"
+        low, high = (_figure(end, _places(row)) for end in row.interval)
+        return f"  95 % {low} to {high}"
     return f"  ± {_figure(row.error)}" if row.error is not None else ""
 
 

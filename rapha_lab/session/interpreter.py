@@ -218,15 +218,24 @@ def _line(error: BaseException, name: str) -> int | None:
 
 
 def cell_error(error: BaseException, name: str) -> CellError:
-    """The error as a local cell would print it, without the frames of this module."""
-    shown = error.__traceback__
-    while shown is not None and shown.tb_frame.f_code.co_filename == __file__:
-        shown = shown.tb_next
+    """The error as a local cell would print it, but for the frames of libraries, ours among them."""
     kind = type(error).__name__
     try:
-        lines = traceback.format_exception(type(error), error, shown)
+        told = traceback.TracebackException.from_exception(error)
+        _cells_only(told)
+        lines = list(told.format())
         message = str(error)
     except Exception:  # a hostile __str__ must not end the session
         lines, message = [f"{kind}: (its message could not be made)"], ""
     text = "".join(lines).rstrip().splitlines()
     return CellError(f"{kind}: {message}"[:2000], traceback=[*text], line=_line(error, name))
+
+
+def _cells_only(told: traceback.TracebackException) -> None:
+    """Leave the lines of cells, which their author can change, and of earlier errors those that came through one."""
+    told.stack[:] = [frame for frame in told.stack if frame.filename.startswith("<enclave cell")]
+    for earlier in ("__cause__", "__context__"):
+        if (error := getattr(told, earlier)) is not None:
+            _cells_only(error)
+            if not error.stack:
+                setattr(told, earlier, None)

@@ -405,7 +405,8 @@ class Patients(Questions):
                 "Ask for an aggregate: patients.mean(column, epsilon=0.1), .histogram(...), .count(...)."
             )
             self._sealed(f"patients.{name}", instead)
-        raise AttributeError(f"patients has no {name!r}; it answers {_ANSWERS}.")
+        public = " The columns are public: cohort shows them." if name in _PUBLIC else ""
+        raise AttributeError(f"patients has no {name!r}; it answers {_ANSWERS}.{public}")
 
     def __iter__(self) -> NoReturn:
         self._sealed(
@@ -470,12 +471,15 @@ _ROWS = frozenset(
 )
 
 
+_PUBLIC = frozenset("columns schema dtypes dtype info keys shape".split())
+
+
 def _module(model: Any) -> torch.nn.Module:
     if not isinstance(model, torch.nn.Module):
         raise RequestError(
             f"The model is a {type(model).__name__}.",
-            "What is trained or judged is an nn.Module.",
-            "Make one: model = nn.Linear(1, 1), say.",
+            "What is trained or judged is an nn.Module; -i sends weights, not the class of a model of your own.",
+            "Define it in an enclave cell; weights that were sent are a dict: model.load_state_dict(...).",
             field="model",
         )
     return model

@@ -181,6 +181,12 @@ class Questions:
     ) -> Release:
         """Quantiles of a numeric column, as many as one likes at one price: all come from one noisy histogram."""
         shares = [float(at)] if isinstance(at, (int, float)) else [float(q) for q in at]
+        for share in shares:
+            if not 0 < share < 1:
+                raise RequestError(
+                    f"at is {share:g}.", "Quantiles are between 0 and 1, both left out.",
+                    "Say at=0.5 for the median, at=0.95 for the 95th percentile.", field="at",
+                )  # fmt: skip
         positive("bins", bins, whole=True)
         return self._answer(
             messages.Quantiles, epsilon, error, column=self._named(column), at=shares, bins=bins

@@ -277,7 +277,8 @@ def refuse_mixing(function: Callable[[dict[str, Tensor]], Tensor], inputs: Tenso
             "The model or loss mixes patients.",
             "On three made-up patients its value is neither the mean nor the sum of what each gives alone.",
             "Compute every patient alone: no statistics, distances or softmax over the batch. "
-            'A loss with class weights is a sum over patients with reduction="sum".',
+            'A loss with class weights is a sum over patients with reduction="sum". '
+            "One logit of a yes or no takes nn.BCEWithLogitsLoss, not CrossEntropyLoss.",
             field="model",
         )
 

@@ -129,6 +129,9 @@ CELLS: dict[str, tuple[str, str | None, str]] = {
     "import pickle; pickle.dumps(patients)": ("SealedError", None, "-o"),
     "len(patients)": ("SealedError", None, "count"),
     "patients.nothing": ("CellError", None, "it answers count"),
+    "patients.columns": ("CellError", None, "cohort shows them"),
+    'patients.quantile("age", 50, epsilon=1)': ("RequestError", "at", "0.95"),
+    "fit({'weight': 1})": ("RequestError", "model", "load_state_dict"),
 }
 
 

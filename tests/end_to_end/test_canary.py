@@ -252,7 +252,7 @@ def test_the_researchers_side_is_told_nothing_either(aviary: Aviary) -> None:
     """Card, jobs, log, and another researcher's errors."""
     told = [aviary.site.card(), aviary.site.jobs(), aviary.site._channel.call("log", {"start": 0})[0]]
     mine = aviary.site.jobs()[-1]["id"]
-    for ask in (aviary.other.attach(mine).poll, lambda: aviary.other.cancel(mine)):
+    for ask in (lambda: aviary.other.attach(mine), lambda: aviary.other.cancel(mine)):
         with pytest.raises(Exception, match="no such job"):
             ask()
     assert aviary.other.jobs() == []

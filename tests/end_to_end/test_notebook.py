@@ -80,6 +80,12 @@ def bundles(outputs: list[nbformat.NotebookNode], kind: str) -> list[dict]:
     return [output["data"][kind] for output in outputs if kind in output.get("data", {})]
 
 
+def said(outputs: list[nbformat.NotebookNode]) -> str:
+    """All that outputs and errors say."""
+    lines = [line for output in outputs for line in output.get("traceback", [])]
+    return "\n".join([*lines, *(str(output.get("text", "")) for output in outputs)])
+
+
 def test_an_aggregate_shows_a_release_once(notebook: Notebook) -> None:
     """Value, error bar, price and receipt; the last expression does not show it again."""
     outputs = notebook.run("%%enclave flchain\npatients.mean('age', epsilon=0.2)")
@@ -232,6 +238,52 @@ def test_a_job_can_be_attached_to_by_its_number(notebook: Notebook) -> None:
     assert notebook.value(
         "[o['data']['text/plain'] for o in site.attach(site.jobs()[-1]['id']).wait().outputs]"
     ) == ["still here"]
+
+
+def test_a_job_whose_kernel_is_gone_still_brings_its_values(notebook: Notebook) -> None:
+    """Its state is told at once; modules come into ones of that name, and a wrong number is refused."""
+    notebook.run(
+        "%%enclave flchain -o seen,layer\nimport torch\nseen = [1, 2]\nlayer = torch.nn.Linear(2, 1)"
+    )
+    notebook.run("import torch\njob = site.attach(site.jobs()[-1]['id'])\nmine = torch.nn.Linear(2, 1)")
+    assert notebook.value("[job.state, job.bring()['seen'], list(job.bring()['layer'])]") == [
+        "done",
+        [1, 2],
+        ["weight", "bias"],
+    ]
+    assert notebook.value(
+        "[job.bring(layer=mine)['layer'] is mine, torch.equal(mine.weight, layer.weight)]"
+    ) == [
+        True,
+        True,
+    ]
+    assert "no such job" in said(notebook.run("site.attach('no such number')"))
+
+
+def test_a_name_of_a_refused_cell_is_explained(notebook: Notebook) -> None:
+    """The rehearsal knows it and the site does not: the error says which cell to run again."""
+    notebook.run("%%enclave flchain\nheight = 3\npatients.head()")
+    told = said(notebook.run("%%enclave flchain\nheight + 1"))
+    assert "NameError: name 'height' is not defined" in told
+    assert "height is only in the rehearsal" in told
+    assert "Run that cell again first." in told
+    assert "only in the rehearsal" not in said(notebook.run("%%enclave flchain\nwidth + 1"))
+
+
+def test_own_patients_with_an_unlisted_category_are_refused(notebook: Notebook) -> None:
+    """Elsewhere it would be taken for the first category without a word."""
+    notebook.run(
+        "import polars as pl\ndef own(*sex): return cohort.inputs(pl.DataFrame({'sex': sex}), 'sex')"
+    )
+    assert notebook.value("own('M', 'F').tolist()") == [1, 0]
+    assert "sex is never 'female'" in said(notebook.run("own('M', 'female')"))
+    assert "polars.from_pandas" in said(notebook.run("cohort.inputs({'sex': ['M']}, 'sex')"))
+
+
+def test_a_dataset_says_where_its_records_are(notebook: Notebook) -> None:
+    """Whoever tries a frame's methods is told what there is instead."""
+    assert "cohort.mock() makes patients up" in said(notebook.run("cohort.head()"))
+    assert notebook.value("'connect' in dir(rapha)") is True
 
 
 def test_the_sites_processes_end_with_the_kernel(tmp_path: Path) -> None:

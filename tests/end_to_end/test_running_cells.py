@@ -160,6 +160,26 @@ class TestErrors:
         assert "return 1 / 0" in text
         assert "interpreter.py" not in text
 
+    def test_of_a_library_s_errors_only_the_cells_lines_are_shown(self, site):
+        """Nor the errors that a library met on the way."""
+        job = site.run("import torch\n\ndef f():\n    return torch.ones(2) @ torch.ones(3)\nf()", "ward")
+        with pytest.raises(CellError) as raised:
+            job.wait()
+        told = "\n".join(raised.value.traceback)
+        assert "return torch.ones(2) @ torch.ones(3)" in told
+        assert "RuntimeError" in told
+        job = site.run("import json\ntry: json.loads('{')\nexcept ValueError: 1 / 0", "ward")
+        with pytest.raises(CellError) as raised:
+            job.wait()
+        told = "\n".join(raised.value.traceback)
+        assert "During handling" in told, "an earlier error that came through the cell"
+        assert "decoder.py" not in told
+        job = site.run("from urllib.request import urlopen\nurlopen('http://example.org')", "ward")
+        with pytest.raises(CellError) as raised:
+            job.wait()
+        told = "\n".join(raised.value.traceback)
+        assert told.count("File") == 1, told
+
     def test_a_syntax_error_shows_where(self, site):
         """Before anything of the cell ran."""
         with pytest.raises(CellError, match="SyntaxError") as caught:
