@@ -55,6 +55,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z_][A-Z
 Columns = Name | Annotated[list[Name], Meta(min_length=1, max_length=4096)]
 Inputs = Annotated[dict[Name, Columns], Meta(min_length=1, max_length=64)]
 Positive = Annotated[float, Meta(gt=0.0, le=1e6)]
+Clip = Annotated[float, Meta(ge=1e-6, le=1e6)]
 Metric = Literal[
     "auroc",
     "auprc",
@@ -201,7 +202,7 @@ class Fit(Ask, frozen=True, tag="fit"):
     inputs: Inputs
     steps: Annotated[int, Meta(ge=1, le=1_000_000)]
     batch: Annotated[int, Meta(ge=1, le=1_000_000)]
-    clip: Positive
+    clip: Clip
     optimizer: Optimizer
     bands: Annotated[int, Meta(ge=1, le=256)] = 1
     average: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
@@ -213,7 +214,7 @@ class Open(Ask, frozen=True, tag="open"):
 
     steps: Annotated[int, Meta(ge=1, le=1_000_000)]
     batch: Annotated[int, Meta(ge=1, le=1_000_000)]
-    clip: Positive
+    clip: Clip
 
 
 class Gradient(

@@ -25,7 +25,7 @@ from rapha_lab.curator.lift.graph import Graph, refused
 from rapha_lab.curator.lift.table import TABLE
 from rapha_lab.curator.lift.taps import GROUP
 from rapha_lab.protocol.errors import ProgramError, RefusedError
-from rapha_lab.protocol.program import DTYPES, Node, Program, TensorSpec, at, check, structure
+from rapha_lab.protocol.program import DTYPES, Node, Program, TensorSpec, at, check, refs, structure
 
 __all__ = ["TABLE", "Lifted", "Limits", "Totals", "lift"]
 
@@ -299,12 +299,14 @@ def _dry_run(
     program = graph.program
     made: dict[str, Any] = {}
     found: gradients.Found = {}
+    apart = _keeps_apart(program)
 
     def checked(node: Node, compute: Callable[[], Any]) -> Any:
         try:
             out = compute()
             for value in out if isinstance(out, tuple | list) else [out]:
                 _measured(value, limits)
+            apart(node, out, SMALLEST)
         except Exception as error:
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise refused(node, f"{text.rstrip('.')}.") from None
@@ -325,10 +327,65 @@ def _dry_run(
             )
         else:
             gradients.forward(graph, {**parameters, **constants}, inputs, checked)
+    _same_for_more(graph, {**parameters, **constants}, made, apart)
     out = made[program.output]
     if not isinstance(out, Tensor):
         raise ProgramError("The program's output is no tensor.", field="output")
     return meter.bytes // SMALLEST, tuple(out.shape[1:]), found
+
+
+_FIRST = {
+    f"aten.{name}"
+    for name in ("view_as.default", "reshape_as.default", "expand_as.default", "type_as.default", "to.other")
+}
+"""Of their second argument only the shape or the dtype is read."""
+_SHAPE = {
+    f"aten.{name}.default" for made in ("zeros", "ones", "full") for name in (f"{made}_like", f"new_{made}")
+}
+"""Of their argument too."""
+
+
+def _keeps_apart(program: Program) -> Callable[[Node, Any, int], None]:
+    """Checks in a dry run of so many patients that what is made of their values is one value for each of them.
+
+    If it were one that all share, it would be made of all of theirs.
+    """
+    theirs = {spec.name for spec in program.inputs}
+
+    def apart(node: Node, out: Any, size: int) -> None:
+        read = [] if node.op in _SHAPE else list(refs(node))[: 1 if node.op in _FIRST else None]
+        if theirs.isdisjoint(read):
+            return
+        theirs.add(node.id)
+        if any(len(value) != size for value in _several(out)):
+            raise TypeError("it mixes patients")
+
+    return apart
+
+
+def _same_for_more(
+    graph: Graph, values: Tensors, made: Mapping[str, Any], apart: Callable[[Node, Any, int], None]
+) -> None:
+    """Run dry with one more patient: a value whose own shape knew how many there are would be made of several."""
+
+    def checked(node: Node, compute: Callable[[], Any]) -> Any:
+        try:
+            out = compute()
+            apart(node, out, SMALLEST + 1)
+            if [t.shape[1:] for t in _several(out)] != [t.shape[1:] for t in _several(made[node.id])]:
+                raise TypeError("it mixes patients")
+        except Exception as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise refused(node, f"{text.rstrip('.')}.") from None
+        return out
+
+    inputs = {s.name: _meta(s, SMALLEST + 1) for s in graph.program.inputs}
+    with torch.device("meta"):
+        gradients.forward(graph, values, inputs, checked)
+
+
+def _several(value: Any) -> Sequence[Tensor]:
+    return value if isinstance(value, tuple | list) else [value]
 
 
 class Meter(TorchDispatchMode):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rapha_lab.curator.lift.graph import Checked, Graph
-from rapha_lab.curator.lift.taps import TAPS, Part, Stored, Use, names_of
+from rapha_lab.curator.lift.taps import HUGE, TAPS, Part, Stored, Use, names_of
 from rapha_lab.protocol.program import Node, Ref
 
 __all__ = ["Found", "Routes", "clipped_sum", "forward", "parts", "per_patient"]
@@ -154,10 +154,10 @@ def _one(several: list[Part]) -> Part:
 def clipped_sum(found: Mapping[str, Part], mask: Tensor, clip: float | Tensor) -> dict[str, Tensor]:
     """The sum over patients of their gradients scaled down to norm `clip`.
 
-    A patient whose mask is False, or whose gradient is not finite, adds nothing.
+    A patient whose mask is False, or whose gradient is not finite or is huge, adds nothing.
     """
     square = reduce(torch.add, (part.square() for part in found.values()))
-    counts = mask & square.isfinite()
+    counts = mask & (square <= HUGE**2)
     scale = torch.where(counts, (clip / square.sqrt()).clamp(max=1.0), 0.0)
     return {name: part.total(scale, counts) for name, part in found.items()}
 

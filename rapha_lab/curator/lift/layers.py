@@ -131,6 +131,8 @@ def batch_norm(
 ) -> Tensor:  # fmt: skip
     if training or mean is None or variance is None:
         raise ValueError("statistics over patients; use GroupNorm or LayerNorm")
+    if x.dim() < 3:
+        raise ValueError("an input of at least two dimensions is expected")
     plain = (x - _channels(mean, x)) * torch.rsqrt(_channels(variance, x) + eps)  # type: ignore[operator,arg-type]
     return _affine(plain, _channels(weight, x), _channels(bias, x))
 
@@ -146,7 +148,9 @@ def batch_norm_frozen(
 def weight_norm(direction: Tensor, length: Tensor, d: int) -> Tensor:
     kept = dims(direction, d)[0] if d != -1 else 0
     over = [k for k in range(1, direction.dim()) if k != kept]
-    return direction * (length / torch.linalg.vector_norm(direction, 2, over, True))
+    # of no dimensions torch would take the norm over all, the patients' too
+    norm = torch.linalg.vector_norm(direction, 2, over, True) if over else direction.abs()
+    return direction * (length / norm)
 
 
 # Embeddings
@@ -266,6 +270,8 @@ def _pairs(rank: int, name: str) -> None:
     op = rule_op(name)
 
     def apply(x: Tensor, *args: Any) -> Any:
+        if x.dim() < rank + 2:
+            raise ValueError(f"an input of at least {rank + 1} dimensions is expected")
         lead = x.shape[: x.dim() - rank]
         values, places = op(x.reshape(1, -1, *x.shape[x.dim() - rank :]), *args)
         return tuple(t.reshape(*lead, *t.shape[2:]) for t in (values, places))
@@ -280,6 +286,8 @@ _pairs(2, "max_pool2d_with_indices.default")
 
 @rule("pixel_shuffle.default")
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
+    if x.dim() < 4:
+        raise ValueError("an input of at least three dimensions is expected")
     return F.pixel_shuffle(x, factor)
 
 

@@ -55,6 +55,7 @@ def relu_cell(given: Tensor, recalled: Tensor, state: list[Tensor]) -> list[Tens
     return [torch.relu(given + recalled)]
 
 
+GATES = {"gru": 3, "lstm": 4, "rnn_tanh": 1, "rnn_relu": 1}
 CELLS = {"gru": gru_cell, "lstm": lstm_cell, "rnn_tanh": tanh_cell, "rnn_relu": relu_cell}
 
 
@@ -75,6 +76,8 @@ def unrolled(
     if alone:
         x, state = x.unsqueeze(2 if time_first else 1), [s.unsqueeze(2) for s in state]
     x = x.transpose(1, 2) if time_first else x
+    if any(s.shape[1:3] != (layers * ways, x.shape[1]) for s in state):
+        raise ValueError("a state for each layer, direction and sequence is expected")
     if x.shape[2] * layers * ways > MAX_STEPS:
         raise ValueError(f"more than {MAX_STEPS} steps")
     last: list[list[Tensor]] = []
@@ -105,16 +108,30 @@ def _way(
     return torch.stack(outs[::-1] if back else outs, 2), state
 
 
-def _arguments(name: str, args: Sequence[Any]) -> tuple[list[Tensor], list[Any], dict[str, Any]]:
+def _arguments(name: str, x: Tensor, args: Sequence[Any]) -> tuple[list[Tensor], list[Any], dict[str, Any]]:
     """Initial states, weights in groups of (input, state, input's bias, state's bias), and settings."""
     states, weights, biased, layers, dropout, training, both_ways, batch_first = args
     states = list(states) if name == "lstm" else [states]
+    if x.dim() not in (3, 4) or any(s.dim() != x.dim() for s in states):
+        raise ValueError("an input and states of two or three dimensions are expected")
     per = 4 if biased else 2
     if len(weights) != per * layers * (2 if both_ways else 1) or len(states) != (2 if name == "lstm" else 1):
         raise ValueError("another number of weights than expected; proj_size is not computed here")
     groups = [[*weights[i : i + per], *[None] * (4 - per)] for i in range(0, len(weights), per)]
+    for group in groups:
+        _fit(group, GATES[name], states)
     settings = {"layers": layers, "dropout": dropout if training else 0.0, "both_ways": both_ways}
     return states, groups, {**settings, "time_first": not batch_first}
+
+
+def _fit(group: list[Any], gates: int, states: list[Tensor]) -> None:
+    """Check a layer's sizes, which the fused operations trust: an output of another size would move other rows."""
+    size = states[0].shape[-1]
+    made, kept, *biases = group
+    fits = made.dim() == 3 and made.shape[1] == gates * size and kept.shape[1:] == (gates * size, size)
+    fits = fits and all(bias is None or bias.shape[1:] == (gates * size,) for bias in biases)
+    if not fits or any(state.shape[1:] != states[0].shape[1:] for state in states):
+        raise ValueError("weights, biases and states whose sizes do not go together")
 
 
 @dataclass
@@ -145,7 +162,7 @@ class Affines:
 def _enter(name: str, cell: Any) -> None:
     @rule(f"{name}.input")
     def apply(x: Tensor, *args: Any) -> Any:
-        states, groups, settings = _arguments(name, args)
+        states, groups, settings = _arguments(name, x, args)
         size = batch_of(x, *states, *(w for group in groups for w in group if w is not None))
         states = [s.expand(size, *s.shape[1:]) for s in states]
         x = x.expand(size, *x.shape[1:])
@@ -157,7 +174,7 @@ def _enter(name: str, cell: Any) -> None:
 
     @tap(lambda args: args[2], f"{name}.input")
     def tapped(names: list[str | None], size: int, x: Tensor, *args: Any) -> Any:
-        states, groups, settings = _arguments(name, args)
+        states, groups, settings = _arguments(name, x, args)
         x, states = x.expand(size, *x.shape[1:]), [s.expand(size, *s.shape[1:]) for s in states]
         per = len(names) // len(groups)
         named = [[*names[i : i + per], *[None] * (4 - per)] for i in range(0, len(names), per)]

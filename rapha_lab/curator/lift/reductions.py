@@ -137,17 +137,17 @@ def _log_softmax(x: Tensor, d: int, half: bool) -> Tensor:
 
 @rule("linalg_vector_norm.default")
 def vector_norm(x: Tensor, order: float, which: Any, keep: bool, dtype: torch.dtype | None) -> Tensor:
-    return torch.linalg.vector_norm(x, order, dims(x, which), keep, dtype=dtype)
+    return _reduced(torch.linalg.vector_norm, x, which or None, ord=order, keepdim=keep, dtype=dtype)
 
 
 @rule("norm.ScalarOpt_dim")
 def norm(x: Tensor, p: float | None, which: Any, keep: bool) -> Tensor:
-    return torch.linalg.vector_norm(x, 2.0 if p is None else p, dims(x, which or None), keep)
+    return _reduced(torch.linalg.vector_norm, x, which or None, ord=2.0 if p is None else p, keepdim=keep)
 
 
 @rule("norm.Scalar")
 def norm_all(x: Tensor, p: float) -> Tensor:
-    return torch.linalg.vector_norm(x, p, dims(x, None))
+    return _reduced(torch.linalg.vector_norm, x, None, ord=p)
 
 
 # Matrix products

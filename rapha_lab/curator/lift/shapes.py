@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapha_lab.curator.lift.table import batch_of, dim, dims, raised, rule, together
+from rapha_lab.curator.lift.table import batch_of, dim, dims, raised, rule, some, together
 
 
 @rule("view.default", "reshape.default", "_unsafe_view.default", "_reshape_alias.default")
@@ -90,7 +90,7 @@ def expand_as(x: Tensor, other: Tensor) -> Tensor:
 @rule("broadcast_tensors.default")
 def broadcast_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     shape = torch.broadcast_shapes(*(t.shape[1:] for t in tensors))
-    return [raised(t, len(shape)).expand(t.shape[0], *shape) for t in tensors]
+    return [raised(t, len(shape)).expand(t.shape[0], *shape) for t in together(tensors)]
 
 
 @rule("repeat.default", "tile.default")
@@ -149,7 +149,7 @@ def flip(x: Tensor, which: Sequence[int]) -> Tensor:
 def roll(x: Tensor, shifts: Sequence[int], which: Sequence[int]) -> Tensor:
     if not which:
         return x.flatten(1).roll(list(shifts), [1] * len(shifts)).reshape(x.shape)
-    return x.roll(list(shifts), dims(x, which))
+    return x.roll(list(shifts), some(x, which))
 
 
 for _name, _op in (("tril", torch.tril), ("triu", torch.triu)):

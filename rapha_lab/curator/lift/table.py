@@ -46,6 +46,13 @@ def dims(tensor: Tensor, which: int | Sequence[int] | None) -> list[int]:
     return [d % rank + 1 for d in which] if rank else []
 
 
+def some(tensor: Tensor, which: int | Sequence[int] | None) -> list[int]:
+    """As `dims`, for operations to which no dimensions mean all of them, the patients' too."""
+    if tensor.dim() == 1:
+        raise IndexError("a single number has no dimensions")
+    return dims(tensor, which)
+
+
 def dim(tensor: Tensor, which: int) -> int:
     """One dimension, lifted; the value must have it."""
     if tensor.dim() == 1:
@@ -54,9 +61,15 @@ def dim(tensor: Tensor, which: int) -> int:
 
 
 def raised(tensor: Tensor, rank: int) -> Tensor:
-    """The value with ones put before a patient's dimensions until there are `rank` of them."""
+    """The value with ones put before a patient's dimensions until there are `rank` of them.
+
+    Raises:
+        IndexError: if it has more: beside a value of fewer, its own dimensions would meet the patients.
+    """
     missing = rank - (tensor.dim() - 1)
-    return tensor.reshape(tensor.shape[0], *[1] * missing, *tensor.shape[1:]) if missing > 0 else tensor
+    if missing < 0:
+        raise IndexError(f"a value of {tensor.dim() - 1} dimensions where {rank} are the most")
+    return tensor.reshape(tensor.shape[0], *[1] * missing, *tensor.shape[1:]) if missing else tensor
 
 
 def batch_of(*tensors: Tensor) -> int:
@@ -186,6 +199,8 @@ def type_as(x: Tensor, other: Tensor, *unused: Any) -> Tensor:
 @rule("prelu.default", "_prelu_kernel.default")
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
     slope = weight.reshape(weight.shape[0], -1)
+    if x.dim() == 1:
+        return torch.where(x > 0, x, slope.squeeze(1) * x)
     if x.dim() > 2 and slope.shape[1] > 1:
         slope = slope.reshape(weight.shape[0], 1, -1, *[1] * (x.dim() - 3))
     return torch.where(x > 0, x, raised(slope, x.dim() - 1) * x)

@@ -15,7 +15,7 @@ from torch import Tensor
 from rapha_lab.curator.lift.shapes import clamped
 from rapha_lab.protocol.program import Ref
 
-__all__ = ["GROUP", "TAPS", "Outer", "Part", "Rows", "Stored", "Use", "squared"]
+__all__ = ["GROUP", "HUGE", "TAPS", "Outer", "Part", "Rows", "Stored", "Use", "squared"]
 
 
 class Part(Protocol):
@@ -39,9 +39,15 @@ class Part(Protocol):
         ...
 
 
+HUGE = 1e28
+"""A patient adds nothing whose numbers have a larger norm than this: scaled down to C they would leave float32's
+normal numbers, below which a product can round to twice itself."""
+
+
 def squared(values: Tensor) -> Tensor:
-    """Squared norms of rows in float64, where squares of float32 neither overflow nor vanish."""
-    return torch.linalg.vector_norm(flat(values), dim=1, dtype=torch.float64).square()
+    """Squared norms of rows in float64, where squares of float32 neither overflow nor vanish; infinite if `HUGE`."""
+    norm = torch.linalg.vector_norm(flat(values), dim=1, dtype=torch.float64)
+    return torch.where(norm <= HUGE, norm, math.inf).square()
 
 
 def flat(values: Tensor) -> Tensor:

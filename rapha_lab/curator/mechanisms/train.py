@@ -74,6 +74,11 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
     if (ask.bands - 1) * ask.program.size > MEMORY:
         why = f"Each keeps as many numbers as the model has, and {MEMORY:,} may be kept."
         raise RequestError(f"bands is {ask.bands}.", why, "Take fewer bands.", field="bands")
+    momentum = ask.optimizer.settings.get("momentum", 0.0)
+    if ask.bands > 1 and not (isinstance(momentum, int | float) and 0 <= momentum < 1):
+        why = "Bands of noise are made for one below 1; a larger one would drown in rounding what later steps take back."
+        field = "optimizer.settings.momentum"
+        raise RequestError(f"momentum is {momentum}.", why, "Take a smaller one, or no bands.", field=field)
     loss = price(ask, schema, delta)
     rate, sigma = loss.rate, loss.noise
     updates(ask, {name: t.clone() for name, t in parameters.items()}, sigma)
