@@ -101,7 +101,10 @@ def test_the_noise_of_bands_is_not_less_than_was_charged() -> None:
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"bands": 2, "optimizer": Optimizer(name="sgd", settings={"lr": 1.0, "momentum": 1e6})}, "momentum"),
+        (
+            {"bands": 2, "optimizer": Optimizer(name="sgd", settings={"lr": 1.0, "momentum": 1e6})},
+            "optimizer.settings.momentum",
+        ),
         ({"bands": 11}, "bands"),  # of a tenth of the patients each there are ten turns
         ({"corrected": True}, "corrected"),
         ({"corrected": True, "bands": 2, "optimizer": Optimizer(name="adam")}, "corrected"),
