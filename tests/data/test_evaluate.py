@@ -11,13 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from wards import SALT, cohort_of, rows, ward
+from wards import SALT, cohort_of, repeatable, rows, ward
 
 from rapha_lab.client.mock import mock
 from rapha_lab.curator.accounting import Pure
 from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.mechanisms import concordance, evaluate, metrics
-from rapha_lab.curator.mechanisms.question import laplace
 from rapha_lab.protocol.errors import ProgramError, RequestError
 from rapha_lab.protocol.messages import Evaluate
 from rapha_lab.protocol.program import Node, Program, Ref, TensorSpec
@@ -260,7 +259,9 @@ class TestConcordance:
             t, e, s = draw(1500)
             when = np.searchsorted(times[1:-1], t)
             exact = evaluate.cells(s, e * concordance.TIMES + when, edges, 2 * concordance.TIMES)
-            noisy = np.array(laplace(scale)(exact.ravel()), dtype=float).reshape(2, concordance.TIMES, -1)
+            noisy = np.array(repeatable("laplace", scale, rng)(exact.ravel()), dtype=float).reshape(
+                2, concordance.TIMES, -1
+            )
             told = concordance.judge(noisy, metrics.spread(scale))
             hits += told["interval"][0] - 0.002 <= truth <= told["interval"][1] + 0.002
             errors.append(told["value"] - truth)

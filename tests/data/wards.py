@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
 import polars as pl
 from hypothesis import strategies as st
 
@@ -99,3 +100,8 @@ def cohort_of(patients: list[dict[str, Any]], schema: Schema | None = None) -> C
     frame = mock(schema or ward(), 0).cast({"visits": pl.Float64})
     named = [{"id": f"p{number}", **patient} for number, patient in enumerate(patients)]
     return Cohort(schema or ward(), pl.DataFrame(named, schema=frame.schema), SALT)
+
+
+def repeatable(law, scale, rng):
+    """Adds rounded noise of a law of `rng` to integers: as the curator's own, but the same in every run."""
+    return lambda exact: [int(n) for n in np.rint(exact + getattr(rng, law)(0.0, scale, len(exact)))]
