@@ -226,8 +226,13 @@ class Site:
             if told["name"] == name:
                 return Dataset(self, told)
         names = ", ".join(told["name"] for told in self._card["datasets"])
+        instead = "Name one."
+        if self.name == "demo":
+            instead += (
+                " rapha-lab demo build NAME makes another, served once every kernel on the demo was closed."
+            )
         raise RequestError(
-            f"{self.name} has no dataset {name!r}.", f"It has: {names}.", "Name one.", field="dataset"
+            f"{self.name} has no dataset {name!r}.", f"It has: {names}.", instead, field="dataset"
         )
 
     @property

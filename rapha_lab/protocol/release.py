@@ -118,7 +118,7 @@ class Release(msgspec.Struct, kw_only=True):
         return (
             words.get(kind, kind)
             + (f" ({unit})" if unit and shown else "")
-            + (f" where {where}" if where else "")
+            + (f" where {_bare(where)}" if where else "")
         )
 
     @property
@@ -240,6 +240,16 @@ def _bins(edges: list[float]) -> list[str]:
 def _entries(name: str, shape: list[int]) -> list[str]:
     places = product(*map(range, shape))
     return [f"{name}[{', '.join(map(str, place))}]" if place else name for place in places]
+
+
+def _bare(words: str) -> str:
+    """Words without the brackets that hold all of them."""
+    depth = 0
+    for place, each in enumerate(words):
+        depth += (each == "(") - (each == ")")
+        if depth == 0:
+            return words[1:-1] if words[:1] == "(" and place == len(words) - 1 else words
+    return words
 
 
 def _figure(value: float, places: int = 0) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,7 +29,8 @@ def picture(release: Release) -> Figure | None:
     axes = figure.subplots()
     if not draw(axes, release):
         return None
-    axes.set_title(f"{release.title}, ε {release.epsilon:g}", fontsize=10)
+    title = fill(f"{release.title}, ε {release.epsilon:g}", int(12 * figure.get_figwidth()) - 8)
+    axes.set_title(title, fontsize=10)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure
@@ -62,7 +64,7 @@ def _bars(axes: Axes, rows: list[Row], label: str, *, zero: bool = True) -> bool
         axes.barh(places, values, color=TEAL, alpha=0.75)
     axes.errorbar(values, places, xerr=bars, fmt="none" if zero else "o", color=TEAL, ecolor=GREY, capsize=2)
     axes.set_yticks(places, [row.name for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(label)
     _resize(axes, 7, max(2.2, 0.8 + 0.28 * len(rows)))
     return True
