@@ -88,8 +88,12 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
         """
         try:
             config = msgspec.convert(tomllib.loads(path.read_text()), cls)
-        except (tomllib.TOMLDecodeError, msgspec.ValidationError, OSError) as error:
-            raise RequestError(f"The site's configuration is malformed: {error}.", f"It is {path}.") from None
+        except OSError as error:
+            what = f"The site's configuration {path} cannot be read: {error.strerror}."
+            raise RequestError(what, "", "Write it as docs/hospital.md says.") from None
+        except (ValueError, msgspec.ValidationError) as error:
+            what = f"The site's configuration is malformed: {error}."
+            raise RequestError(what, f"It is {path}.", "Write it as docs/hospital.md says.") from None
         base = path.parent.resolve()
         config.state, config.policy = str(base / config.state), str(base / config.policy)
         for name in ("release", "endorsements", "tls_certificate", "tls_key"):
