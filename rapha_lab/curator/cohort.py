@@ -164,6 +164,10 @@ class View:
         parts = self._rows[where.argsort(stable=True)].split(where.bincount(minlength=k).tolist())
         return [View(self._cohort, self.split, rows) for rows in parts]
 
+    def slots(self, width: int) -> np.ndarray:
+        """Each patient's place among `width`, int64 (n,), by keyed hash, whoever else is there."""
+        return ((self._cohort._points[self._rows] * width) >> 32).numpy()
+
     def frame(self, columns: Iterable[str]) -> pl.DataFrame:
         """The columns as a frame, a row a patient, null where not known."""
         return pl.DataFrame([self._of(self.schema.column(name).name).series() for name in columns])

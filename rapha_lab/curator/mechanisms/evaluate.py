@@ -25,7 +25,7 @@ from rapha_lab.curator.cohort import View
 from rapha_lab.curator.lift import lift
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress, metrics
 from rapha_lab.curator.mechanisms.question import Keys, laplace, touched
-from rapha_lab.curator.mechanisms.train import fits
+from rapha_lab.curator.mechanisms.train import fits, with_absent
 from rapha_lab.protocol.errors import ProgramError, RequestError
 from rapha_lab.protocol.messages import Evaluate
 from rapha_lab.protocol.schema import Schema
@@ -195,6 +195,10 @@ def _totals(noisy: np.ndarray, sd: float) -> dict[str, Any]:
 def logits(ask: Evaluate, tensors: bytes, schema: Schema) -> Callable[[View], Tensor]:
     """The program as a function from a view to its patients' scores, (n,).
 
+    A kernel may round a row by its slot in a microbatch, and a program can make any score of a last digit. So a
+    patient has one slot by keyed hash, whoever else is there: in a slot given by order, one patient more moved all
+    the later scores.
+
     Raises:
         ProgramError: if it is not one patient's logit in allowed operations.
     """
@@ -207,12 +211,33 @@ def logits(ask: Evaluate, tensors: bytes, schema: Schema) -> Callable[[View], Te
     parameters, constants = lifted.tensors(tensors)
     fits(ask.program, ask.inputs, schema)
     expected = schema.expected(ask.split) or 0.0
+    if expected:
+        lifted.for_batches_of(math.ceil(expected))
 
     def score(view: View) -> Tensor:
-        inputs = {name: view.tensor(columns) for name, columns in ask.inputs.items()}
-        # the number of microbatches is that of the declared number of patients
-        room = max(0, math.ceil(expected + 6 * math.sqrt(expected)) - len(view))
-        rows = {name: torch.cat([t, t.new_zeros(room, *t.shape[1:])]) for name, t in inputs.items()}
-        return lifted.scores(parameters, constants, rows).reshape(-1)[: len(view)]
+        width = lifted.microbatch
+        inputs = with_absent({name: view.tensor(columns) for name, columns in ask.inputs.items()})
+        places = view.slots(width)
+        slots, turns = torch.tensor(places), torch.tensor(turns_of(places))
+        most = max(_public_turns(expected, width), int(np.bincount(places, minlength=1).max()))
+        held = torch.full((most, width), len(view))
+        held[turns, slots] = torch.arange(len(view))
+        rows = ({name: t[row] for name, t in inputs.items()} for row in held)
+        parts = [lifted.scores(parameters, constants, each).reshape(-1) for each in rows]
+        return torch.stack(parts)[turns, slots] if parts else torch.zeros(0)
 
     return score
+
+
+def turns_of(slots: np.ndarray) -> np.ndarray:
+    """How many patients before each one have the same slot."""
+    order, counts = slots.argsort(kind="stable"), np.bincount(slots)
+    turns = np.empty_like(slots)
+    turns[order] = np.arange(len(slots)) - (counts.cumsum() - counts)[slots[order]]
+    return turns
+
+
+def _public_turns(expected: float, width: int) -> int:
+    """Microbatches in which the declared number of patients is hardly ever too many for a slot."""
+    each = (expected + 6 * math.sqrt(expected)) / width
+    return math.ceil(each + 4 * math.sqrt(each) + 4) if expected else 0
