@@ -179,6 +179,38 @@ def test_no_chain_of_operations_does_either() -> None:
     assert done > (2000 if DEEP else 30)
 
 
+def misshapen(arg: Any, draw: random.Random) -> Any:
+    """An argument with dimensions put in or left out, or other numbers in it, as only a hostile program has."""
+    if isinstance(arg, Tensor):
+        fewer, more = arg.reshape(len(arg), -1), arg.unsqueeze(1)
+        least = fewer[:, 0] if fewer.shape[1] else fewer
+        return draw.choice([arg, fewer, least, more, more.unsqueeze(1)]).contiguous()
+    if isinstance(arg, list) and all(type(v) is int for v in arg):
+        return draw.choice([arg, arg, [], [0], [-1], [1, 1], [3, 1], arg[:-1], arg + arg[-1:]])
+    if isinstance(arg, list):
+        return [misshapen(v, draw) for v in arg]
+    return draw.choice([arg, arg, -2, -1, 0, 1, PATIENTS]) if type(arg) is int else arg
+
+
+def test_no_misshapen_argument_does_either() -> None:
+    """Arguments of other ranks than an operation is meant for: refused, or patients are kept apart."""
+    draw, done = random.Random(11), 0
+    for seed in range(5000 if DEEP else 250):
+        chain = Chain()
+        given = Given(seed, *(draw.randint(1, 4) for _ in range(3)), PATIENTS)
+        name = draw.choice(NAMES)
+        args = [misshapen(arg, draw) for arg in draw.choice(CASES[name])(given)]
+        try:
+            last, _ = chain.add(name, args, None)  # the rule itself may raise first
+            it = lift(chain.program(last))
+        except Exception:
+            continue
+        done += 1
+        bad = draw.choice([math.nan, 1e300, 0.0, -3.0])
+        assert not moved(it, chain.parameters, chain.inputs, draw.randrange(PATIENTS), bad), (name, seed)
+    assert done > (2000 if DEEP else 100)
+
+
 def test_an_operation_that_mixes_patients_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Teeth: a rule that adds a trace of the batch's mean to each patient, and one that sorts patients."""
     op, rule = TABLE["aten.tanh.default"]
