@@ -141,7 +141,7 @@ def _function(document: dict[str, Any], before: str | None) -> list[str]:
         f"asks for the columns {', '.join(asks['columns'])} of the split {document['split']}, as they are",
         f"takes {asks['seconds']:g} s in a sandbox without network; costs no epsilon, because it has no guarantee",
         "its answer will wait here again before anybody sees it",
-        f"inputs: {json.dumps(asks['inputs'])[:400]}; tensors {asks['tensors'][:12]}",
+        f"inputs: {json.dumps(asks['inputs'])}; tensors {asks['tensors'][:12]}",
         f"environment {document['environment']}",
         "source:",
         *(f"  {line}" for line in asks["source"].splitlines()),
@@ -158,7 +158,7 @@ def changes(document: dict[str, Any], before: dict[str, Any] | None) -> list[str
     for name in sorted({*old, *new} - {"source"}):
         if old.get(name) != new.get(name):
             lines.append(f"  {name}: was {old.get(name)}, is {new.get(name)}")
-    for name in ("split", "environment", "policy", "researcher"):
+    for name in ("site", "split", "environment", "policy", "researcher"):
         if before.get(name) != document.get(name):
             lines.append(f"  {name}: was {before.get(name)}, is {document.get(name)}")
     told = difflib.unified_diff(old["source"].splitlines(), new["source"].splitlines(), lineterm="", n=2)

@@ -83,4 +83,4 @@ def verify_release(release: Release, key: PublicKey) -> None:
     if receipt.job != release.job:
         raise LogError("The receipt is of another job.", f"It is of {receipt.job}.")
     log_key = Ed25519PublicKey.from_public_bytes(key.raw)
-    verify_receipt(receipt, log_key, statement(release.values, release.tensors))
+    verify_receipt(receipt, log_key, statement(msgspec.structs.asdict(release)))

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import polars as pl
-from safetensors import SafetensorError
-from safetensors.numpy import load
+from safetensors.numpy import load, save
 
 from rapha_lab.curator.cohort import View
+from rapha_lab.protocol.policy import unseen
 
 __all__ = ["Found", "result", "tensors"]
 
@@ -31,10 +32,16 @@ Leaf = tuple[str, Any]
 
 @dataclass
 class Found:
-    """What the checks found: why it must not leave, if so, and what to look at."""
+    """What the checks found: why it must not leave, if so, what to look at, and what may leave of it.
+
+    `parcel` and `blob` say the same values in the one way there is to say them: with nothing beside them, and
+    nothing in spellings, names, headers, or the bits of what is no number.
+    """
 
     stopped: str = ""
     prompts: list[str] = field(default_factory=list)
+    parcel: dict[str, Any] = field(default_factory=dict)
+    blob: bytes = b""
 
 
 class _StoppedError(Exception):
@@ -51,11 +58,13 @@ def result(parcel: Any, blob: bytes, view: View) -> Found:
     """
     found = Found()
     try:
-        leaves = list(_leaves(parcel["values"]["result"], "result", load(blob) if blob else {}, 0))
+        arrays = load(blob) if blob else {}
+        spec = parcel["values"]["result"]
+        leaves = list(islice(_leaves(spec, "result", arrays, 0), MOST + 1))
         if len(leaves) > MOST:
-            raise _StoppedError(
-                f"It has {len(leaves):,} values; {MOST:,} are the most that anybody can look at."
-            )
+            raise _StoppedError(f"It has more than the {MOST:,} values that anybody can look at.")
+        if any(unseen(text) for place in leaves for text in place if isinstance(text, str)):
+            raise _StoppedError("It has characters that nobody sees.")
         if any(isinstance(value, str) and _names(value, view) for _, value in leaves):
             raise _StoppedError("A patient's identifier is in it.")
         if any(isinstance(v, int | float) and abs(v) >= 1000 and view.knows(f"{v:.0f}") for _, v in leaves):
@@ -68,11 +77,15 @@ def result(parcel: Any, blob: bytes, view: View) -> Found:
             *_rounding(numbers),
             *_strings(leaves),
             *_singled(numbers, view),
-            *_tables(parcel["values"]["result"], "result", view),
+            *_tables(spec, "result", view),
         ]
+        kept: dict[str, np.ndarray] = {}
+        found.parcel = {"values": {"result": _restated(spec, arrays, kept)}}
+        found.blob = save(kept) if kept else b""
+        found.prompts += [f"Values of {name}: {array.tolist()}" for name, array in kept.items()]
     except _StoppedError as why:
         return Found(str(why))
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, SafetensorError):
+    except Exception:  # else a function would tell by what it breaks here what nobody has released
         return Found("It holds something that cannot be looked at.")
     return found
 
@@ -103,11 +116,12 @@ def _leaves(spec: Any, where: str, arrays: Mapping[str, np.ndarray], depth: int)
         array = arrays[spec["tensor"]]
         if array.size > MOST:
             raise _StoppedError(f"It has an array of {array.size:,} values; {MOST:,} are the most.")
+        if array.dtype.kind not in "biuf":
+            raise _StoppedError(f"It has an array of {array.dtype}, which cannot be checked.")
         for place, value in np.ndenumerate(array):
             yield f"{where}{list(place) if place else ''}", value.item()
     elif kind == "strings":
-        for place, text in np.ndenumerate(np.asarray(spec["value"], dtype=str)):
-            yield f"{where}{list(place)}", str(text)
+        yield from _texts(spec["value"], where, depth)
     elif kind in ("list", "tuple"):
         for number, item in enumerate(spec["items"]):
             yield from _leaves(item, f"{where}[{number}]", arrays, depth + 1)
@@ -118,6 +132,36 @@ def _leaves(spec: Any, where: str, arrays: Mapping[str, np.ndarray], depth: int)
             yield from _leaves(item, f"{where}.{name}", arrays, depth + 1)
     else:
         raise _StoppedError(f"It holds a {kind}, which cannot be checked.")
+
+
+def _texts(value: Any, where: str, depth: int) -> Iterator[Leaf]:
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, list) and depth <= DEPTH:
+        for number, item in enumerate(value):
+            yield from _texts(item, f"{where}[{number}]", depth + 1)
+    else:
+        raise _StoppedError("It holds text that cannot be checked.")
+
+
+def _restated(spec: Any, arrays: Mapping[str, np.ndarray], kept: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What `_leaves` has seen of a parcel, and nothing else; its arrays come into `kept`."""
+    kind = spec["kind"]
+    if kind == "float":
+        return {"kind": kind, "value": repr(float(spec["value"]))}
+    if kind in ("tensor", "array"):
+        array, name = arrays[spec["tensor"]], str(len(kept))
+        if array.dtype.kind == "f":  # one NaN and one zero, of the many that there are
+            array = np.where(np.isnan(array), array.dtype.type(np.nan), array + array.dtype.type(0))
+        kept[name] = array
+        return {"kind": kind, "tensor": name, "grad": False}
+    if kind in ("list", "tuple"):
+        return {"kind": kind, "items": [_restated(item, arrays, kept) for item in spec["items"]]}
+    if kind in ("dict", "table", "module"):
+        field = {"dict": "items", "table": "columns", "module": "state"}[kind]
+        parts = {str(name): _restated(item, arrays, kept) for name, item in sorted(spec[field].items())}
+        return {"kind": kind, field: parts}
+    return {"kind": kind, "value": spec["value"]}
 
 
 def _names(text: str, view: View) -> bool:

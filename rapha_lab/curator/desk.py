@@ -156,7 +156,8 @@ class Desk:
             on_step(done, planned, epsilon_of(plan.loss.part(ran), account.delta))
 
         hold = self._hold(caller, ask, mode, account.delta)
-        answer, receipt = self._run(caller.job, plan, cohort, ask.split, told, mode, hold)
+        tell = partial(_told, caller.job, ask, account.delta)
+        answer, receipt = self._run(caller.job, plan, cohort, ask.split, told, mode, tell, hold)
         return self._release(caller.job, ask, account.delta, answer, receipt)
 
     # -- a training loop: reserved when it opens, charged step by step, logged when it closes ---------------
@@ -205,7 +206,7 @@ class Desk:
         answer = Answer(values | {"rate": found.rate, "batch": opened.batch} | words(opened))
         receipt = self._ledger.settle(
             ask.loop,
-            statement(answer.values, answer.tensors),
+            statement(_told(ask.loop, opened, delta, answer)),
             about=self._about("auto", opened.dataset, ask.loop),
         )
         return self._release(ask.loop, opened, delta, answer, receipt)
@@ -272,7 +273,12 @@ class Desk:
             )
         asks = msgspec.to_builtins(ask) | {"tensors": hashlib.sha256(tensors).hexdigest()}
         about = {"researcher": caller.researcher, "project": caller.project, "dataset": ask.dataset}
-        where = {"environment": self._reviews, "policy": policy.hash.hex(), "split": ask.split}
+        where = {
+            "site": self._site,
+            "environment": self._reviews,
+            "policy": policy.hash.hex(),
+            "split": ask.split,
+        }
         document = canonical({"kind": "function", "asks": asks, "mode": mode, **about, **where})
         self._airlock.propose(document, job=caller.job, lane="review", mode=mode, **about)
         self._airlock.pass_function(document)
@@ -327,6 +333,7 @@ class Desk:
         split: str,
         told: Callable[[int, int, int], None],
         mode: Mode,
+        tell: Callable[[Answer], dict[str, Any]],
         hold: Callable[[Answer, Any], None],
     ) -> tuple[Answer, Receipt]:
         done = beats = 0
@@ -346,7 +353,7 @@ class Desk:
                 clock.wait(began)  # else the log's order would tell which of two jobs was done first
             answer = _blinded(answer)
             about = self._about(mode, cohort.schema.name, job)
-            said, wait = statement(answer.values, answer.tensors), partial(hold, answer)
+            said, wait = statement(tell(answer)), partial(hold, answer)
             return answer, self._ledger.settle(job, said, answer.tensors, about=about, also=wait)
         except Cancelled as error:
             self._ledger.abandon(job, "cancelled")

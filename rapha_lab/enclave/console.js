@@ -66,6 +66,10 @@ function changed(now, before) {
     .map(name => `${name}: was ${JSON.stringify(before.asks[name])}, is ${JSON.stringify(now.asks[name])}`);
   const old = before.asks.source.split('\n'), fresh = now.asks.source.split('\n');
   told.push(...old.filter(line => !fresh.includes(line)).map(line => `- ${line}`), ...fresh.filter(line => !old.includes(line)).map(line => `+ ${line}`));
+  if (old.join('\n') !== fresh.join('\n')) { told.push('Lines that only moved or are there more often are not listed: read the whole source.'); }
+  for (const name of ['site', 'split', 'environment', 'policy', 'researcher']) {
+    if (now[name] !== before[name]) { told.push(`${name}: was ${before[name]}, is ${now[name]}`); }
+  }
   return told.join('\n') || 'nothing';
 }
 

@@ -13,7 +13,10 @@ outside of the enclave: who wants it sealed to the attested key uses `rapha-lab 
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -28,12 +31,12 @@ from starlette.routing import Route
 
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.decision import Decision, login_bytes
-from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError, SiteError
+from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError
 from rapha_lab.protocol.keys import PublicKey
 
 __all__ = ["Console"]
 
-MOST, FRESH, GOOD, BODY = 100, 300.0, 1800.0, 1 << 16
+FRESH, GOOD, BODY = 300.0, 1800.0, 1 << 16
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
     " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -84,7 +87,7 @@ class Console:
         self._site, self._ask, self._policy = site, ask, policy
         self._is_custodian, self._admit = is_custodian, admit
         self._lock = threading.Lock()
-        self._challenges: dict[str, float] = {}
+        self._secret, self._used = os.urandom(32), dict[str, float]()
         self._tokens: dict[str, tuple[str, float]] = {}
 
     def routes(self) -> list[Route]:
@@ -106,21 +109,29 @@ class Console:
 
     def _challenge(self, request: Request, body: bytes) -> Any:
         self._admit(request)
-        challenge = os.urandom(32).hex()
-        with self._lock:
-            now = time.monotonic()
-            self._challenges = {c: until for c, until in self._challenges.items() if until > now}
-            if len(self._challenges) >= MOST:
-                raise SiteError("Too many want to log in.", "", "Try again in five minutes.")
-            self._challenges[challenge] = now + FRESH
-        return {"sign": "log-in", "site": self._site, "challenge": challenge}
+        return {
+            "sign": "log-in",
+            "site": self._site,
+            "challenge": self._made(os.urandom(16), time.monotonic()),
+        }
+
+    def _made(self, number: bytes, at: float) -> str:
+        """A challenge of that moment. None is remembered before it was signed: strangers could fill any list."""
+        told = number + struct.pack(">d", at)
+        return (told + hmac.digest(self._secret, told, hashlib.sha256)).hex()
+
+    def _fresh(self, challenge: str) -> bool:
+        told = _hex(challenge)[:24]
+        if len(told) < 24 or not hmac.compare_digest(
+            self._made(told[:16], at := struct.unpack(">d", told[16:])[0]).encode(), challenge.encode()
+        ):
+            return False
+        return 0 <= time.monotonic() - at < FRESH
 
     def _login(self, request: Request, body: bytes) -> Any:
         self._admit(request)
         said = _read(body, Login)
-        with self._lock:
-            fresh = self._challenges.pop(said.challenge, 0.0) > time.monotonic()
-        held = fresh and PublicKey.parse(said.key).verifies(
+        held = self._fresh(said.challenge) and PublicKey.parse(said.key).verifies(
             _hex(said.signature), login_bytes(self._site, said.challenge)
         )
         if not held or not self._is_custodian(said.key):
@@ -130,6 +141,10 @@ class Console:
         token = os.urandom(32).hex()
         with self._lock:
             now = time.monotonic()
+            self._used = {c: until for c, until in self._used.items() if until > now}
+            if said.challenge in self._used:
+                raise PolicyError("You were not let in.", "The line was used before.", "Begin again.")
+            self._used[said.challenge] = now + FRESH
             self._tokens = {t: (k, until) for t, (k, until) in self._tokens.items() if until > now}
             self._tokens[token] = said.key, now + GOOD
         return {"token": token, "key": said.key, "policy": self._policy()}

@@ -25,7 +25,15 @@ from rapha_lab.enclave.cells import Cells, Order
 from rapha_lab.enclave.identity import Login
 from rapha_lab.enclave.limits import Limits, neighbourhood
 from rapha_lab.protocol import messages, sealing
-from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError, SiteError
+from rapha_lab.protocol.errors import (
+    EvidenceError,
+    PolicyError,
+    RaphaError,
+    RefusedError,
+    RequestError,
+    SealError,
+    SiteError,
+)
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
 from rapha_lab.protocol.quote import Inquiries
 
@@ -86,6 +94,7 @@ class Gateway:
         sealing_key, signing_key: of this enclave; both are bound in the evidence.
         identity: hash of the binding in the evidence; requests must have been sealed for it.
         known: raises PolicyError for a key that the policy names neither as a researcher's nor as a custodian's.
+        in_force: raises PolicyError, with what is wrong, if no policy is; told to known keys alone.
         custody: by kind, what is asked of the airlock: (who, text) -> result and tensors.
         login: where the hospital has an identity provider, who is logged in.
         pages: further routes, given what counts a stranger's requests.
@@ -105,12 +114,13 @@ class Gateway:
         identity: Callable[[], bytes],
         known: Callable[[str], None],
         custody: Mapping[str, Callable[[str, str], tuple[Any, bytes]]],
+        in_force: Callable[[], object] = lambda: None,
         login: Login | None = None,
         pages: Callable[[Callable[[Request], None]], Sequence[Route]] = lambda admit: (),
     ) -> None:
         self._cells, self._card, self._log, self._evidence, self._known = cells, card, log, evidence, known
         self._sealing, self._signing, self._replay = sealing_key, signing_key, sealing.Replay()
-        self._identity, self._login, self._pages = identity, login, pages
+        self._identity, self._login, self._pages, self._in_force = identity, login, pages, in_force
         self.strangers, self.researchers = Limits(10.0, 100), Limits(20.0, 1000)
         self._held = 0
         # strangers wait for each other, never researchers for strangers
@@ -149,7 +159,7 @@ class Gateway:
             self.strangers.admit(_stranger(request))
             evidence = await anyio.to_thread.run_sync(self._evidence, nonce, limiter=self._hardware)
         except RaphaError as error:  # too many ask, no policy is in force, or the hardware gave nothing
-            return JSONResponse(error.to_wire(), 429 if isinstance(error, SiteError) else 503)
+            return JSONResponse(_to_anybody(error).to_wire(), 429 if isinstance(error, SiteError) else 503)
         return Response(messages.encode(evidence), media_type="application/json")
 
     async def _post_open(self, request: Request) -> Response:
@@ -186,9 +196,10 @@ class Gateway:
                 known=self._is_known,
             )
         except RaphaError as error:
-            return JSONResponse(error.to_wire(), 400)
+            return JSONResponse(_to_anybody(error).to_wire(), 400)
         researcher = str(request.researcher)
         try:
+            self._in_force()
             self._known(researcher)
             self.researchers.admit(researcher)
             if self._login is not None and request.kind != "login":
@@ -204,7 +215,7 @@ class Gateway:
     def _is_known(self, researcher: PublicKey) -> bool:
         try:
             self._known(str(researcher))
-        except PolicyError:
+        except RaphaError:
             return False
         return True
 
@@ -243,6 +254,17 @@ class Gateway:
     def _end(self, who: str, header: bytes, blob: bytes) -> tuple[Any, bytes]:
         self._cells.end(who, _read(header, Name).id or None)
         return {}, b""
+
+
+def _to_anybody(error: RaphaError) -> RaphaError:
+    """An error as it may be told to whom nobody knows: what is wrong with a policy names custodians and is not."""
+    if isinstance(error, SiteError | EvidenceError | SealError):
+        return error
+    return PolicyError(
+        "No policy is in force at this site.",
+        "Why is told to nobody from outside.",
+        "Ask its custodians: rapha-lab policy check says what is missing.",
+    )
 
 
 def _stranger(request: Request) -> str:

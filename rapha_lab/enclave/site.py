@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
 import ssl
@@ -142,8 +143,9 @@ class Site:
             evidence=self.evidence,
             sealing_key=self.sealing_key,
             signing_key=self.signing_key,
-            identity=lambda: self._binding(bytes(32), bytes(32)).identity(),
+            identity=self._identity,
             known=self._known,
+            in_force=self._policy,
             custody=(custody := self._custody()),
             pages=lambda admit: Console(
                 config.name,
@@ -225,10 +227,22 @@ class Site:
         return [kept(cell, told) for cell, told in gone.items() if cell not in here] + mine
 
     def _is_custodian(self, key: str) -> bool:
-        return key in {c.key for c in self._policy().custodians}
+        """Whether a policy in force names this custodian; without one nobody is told what is wrong with it."""
+        try:
+            return key in {c.key for c in self._policy().custodians}
+        except RaphaError:
+            return False
+
+    def _latest(self) -> Policy:
+        """The policy in force, or the last one that was: whom it named is told, sealed, why it is not."""
+        with contextlib.suppress(RaphaError):
+            self._policy()
+        assert self._in_force is not None  # none opens without one
+        return self._in_force
 
     def _known(self, researcher: str) -> None:
-        if not self._policy().projects_of(researcher) and not self._is_custodian(researcher):
+        policy = self._latest()
+        if not policy.projects_of(researcher) and researcher not in {c.key for c in policy.custodians}:
             raise PolicyError(
                 "No project of this site names your key.",
                 researcher,
@@ -252,12 +266,15 @@ class Site:
         project = self._project_of(researcher, asked.project, asked.dataset)
         return self._curator.look_up("quote", researcher=researcher, project=project, quote=asked)
 
-    def _binding(self, nonce: bytes, checkpoint: bytes) -> Binding:
+    def _identity(self) -> bytes:
+        return self._binding(bytes(32), bytes(32), self._latest()).identity()
+
+    def _binding(self, nonce: bytes, checkpoint: bytes, policy: Policy) -> Binding:
         return Binding(
             nonce=nonce,
             sealing_key=str(self.sealing_key.public),
             signing_key=str(self.signing_key.public),
-            policy_hash=self._policy().hash,
+            policy_hash=policy.hash,
             checkpoint_hash=checkpoint,
             tls_key_hash=self._tls_key_hash,
         )
@@ -268,7 +285,7 @@ class Site:
         With it go what a client needs beside: the proof that this build is in the log, and the vendor's endorsements.
         """
         build = msgspec.convert(self._curator.look_up("build"), Inclusion)
-        binding = self._binding(nonce, hashlib.sha256(build.checkpoint.encode()).digest())
+        binding = self._binding(nonce, hashlib.sha256(build.checkpoint.encode()).digest(), self._policy())
         evidence = self._attester.evidence(binding, {"tier": self._zygote.tier})
         mirrored = _endorsements(self.config.endorsements)
         return msgspec.structs.replace(evidence, build=build, endorsements=mirrored)

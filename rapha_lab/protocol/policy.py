@@ -24,7 +24,18 @@ from msgspec import Meta
 from rapha_lab.protocol.errors import PolicyError, RequestError
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
 
-__all__ = ["Custodian", "Dataset", "Head", "Lane", "Policy", "Project", "Signed", "Statement", "state"]
+__all__ = [
+    "Custodian",
+    "Dataset",
+    "Head",
+    "Lane",
+    "Policy",
+    "Project",
+    "Signed",
+    "Statement",
+    "state",
+    "unseen",
+]
 
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*\Z")]
 Words = Annotated[str, Meta(min_length=1, max_length=200)]
@@ -37,6 +48,14 @@ Delta = Annotated[float, Meta(gt=0.0, lt=0.1)]
 Count = Annotated[int, Meta(ge=1, le=10**12)]
 
 _UNSEEN = ("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp")  # a lawyer must see every character that counts
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | {
+    chr(code) for code in (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))
+}
+
+
+def unseen(text: str) -> list[str]:
+    """The characters of a text that whoever reads it does not see, or that move what they see."""
+    return [c for c in text if c not in "\n\t" and (unicodedata.category(c) in _UNSEEN or c in _BLANK)]
 
 
 class Custodian(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -133,7 +152,7 @@ class Policy:
         Raises:
             RequestError: naming the field that is missing, unknown, out of range or contradicts another.
         """
-        strange = [c for c in text if c == "\\" or (c not in "\n\t" and unicodedata.category(c) in _UNSEEN)]
+        strange = ["\\"] * ("\\" in text) + unseen(text)
         if strange:
             _wrong(f"has an invisible or escaped character, U+{ord(strange[0]):04X}")
         try:

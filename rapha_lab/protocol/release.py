@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+from collections.abc import Mapping
 from itertools import pairwise, product
 from typing import Any
 
@@ -23,10 +24,13 @@ def canonical(value: Any) -> bytes:
     return rfc8785.dumps(msgspec.to_builtins(value))
 
 
-def statement(values: dict[str, Any], tensors: bytes | str) -> bytes:
-    """What the log's entry of a release names by its SHA-256: the answer's values and its tensors' hash."""
-    blob = tensors if isinstance(tensors, str) else hashlib.sha256(tensors).hexdigest()
-    return canonical({"values": values, "tensors": blob})
+def statement(release: Mapping[str, Any]) -> bytes:
+    """What the log's entry of a release names by its SHA-256: what was asked, its guarantee, and the answer.
+
+    So nobody can hold up a receipt beside a smaller epsilon than the one that was paid for it.
+    """
+    named = "op", "dataset", "split", "epsilon", "delta", "values", "tensors"
+    return canonical({name: release[name] for name in named})
 
 
 def output_statement(data: dict[str, Any], signed: dict[str, Any]) -> bytes:

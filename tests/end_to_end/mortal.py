@@ -323,8 +323,7 @@ class World:
                     bad.append(
                         f"{job}: {asked} steps were touched on {split} and {paid} > {most} are charged"
                     )
-        for job, values, tensors in _released(out):
-            told = statement(values, tensors)
+        for job, told in _released(out):
             receipt = ledger.receipt_of(job)
             if ledger.release_of(job) != told or receipt is None:
                 bad.append(f"{job}: it was let out and is not on the books")
@@ -346,9 +345,9 @@ class World:
             if known is None:
                 continue
             try:
-                again, blob = desk.answer(caller, messages.encode(request), tensors, lambda *_: None)
+                again, _ = desk.answer(caller, messages.encode(request), tensors, lambda *_: None)
                 assert isinstance(again, Release)
-                if before is None or statement(again.values, blob) != before:
+                if before is None or statement(msgspec.structs.asdict(again)) != before:
                     bad.append(f"{job}: asked again it gives another answer")
             except RaphaError:
                 if before is not None:
@@ -384,13 +383,13 @@ def _spent(ledger: Ledger) -> list[Any]:
     return ledger._db.execute("SELECT split, spent FROM account ORDER BY split").fetchall()
 
 
-def _released(out: bytes) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Whole releases that were let out: job, values, the hash of the tensors."""
+def _released(out: bytes) -> Iterator[tuple[str, bytes]]:
+    """Whole releases that were let out: job, and what the log names of it."""
     for header, tensors in _frames(out):
         said = json.loads(header)
-        values = (said.get("release") or {}).get("values")
-        if values is not None:
-            yield said["release"]["job"], values, hashlib.sha256(tensors).hexdigest()
+        if "values" in (said.get("release") or {}):
+            digest_of = hashlib.sha256(tensors).hexdigest()
+            yield said["release"]["job"], statement(said["release"] | {"tensors": digest_of})
 
 
 def _begun(out: bytes) -> str | None:

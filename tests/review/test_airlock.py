@@ -22,7 +22,7 @@ from rapha_lab.client.releases import verify_release
 from rapha_lab.curator.desk import _blinded
 from rapha_lab.curator.mechanisms import Answer
 from rapha_lab.protocol.decision import Decision, decide, subject_of
-from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, WaitingError
+from rapha_lab.protocol.errors import LogError, PolicyError, RaphaError, RefusedError, WaitingError
 from rapha_lab.protocol.keys import PrivateKey
 from rapha_lab.protocol.release import Release, canonical, statement
 
@@ -60,6 +60,9 @@ class TestOneCustodian:
         release = until(job, "done").releases[0]
         assert release.values == seen["values"]
         verify_release(release, shared.connect().key)
+        for told in ({"epsilon": release.epsilon / 2}, {"delta": 0.0}, {"split": "test"}, {"op": "fit"}):
+            with pytest.raises(LogError, match="other bytes"):  # than of this price and question
+                verify_release(msgspec.structs.replace(release, **told), shared.connect().key)
 
     def test_a_refusal_reaches_the_researcher_with_its_reason(self, shared: Clinic) -> None:
         """And stays: neither custodian can take it back, and asking again is refused again, for nothing."""
@@ -229,16 +232,15 @@ def test_the_log_does_not_tell_an_answer_that_waits(shared: Clinic) -> None:
     guardian = shared.custodian()
     told = guardian.show(newest(guardian)["subject"])
     seen = json.loads(told["document"])
-    values = dict(seen["release"]["values"])
+    release = seen["release"]
     entries = {
         json.loads(e).get("release")
         for e in shared.connect()._channel.call("log", {"start": 0})[0]["entries"]
     }
     subjects = {newest(guardian)["subject"]}
-    assert hashlib.sha256(statement(values, seen["release"]["tensors"])).hexdigest() in entries
-    del values["nonce"]
-    assert hashlib.sha256(statement(values, seen["release"]["tensors"])).hexdigest() not in entries
-    seen["release"]["values"] = values
+    assert hashlib.sha256(statement(release)).hexdigest() in entries
+    del release["values"]["nonce"]
+    assert hashlib.sha256(statement(release)).hexdigest() not in entries
     assert subject_of(canonical(seen)) not in subjects
     job.cancel()
     shared.connect().end_sessions("guess")

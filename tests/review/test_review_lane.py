@@ -81,6 +81,9 @@ def test_a_function_runs_once_approved_and_its_answer_leaves_once_released(
     for part in ("def medians", "age, sex", "costs no epsilon", "digits", "No function of this project"):
         assert part in words
     spent = clinic.hospital.spent(shared.folder)
+    assert (
+        json.loads(proposed["document"])["site"] == "clinic"
+    )  # a site of the same page needs approvals of its own
     guardian.approve(proposed["subject"])
     answer = guardian.show(newest(guardian, "answer", job)["subject"])
     assert "NO differential privacy" in in_words(answer)

@@ -376,3 +376,67 @@ class TestLogin:
         assert main(["keys", "nonce", WHO]) == 0
         assert capsys.readouterr().out.strip() == token_nonce(WHO)
         assert main(["keys", "nonce", "ed25519:AAAA"]) == 1
+
+
+class TestNoPolicy:
+    SECRET = PolicyError(
+        "The policy is not in force.", "It has 1.", "Missing: Bo Ek (data protection officer)."
+    )
+
+    def no(self, *_: Any) -> Any:
+        raise self.SECRET
+
+    def test_a_stranger_is_not_told_who_the_custodians_are(self, door: Door) -> None:
+        """Neither with evidence, nor before an envelope is opened, nor in one that a stranger sealed."""
+        door.evidence = self.no
+        mine = seal("card", {}, PrivateKey.create())
+        door.gateway._in_force = self.no
+        told = [*door.send(("GET", "/evidence", {"params": NONCE}), ("POST", "/open", {"content": mine}))]
+        door.gateway._identity = self.no
+        told += door.send(("POST", "/open", {"content": seal("card", {})}))
+        assert [answer.status_code for answer in told] == [503, 400, 400]
+        assert not [answer.text for answer in told if "Bo Ek" in answer.text]
+        assert "No policy is in force" in told[0].text
+
+    def test_whom_it_named_is_told_what_is_wrong_sealed(self, door: Door) -> None:
+        """A researcher and a custodian can do something about it."""
+        door.gateway._in_force = self.no
+        with pytest.raises(PolicyError, match="Bo Ek"):
+            door.ask("card")
+
+
+def test_strangers_cannot_keep_custodians_out_of_the_console() -> None:
+    """However many challenges they ask for: none is remembered; each lets in once, and not for ever."""
+    from starlette.applications import Starlette
+
+    from rapha_lab.enclave import console
+    from rapha_lab.protocol.decision import signed_login
+
+    guardian = PrivateKey.create()
+    known = str(guardian.public)
+    made = console.Console("site", lambda *_: {}, lambda: "", lambda key: key == known, lambda request: None)
+
+    async def all_of_them() -> None:
+        transport = httpx.ASGITransport(Starlette(routes=made.routes()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://site") as client:
+
+            async def challenge() -> str:
+                return str((await client.post("/console/challenge")).json()["challenge"])
+
+            async def login(text: str) -> int:
+                line = signed_login("site", text, guardian)
+                return (await client.post("/console/login", content=line)).status_code
+
+            first = await challenge()
+            for _ in range(150):
+                await challenge()
+            assert await login(first[:-1] + ("0" if first[-1] != "0" else "1")) == 400
+            assert await login("00" * 56) == 400
+            assert await login(first) == 200
+            assert await login(first) == 400
+            stale = made._made(bytes(16), time.monotonic() - console.FRESH - 1)
+            later = made._made(bytes(16), time.monotonic() + 60)
+            never = made._made(bytes(16), float("nan"))
+            assert [await login(text) for text in (stale, later, never)] == [400] * 3
+
+    asyncio.run(all_of_them())

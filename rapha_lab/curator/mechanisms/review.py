@@ -22,6 +22,7 @@ from rapha_lab.curator.mechanisms.shards import Workers
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RaphaError, RequestError
 from rapha_lab.protocol.messages import REVIEWED, Review
+from rapha_lab.protocol.policy import unseen
 from rapha_lab.protocol.release import canonical
 from rapha_lab.protocol.schema import Schema
 
@@ -38,6 +39,13 @@ def plan(ask: Review, tensors: bytes, schema: Schema, workers: Workers) -> Plan:
     """
     for name in ask.columns:
         schema.column(name)
+    if strange := unseen(ask.source):
+        raise RequestError(
+            f"The source has an invisible character, U+{ord(strange[0]):04X}.",
+            "Whoever approves it would read another program than the one that runs.",
+            "Write it as an escape, or take it out.",
+            field="source",
+        )
     if len(tensors) > MOST_INPUTS:
         raise RequestError(
             "The inputs are too large.", f"The limit is {MOST_INPUTS >> 20} MiB.", field="inputs"
@@ -77,4 +85,4 @@ def _answer(name: str, told: bytes, view: View) -> Answer:
     found = checks.result(parcel, blob, view)
     if found.stopped:
         return Answer(values | {"failed": f"It was stopped: {found.stopped}"}, findings=tuple(found.prompts))
-    return Answer(values | {"parcel": parcel}, blob, tuple(found.prompts))
+    return Answer(values | {"parcel": found.parcel}, found.blob, tuple(found.prompts))

@@ -1,0 +1,120 @@
+"""What a reviewed function's process may write as its answer, and what is left of it before a custodian looks."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import wards
+from safetensors.numpy import load, save
+
+from rapha_lab.curator import checks
+from rapha_lab.curator.cohort import View
+from rapha_lab.curator.mechanisms import review
+from rapha_lab.protocol import messages
+from rapha_lab.protocol.errors import RequestError
+
+PATIENT = {"age": 50.0, "crp": 1.0, "visits": 3.0, "smoker": True, "died": False, "sex": "F", "site": "North"}
+
+
+@pytest.fixture
+def view() -> View:
+    """Twenty patients."""
+    return wards.cohort_of([PATIENT | {"age": 40.0 + n} for n in range(20)]).view("all")
+
+
+def parcel(spec: Any) -> dict[str, Any]:
+    return {"values": {"result": spec}}
+
+
+def plain(value: Any) -> dict[str, Any]:
+    return {"kind": "plain", "value": value}
+
+
+def array(name: str = "0", **more: Any) -> dict[str, Any]:
+    return {"kind": "array", "tensor": name, **more}
+
+
+BOMBS = {
+    "text that numpy would pad": ({"kind": "strings", "value": ["a" * 400_000, *[""] * 200_000]}, {}),
+    "one array, many times": (
+        {"kind": "list", "items": [array()] * 20_000},
+        {"0": np.zeros(90_000, np.uint8)},
+    ),
+    "complex numbers": (array(), {"0": np.array([1 + 2j], np.complex64)}),
+    "a table by a flag": (
+        {"kind": "table", "columns": {name: plain(1.0) for name in ("sex", "died", "smoker", "site", "age")}},
+        {},
+    ),
+    "no such array": (array("9"), {}),
+    "text that is none": ({"kind": "strings", "value": {"a": 1}}, {}),
+    "items that are none": ({"kind": "list", "items": 7}, {}),
+    "no kind": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_no_answer_breaks_the_checks(view: View, name: str) -> None:
+    """Else the job failed before anybody released anything, and that it failed would be the answer."""
+    spec, arrays = BOMBS[name]
+    found = checks.result(parcel(spec), save(arrays) if arrays else b"", view)
+    assert found.stopped or found.parcel
+    assert checks.tensors(found.blob) is not None
+
+
+def test_nothing_leaves_beside_the_values(view: View) -> None:
+    """No header, no array that nothing names, no spelling, no field of its own, no bits of what is no number."""
+    hidden = np.array([0x7FF8_DEAD_BEEF_CAFE, 0x8000_0000_0000_0000], np.uint64).view(np.float64)
+    blob = save({"p4711": hidden, "unnamed": np.arange(7.0)}, metadata={"row": "patient 4711"})
+    spec = {
+        "kind": "dict",
+        "note": "patient 4711",
+        "items": {
+            "b": array("p4711", grad="patient 4711"),
+            "a": {"kind": "float", "value": " nAn ", "row": 4711},
+        },
+    }
+    found = checks.result(parcel(spec), blob, view)
+    assert not found.stopped
+    assert "4711" not in json.dumps(found.parcel)
+    assert b"4711" not in found.blob
+    assert found.blob == save({"0": np.array([math.nan, 0.0])})
+    assert found.parcel == parcel(
+        {
+            "kind": "dict",
+            "items": {"a": {"kind": "float", "value": "nan"}, "b": array("0", grad=False)},
+        }
+    )
+
+
+def test_custodians_see_every_number_that_would_leave(view: View) -> None:
+    """Those of arrays too, which are not in the document itself."""
+    found = checks.result(parcel(array()), save({"0": np.array([[1.25, 2.5], [3.75, 5.0]])}), view)
+    assert "Values of 0: [[1.25, 2.5], [3.75, 5.0]]" in found.prompts
+    assert load(found.blob)["0"].tolist() == [[1.25, 2.5], [3.75, 5.0]]
+
+
+@pytest.mark.parametrize("strange", ["\u200b", "\u202e", "\r", "\x1b", "\ufe01", "\U000e0101", "\u3164"])
+def test_what_nobody_sees_is_in_no_answer_and_no_source(view: View, strange: str) -> None:
+    """Bits between letters, colours of a terminal, and what turns a line of source around."""
+    for spec in (plain(f"a{strange}b"), {"kind": "dict", "items": {f"a{strange}b": plain(1)}}):
+        assert "nobody sees" in checks.result(parcel(spec), b"", view).stopped
+    asked = {"dataset": "ward", "split": "all", "name": "f", "columns": ["age"]}
+    source = f"def f(frame):\n    return 'a{strange}b'\n"
+    with pytest.raises(RequestError, match="invisible") as refused:
+        review.plan(messages.Review(source=source, **asked), b"", wards.ward(), None)  # type: ignore[arg-type]
+    assert refused.value.field == "source"
+
+
+def test_a_forged_frame_is_read_like_any(view: View) -> None:
+    """The worker's process is the function's: it may write the bytes itself."""
+    frame = io.BytesIO()
+    blob = save({"0": np.array([1 + 1j], np.complex64)})
+    messages.write_frame(frame, messages.encode({"parcel": parcel(array())}), blob)
+    answer = review._answer("f", frame.getvalue().ljust(messages.REVIEWED, b"\0"), view)
+    assert "cannot be checked" in answer.values["failed"]
+    assert not answer.tensors
