@@ -31,6 +31,12 @@ Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z_][A-Z
 
 MOST_NODES, MOST_DEPTH, MOST_CATEGORIES = 500, 40, 1000
 
+MOST_LOOKUPS = 200
+"""How often the columns and the filter of one question may look through all rows of a table."""
+
+LARGEST = 1e100
+"""A derived column's bounds lie within this on either side of 0, so that no square of what is told overflows."""
+
 DAYS = (-25_567.0, 47_847.0)
 """A table's time as days since 1970: what is dated before 1900 or after 2100 is taken to be at these ends."""
 
@@ -139,6 +145,10 @@ def extended(schema: Schema, derive: Mapping[str, Expression], where: Expression
     if where is not None and typed(where, schema).type != "boolean":
         what = f"{text(where):.200} is neither true nor false."
         raise RequestError(what, instead='Write a comparison: pl.col("age") > 60, say.', field="where")
+    parts = (node for each in (*derive.values(), where) for node in _nodes(each, 0))
+    if sum(isinstance(node, Over) for node in parts) > MOST_LOOKUPS:
+        what = "The columns and the filter look into tables too often."
+        raise RequestError(what, f"{MOST_LOOKUPS} times are the most.", "Ask about fewer.", field="derive")
     return schema
 
 
@@ -147,7 +157,7 @@ def _column(name: str, expression: Expression, found: Typed) -> Column:
     if found.type == "null":
         raise RequestError(f"{name} is always missing.", "Nothing but a null makes it.", field=name)
     if found.type in ("number", "integer"):
-        if not (math.isfinite(found.low) and math.isfinite(found.high)):
+        if not max(abs(found.low), abs(found.high)) <= LARGEST:
             raise RequestError(
                 f"Nothing public bounds {name}.",
                 f"{text(expression):.200} can lie between {found.low:g} and {found.high:g}.",
@@ -427,6 +437,7 @@ def _compare(call: Call, of: list[Typed]) -> Typed:
     if a.type == b.type == "category" and call.fn in ("eq", "ne"):
         _listed(call.of[0], a, [call.of[1]])
         _listed(call.of[1], b, [call.of[0]])
+        united(a, b, call.fn)
         return Typed("boolean", missing=missing)
     what = f"A {a.type} and a {b.type} cannot be compared by {call.fn}."
     raise RequestError(what, f"In {text(call):.200}.", field=call.fn)

@@ -21,6 +21,7 @@ from rapha_lab.curator.mechanisms import rows as table_rows
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.messages import Count, Histogram, Mean
+from rapha_lab.protocol.schema import Column
 
 ROWS = dict.fromkeys([column.name for column in ward().columns])
 DELTA = 1e-5
@@ -381,3 +382,12 @@ def shape(value):
     if isinstance(value, dict):
         return {key: shape(inner) for key, inner in value.items()}
     return [shape(inner) for inner in value] if isinstance(value, list) else type(value) is str
+
+
+def test_a_text_is_refused_in_a_description_before_anything_is_spent():
+    """It has no figures, as its type says without a look at anybody."""
+    letter = Column(
+        name="letter", type="text", tokens=5, vocabulary=64, meaning="Made up.", public="Made up."
+    )
+    with pytest.raises(RequestError, match="letter"):
+        describe.table([letter])

@@ -254,6 +254,23 @@ class TestTotal:
         if of not in (Lit("a"), Lit(None)):
             assert len(Chosen(whole, {}, of).view("all")) == patients
 
+    def test_a_question_looks_into_tables_so_often_and_no_more(self):
+        """However many columns it makes."""
+        many = Call("max", [Over("labs", "len") for _ in range(101)])
+        assert extended(hospital(), {"one": many})
+        with pytest.raises(RequestError, match="too often"):
+            extended(hospital(), {"one": many, "two": many})
+
+    def test_too_many_categories_are_refused_before_anything_is_spent(self):
+        """To compare two columns takes the categories of both."""
+        columns = [
+            {"name": name, "type": "category", "categories": [f"{name}{n}" for n in range(600)]}
+            | {"meaning": "Made up.", "public": "Made up."}
+            for name in ("a", "b")
+        ]
+        with pytest.raises(RequestError, match="1200 categories"):
+            extended(ward(columns=columns), {}, Call("eq", [Col("a"), Col("b")]))
+
     def test_work_and_memory_do_not_double_with_every_level(self):
         """The deepest expressions, in a process that has 8 GiB: each part is computed once."""
         path = ":".join(sys.path)
@@ -436,6 +453,7 @@ class TestRefused:
             (Call("not", [Col("smoker"), Col("died")]), "does not take 2"),
             (Lit(1e300), "too large"),
             (Lit(10**400), "too large"),
+            (Call("mul", [Col("age"), Call("exp", [Lit(700)])]), "Nothing public bounds"),
         ],
         ids=lambda value: value if isinstance(value, str) else text(value)[:60],
     )

@@ -31,13 +31,15 @@ def table(columns: Sequence[Column]) -> Question:
     """Means and standard deviations of numbers, shares of categories, and what is missing.
 
     Raises:
-        RequestError: a column is named twice.
+        RequestError: a column is named twice, or is a text or an image.
     """
     if len({column.name for column in columns}) < len(columns):
         raise RequestError("A column is named twice.", "Name each once.", field="columns")
     keys = {column.name: Keys([column]) for column in columns if column.type in ("category", "boolean")}
     reach = [float(WEIGHT) ** 2]
     for column in columns:
+        if column.name not in keys:
+            column.limits  # noqa: B018 - a text has none, and says so before anything is spent
         numeric = [float(WEIGHT) ** 2, float(GRID) ** 2, float(GRID) ** 2]
         reach += [float(SHARE) ** 2] if column.name in keys else numeric
 
