@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -41,12 +43,14 @@ class House:
         epsilon: float = 100.0,
         noise: Noise | None = None,
         largest_model: int = 1_000_000,
+        tables: Mapping[str, polars.DataFrame] = MappingProxyType({}),
+        discovery: float = 0.0,
     ) -> None:
         self.schema, self.releases, self.steps = Schema.from_dict(schema), list[Release](), list[int]()
         self.key, self._numbers = str(PrivateKey.create().public), count(1)
-        self.policy = _policy(self.key, self.schema.name, epsilon, largest_model)
+        self.policy = _policy(self.key, self.schema.name, epsilon, largest_model, discovery)
         self.ledger = Ledger(folder / "ledger.sqlite", Ed25519PrivateKey.generate())
-        self.cohort = Cohort(self.schema, frame, salt=bytes(range(16)))
+        self.cohort = Cohort(self.schema, frame, salt=bytes(range(16)), tables=tables)
         cohorts = {self.schema.name: self.cohort}
         self.desk = Desk(
             lambda: self.policy, self.ledger, cohorts, noise or SystemNoise(), "house", simulated=True
@@ -75,7 +79,7 @@ class House:
         return self.ledger.statement("p", self.schema.name, split).spent
 
 
-def _policy(key: str, dataset: str, epsilon: float, largest: int) -> Policy:
+def _policy(key: str, dataset: str, epsilon: float, largest: int, discovery: float) -> Policy:
     lanes = "\n".join(f'lanes.{lane}.release = "auto"' for lane in ("aggregate", "train", "evaluate"))
     return Policy.parse(f"""
 [policy]
@@ -99,6 +103,7 @@ researchers = ["{key}"]
 datasets = ["{dataset}"]
 epsilon = {epsilon}
 delta = {DELTA}
+discovery_delta = {discovery}
 largest_model = {largest}
 smallest_cohort = 10
 metrics = ["auroc", "brier"]

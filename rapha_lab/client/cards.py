@@ -44,15 +44,21 @@ def gauge(budget: dict[str, Any]) -> str:
         f'<svg width="140" height="10" role="img" aria-label="{share:.0%} spent" style="vertical-align:middle">'
         '<rect width="140" height="10" rx="3" fill="currentColor" fill-opacity=".15"/>'
         f'<rect width="{140 * share:.1f}" height="10" rx="3" fill="{TEAL if share < 0.9 else AMBER}"/></svg> '
-        f"ε {spent:.3g} of {total:g} spent, {budget['left']:.3g} left"
+        f"ε {spent:.3g} of {total:g} spent, {budget['left']:.3g} left{_discovery(budget)}"
     )
+
+
+def _discovery(budget: dict[str, Any]) -> str:
+    if not budget.get("discovery"):
+        return ""
+    return f"; for discovered keys, δ {budget['discovered']:.3g} of {budget['discovery']:g} spent"
 
 
 def budget(budgets: dict[str, Any]) -> dict[str, Any]:
     """What is left of a dataset's budget, as a gauge for each project and split."""
     lines = [
         f"{project}, {split}: ε {b['spent']:.3g} of {b['epsilon']:g} spent, {b['left']:.3g} left; "
-        f"room for one more answer of ε {b['room']:.4g}"
+        f"room for one more answer of ε {b['room']:.4g}{_discovery(b)}"
         for project, splits in budgets.items()
         for split, b in splits.items()
     ]

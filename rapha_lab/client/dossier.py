@@ -170,7 +170,10 @@ def _policy(kept: Kept) -> dict[str, Any]:
             for c in policy.custodians
             if c.key in keys
         ],
-        "budgets": {p.name: {"epsilon": p.epsilon, "delta": p.delta} for p in policy.projects},
+        "budgets": {
+            p.name: {"epsilon": p.epsilon, "delta": p.delta, "discovery_delta": p.discovery_delta}
+            for p in policy.projects
+        },
         "page": told["text"],
     }
 

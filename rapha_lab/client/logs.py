@@ -203,17 +203,23 @@ class _Books:
         return first_bad(self._number, why)
 
     def _account(self, entry: dict[str, Any]) -> None:
-        old = self._audit.accounts.get(entry["account"], {"spent": 0, "open": {}})
+        none = {"spent": 0, "open": {}, "delta_spent": 0, "delta_open": {}}
+        old = self._audit.accounts.get(entry["account"], none)
         told = {name: entry[name] for name in ("budget", "epsilon", "delta", "alpha", "spent")}
+        told |= {name: entry.get(name, 0) for name in ("delta_budget", "delta_spent")}
         if (
             entry["account"] not in self._audit.accounts
         ):  # of all projects: what they spent before is carried over
             old = {"spent": told["spent"], "open": dict(entry["running"])}
-        if old["spent"] != told["spent"]:
+            old |= {
+                "delta_spent": told["delta_spent"],
+                "delta_open": dict(entry.get("delta_running", {})),
+            }
+        if any(old[what] != told[what] for what in ("spent", "delta_spent")):
             raise self._bad(
                 f"The account {entry['account']} does not add up: {told['spent']} of {told['budget']}."
             )
-        if old["spent"] > told["budget"]:
+        if old["spent"] > told["budget"] or old["delta_spent"] > told["delta_budget"]:
             raise self._bad(f"The budget of {entry['account']} is less than what was spent.")
         self._audit.accounts[entry["account"]] = old | told
 
@@ -225,17 +231,23 @@ class _Books:
         jobs[job] = kind
         for name, told in entry["accounts"].items():
             account = self._audit.accounts[name]
-            before = account["open"].pop(job, 0)
-            spent = account["spent"] - before + told["charged"]
-            if told["charged"] < 0 or (not first and told["charged"] > before):
-                raise self._bad(f"Job {job} is charged more than was reserved.")
-            if spent != told["spent"] or (kind == "reserve" and spent > account["budget"]):
-                raise self._bad(
-                    f"The account {name} does not add up: {told['spent']} of {account['budget']}."
-                )
-            account["spent"] = spent
-            if kind == "reserve":
-                account["open"][job] = told["charged"]
+            self._add(kind, job, name, account, told["charged"], told["spent"], "")
+            delta = told.get("delta_charged", 0), told.get("delta_spent", account["delta_spent"])
+            self._add(kind, job, name, account, *delta, "delta_")
+
+    def _add(
+        self, kind: str, job: str, name: str, account: dict[str, Any], charged: int, said: int, what: str
+    ) -> None:
+        """Add what a job was charged of Rényi loss, or of the δ of discovered keys, to an account."""
+        before = account[f"{what}open"].pop(job, 0)
+        spent, budget = account[f"{what}spent"] - before + charged, account[f"{what}budget"]
+        if charged < 0 or (kind not in ("reserve", "elsewhere") and charged > before):
+            raise self._bad(f"Job {job} is charged more than was reserved.")
+        if spent != said or (kind == "reserve" and spent > budget):
+            raise self._bad(f"The account {name} does not add up: {said} of {budget}.")
+        account[f"{what}spent"] = spent
+        if kind == "reserve":
+            account[f"{what}open"][job] = charged
 
 
 def summary(audit: Audit) -> Iterable[str]:

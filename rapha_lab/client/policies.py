@@ -142,6 +142,7 @@ def _projects(old: Project, new: Project) -> Iterator[str]:
 _SAID = {
     "epsilon": ("+", "may spend epsilon {} per patient, not {}"),
     "delta": ("+", "has delta {}, not {}"),
+    "discovery_delta": ("+", "may spend a further delta of {} on discovered keys, not {}"),
     "largest_model": ("+", "may train {} parameters at most, not {}"),
     "smallest_cohort": ("-", "needs cohorts of {} patients, not {}"),
 }
@@ -175,9 +176,15 @@ def _dataset(part: Dataset) -> str:
     together = (
         "No cap on what all projects together may learn of a patient"
         if part.epsilon is None
-        else f"All projects together: per patient epsilon {part.epsilon:g} at most, delta {part.delta:g}"
+        else f"All projects together: per patient epsilon {part.epsilon:g} at most, delta {part.delta:g}{_keys(part)}"
     )
     return f"Dataset {part.name} opens only in an enclave measured {where}; sandbox {part.sandbox} or better. {together}."
+
+
+def _keys(part: Dataset | Project) -> str:
+    if not part.discovery_delta:
+        return ""
+    return f" and a further delta of {part.discovery_delta:g} for keys discovered in the records"
 
 
 def _project(part: Project) -> str:
@@ -190,7 +197,7 @@ def _project(part: Project) -> str:
         )
     return (
         f"Project {part.name}: {len(part.researchers)} researcher(s) may, on {', '.join(part.datasets)}: "
-        f"{'; '.join(lanes) or 'nothing'}. Per patient epsilon {part.epsilon:g} at most, delta {part.delta:g}; "
+        f"{'; '.join(lanes) or 'nothing'}. Per patient epsilon {part.epsilon:g} at most, delta {part.delta:g}{_keys(part)}; "
         f"models of at most {part.largest_model:,} parameters; cohorts of at least {part.smallest_cohort:,} "
         f"patients; metrics: {', '.join(part.metrics) or 'none'}.{reviewed}"
     )

@@ -58,7 +58,7 @@ def inquiry(
 
     Args:
         schema: of the dataset.
-        what: "count", "mean:COLUMN", "survival:TIME,EVENT" and so on, "evaluate:METRIC,METRIC",
+        what: "count", "mean:COLUMN", "survival:TIME,EVENT", "discover:TABLE,COLUMN" and so on, "evaluate:METRIC,METRIC",
             "shards:NUMBERS", "fit", or a model.
         split: train for a fit, test for an evaluation, else all patients, if not given.
         epochs, batch, clip: of a fit.
@@ -111,13 +111,15 @@ def _parsed(what: Any) -> tuple[str, dict[str, Any]]:
         return kind, {"size": int(names[0])} if names else {}
     if kind == "rows" and len(names) == 1:
         return kind, {"table": names[0]}
+    if kind == "discover" and len(names) == 2:
+        return kind, {"table": names[0], "column": names[1]}
     if kind == "evaluate":
         return kind, {"metrics": names}
     raise RequestError(
         f"{what!r} is no question that has a price.",
         "It is one of count, sum:COLUMN, mean:COLUMN, variance:COLUMN, histogram:COLUMN, quantiles:COLUMN, "
-        "correlation:COLUMN,COLUMN, survival:TIME,EVENT, missing:COLUMN, describe, rows:TABLE, evaluate:METRIC, fit, "
-        "shards:NUMBERS, "
+        "correlation:COLUMN,COLUMN, survival:TIME,EVENT, missing:COLUMN, describe, rows:TABLE, "
+        "discover:TABLE,COLUMN, evaluate:METRIC, fit, shards:NUMBERS, "
         "or a model to fit.",
         'Say "mean:age", for instance.',
         field="what",

@@ -84,7 +84,7 @@ class Rehearsal:
             return {"epsilon": aggregate.epsilon_for(request.ask, full, DELTA, request.error)}, b""
         # priced as asked, so that an ε that no noise reaches fails here; then run short
         full = extended(schema, request.derive, request.where)
-        whole = plan_of(request, tensors, full, DELTA, SystemNoise(), _Kernel())
+        whole = plan_of(request, tensors, full, DELTA, SystemNoise(), _Kernel(), DELTA)
         if isinstance(request, messages.Fit):
             steps, batch = min(request.steps, STEPS), min(request.batch, BATCH)
             request = msgspec.structs.replace(request, steps=steps, batch=batch)
@@ -93,7 +93,7 @@ class Rehearsal:
         if isinstance(request, messages.Shards):
             plan = _few(request, small, (schema.expected(request.split) or 0) / whole.beats)
         else:
-            plan = plan_of(request, tensors, small, DELTA, SystemNoise(), _Kernel())
+            plan = plan_of(request, tensors, small, DELTA, SystemNoise(), _Kernel(), DELTA)
         answer = plan.run(cohort.view(request.split), lambda steps: None)
         release = Release(
             job=uuid.uuid4().hex,

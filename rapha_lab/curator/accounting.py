@@ -20,6 +20,7 @@ import msgspec
 from rapha_lab.protocol.errors import RequestError
 
 __all__ = [
+    "DELTA_UNIT",
     "ORDERS",
     "UNIT",
     "BandedGaussian",
@@ -31,8 +32,11 @@ __all__ = [
     "Reviewed",
     "SampledGaussian",
     "Sum",
+    "Thresholded",
     "budget_at",
     "decode_loss",
+    "delta_budget",
+    "delta_price",
     "encode_loss",
     "epsilon_of",
     "largest_epsilon",
@@ -44,6 +48,9 @@ __all__ = [
 
 UNIT = 10**9
 """Units of Rényi loss in 1: the ledger counts billionths."""
+
+DELTA_UNIT = 10**18
+"""Units of δ in 1, of what discoveries spend beside their Rényi loss."""
 
 _LARGEST = 1 << 60
 _NOISIEST = 1e8
@@ -84,6 +91,11 @@ class Loss(msgspec.Struct, frozen=True, tag_field="kind", forbid_unknown_fields=
     def rdp(self, alpha: int) -> float:
         """The Rényi divergence of order `alpha` between adjacent data sets, at most."""
         raise NotImplementedError
+
+    @property
+    def delta_units(self) -> int:
+        """The δ that it spends beside its curve, in units of 10^-18."""
+        return 0
 
     def with_noise(self, noise: float) -> Loss:
         """The same mechanism with another noise multiplier."""
@@ -133,6 +145,33 @@ class Gaussian(Loss, frozen=True, tag="gaussian"):
     def with_noise(self, noise: float) -> Gaussian:
         """The same answer with another noise multiplier."""
         return Gaussian(noise)
+
+
+class Thresholded(Loss, frozen=True, tag="thresholded"):
+    """Noisy counts of which those leave that pass a threshold: a Gaussian answer but for a chance of `delta`.
+
+    `delta` is in units of 10^-18. Why it is added up beside the curve: docs/accounting.md, "Discovered keys".
+    """
+
+    noise: float
+    delta: int
+
+    def __post_init__(self) -> None:
+        _within("noise", self.noise, 1e-6, 1e12)
+        _within("delta", self.delta, 1, DELTA_UNIT // 2)
+
+    @property
+    def delta_units(self) -> int:
+        """`delta`."""
+        return self.delta
+
+    def rdp(self, alpha: int) -> float:
+        """That of the counts of keys that others have too."""
+        return Gaussian(self.noise).rdp(alpha)
+
+    def with_noise(self, noise: float) -> Thresholded:
+        """The same answer with another noise multiplier."""
+        return Thresholded(noise, self.delta)
 
 
 class SampledGaussian(Loss, frozen=True, tag="sampled-gaussian"):
@@ -254,7 +293,9 @@ class Sum:
         return sum(times * loss.rdp(alpha) for loss, times in self._losses)
 
 
-_decoder = msgspec.json.Decoder(Nothing | Reviewed | Gaussian | SampledGaussian | BandedGaussian | Pure)
+_decoder = msgspec.json.Decoder(
+    Nothing | Reviewed | Gaussian | Thresholded | SampledGaussian | BandedGaussian | Pure
+)
 
 
 def encode_loss(loss: Loss) -> str:
@@ -429,6 +470,16 @@ def units(loss: Curve, alpha: int) -> int:
             field="epsilon",
         )
     return math.ceil(Fraction(rdp) * UNIT)
+
+
+def delta_price(delta: float) -> int:
+    """A δ as it is written, in units of 10^-18, rounded up."""
+    return math.ceil(Fraction(repr(delta)) * DELTA_UNIT)
+
+
+def delta_budget(delta: float) -> int:
+    """A total of δ as it is written, in units of 10^-18, rounded down."""
+    return math.floor(Fraction(repr(delta)) * DELTA_UNIT)
 
 
 def _within(field: str, value: float, low: float, high: float) -> None:

@@ -1,7 +1,7 @@
 """The ledger's tables, and what the database itself holds true of them.
 
-An account's `spent` is the sum of its charges, kept so by triggers alone. Charges of a running job fit the budget
-when they are made and only ever fall; ended jobs and their charges stay for ever.
+An account's `spent` is the sum of its charges, and `delta_spent` that of their δ, kept so by triggers alone. Charges
+of a running job fit the budget when they are made and only ever fall; ended jobs and their charges stay for ever.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ from pathlib import Path
 
 import msgspec
 
+from rapha_lab.curator.accounting import DELTA_UNIT
 from rapha_lab.curator.disk import readable, unusable
 from rapha_lab.curator.log import SCHEMA as LOG_SCHEMA
+from rapha_lab.protocol.errors import BudgetError, PolicyError
 
-__all__ = ["Account", "check", "connect"]
+__all__ = ["ALL", "Account", "Statement", "check", "connect", "shrunk", "undiscovered"]
+
+ALL = "*"
+"""Stands for all projects of a dataset together, in the accounts that cap them; no project can have this name."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS account (
@@ -51,6 +56,22 @@ CREATE TRIGGER IF NOT EXISTS charge_fell AFTER UPDATE ON charge
     BEGIN UPDATE account SET spent = spent + new.units - old.units WHERE number = new.account; END;
 """
 
+COLUMNS = (("account", "delta_budget"), ("account", "delta_spent"), ("charge", "delta"))
+"""The δ of discovered keys, in units of 10^-18; a ledger of before there was one gets them when it is opened."""
+
+TRIGGERS = """
+CREATE TRIGGER IF NOT EXISTS delta_falls BEFORE UPDATE ON charge WHEN new.delta > old.delta
+    BEGIN SELECT RAISE(ABORT, 'a charge only falls'); END;
+CREATE TRIGGER IF NOT EXISTS delta_fits BEFORE INSERT ON charge
+    WHEN (SELECT state FROM job WHERE name = new.job) = 'reserved'
+     AND (SELECT delta_spent + new.delta > delta_budget FROM account WHERE number = new.account)
+    BEGIN SELECT RAISE(ABORT, 'over the discovery delta'); END;
+CREATE TRIGGER IF NOT EXISTS delta_made AFTER INSERT ON charge WHEN new.delta > 0
+    BEGIN UPDATE account SET delta_spent = delta_spent + new.delta WHERE number = new.account; END;
+CREATE TRIGGER IF NOT EXISTS delta_fell AFTER UPDATE ON charge WHEN new.delta < old.delta
+    BEGIN UPDATE account SET delta_spent = delta_spent + new.delta - old.delta WHERE number = new.account; END;
+"""
+
 
 class Account(msgspec.Struct, frozen=True):
     """One row of the accounts."""
@@ -64,6 +85,8 @@ class Account(msgspec.Struct, frozen=True):
     alpha: int
     budget: int
     spent: int
+    delta_budget: int
+    delta_spent: int
 
     @property
     def label(self) -> str:
@@ -75,6 +98,36 @@ class Account(msgspec.Struct, frozen=True):
         """In billionths; below zero if more was spent elsewhere than there was."""
         return self.budget - self.spent
 
+    @property
+    def delta_left(self) -> int:
+        """What discoveries may still spend, in units of 10^-18."""
+        return self.delta_budget - self.delta_spent
+
+
+class Statement(msgspec.Struct, frozen=True):
+    """What an account has spent and has left; epsilons all at the policy's `delta`, per patient.
+
+    Attributes:
+        epsilon: the budget.
+        delta: the policy's δ.
+        spent: guarantee of everything charged or reserved so far, composed; at most `epsilon`.
+        left: `epsilon` - `spent`.
+        room: the largest epsilon with which one further Gaussian answer is admitted; composition makes it
+            larger than `left` after many small answers.
+        jobs: how many jobs are charged or running.
+        discovery: the δ that discoveries of keys may spend, beside `delta`.
+        discovered: what of it is spent or reserved.
+    """
+
+    epsilon: float
+    delta: float
+    spent: float
+    left: float
+    room: float
+    jobs: int
+    discovery: float = 0.0
+    discovered: float = 0.0
+
 
 def connect(path: Path) -> sqlite3.Connection:
     """The database at `path`, created if there is none; every commit is on disk before it returns."""
@@ -84,6 +137,14 @@ def connect(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA foreign_keys = ON")
         db.executescript(f"BEGIN IMMEDIATE; {LOG_SCHEMA} {SCHEMA} COMMIT;")
+        for table, column in COLUMNS:
+            if not db.execute(
+                "SELECT 1 FROM pragma_table_info(?) WHERE name = ?", (table, column)
+            ).fetchone():
+                db.execute(
+                    f"ALTER TABLE {table} ADD COLUMN {column} INTEGER NOT NULL DEFAULT 0 CHECK (0 <= {column})"
+                )
+        db.executescript(f"BEGIN IMMEDIATE; {TRIGGERS} COMMIT;")
         return db
 
 
@@ -92,6 +153,28 @@ def check(db: sqlite3.Connection) -> None:
     wrong = db.execute(
         "SELECT 1 FROM account WHERE spent <>"
         " (SELECT coalesce(sum(units), 0) FROM charge WHERE account = number)"
+        " OR delta_spent <> (SELECT coalesce(sum(delta), 0) FROM charge WHERE account = number)"
     ).fetchone()
     if wrong:
         raise unusable("an account is not the sum of its charges")
+
+
+def shrunk(account: Account, epsilon: float, delta: float) -> PolicyError:
+    """A policy signs less than the account has spent."""
+    return PolicyError(
+        f"The budget of {account.label} cannot become epsilon={epsilon:g} at delta={delta:g}.",
+        "More than that is spent already, and what was released cannot be taken back.",
+        "Sign a policy with a larger budget, or close the dataset.",
+        field="epsilon",
+    )
+
+
+def undiscovered(account: Account) -> BudgetError:
+    """A discovery of keys would spend more δ than the account has left."""
+    whose = " of all projects together" if account.project == ALL else ""
+    return BudgetError(
+        f"This would overdraw the discovery_delta{whose} of {account.dataset}, split {account.split}.",
+        f"Of {account.delta_budget / DELTA_UNIT:g}, {account.delta_left / DELTA_UNIT:g} is left.",
+        "Ask with a smaller delta, group by public values, or ask the custodians for a larger discovery_delta.",
+        field="delta",
+    )

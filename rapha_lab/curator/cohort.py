@@ -172,6 +172,10 @@ class View:
         """The columns as a frame, a row a patient, null where not known."""
         return pl.DataFrame([self._of(self.schema.column(name).name).series() for name in columns])
 
+    def points(self) -> Tensor:
+        """A keyed hash of each patient's identifier below 2^32, int64 (n,), whoever else is there."""
+        return self._cohort._points[self._rows]
+
     def present(self) -> Tensor:
         """Who of them has not opted out since, bool (n,): a step of a training leaves the others out."""
         return self._cohort.present[self._rows]

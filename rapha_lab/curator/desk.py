@@ -143,7 +143,15 @@ class Desk:
             return self._release(
                 receipt.job, ask, account.delta, answer, receipt, repeated=receipt.job != caller.job
             )
-        plan = plan_of(ask, tensors, cohort.schema, account.delta, self._noise, self._workers)
+        plan = plan_of(
+            ask,
+            tensors,
+            cohort.schema,
+            account.delta,
+            self._noise,
+            self._workers,
+            account.discovery_delta,
+        )
         if isinstance(ask, messages.Review):
             self._approved(caller, ask, tensors, mode, policy)
         fund(self._ledger, policy, caller.project, ask.dataset, plan.touches)
@@ -429,6 +437,8 @@ def _told(job: str, ask: Ask, delta: float, answer: Answer) -> dict[str, Any]:
     """The release of an answer as the curator knows it: all but the site's name and the receipt."""
     fields = {name: getattr(ask, name) for name in ("dataset", "split", "epsilon")}
     tensors = hashlib.sha256(answer.tensors).hexdigest()
+    if isinstance(ask, messages.Discover):
+        delta += answer.values["discovery_delta"]
     return {"job": job, "op": _op(ask), "delta": delta, "values": answer.values, "tensors": tensors, **fields}
 
 

@@ -124,6 +124,8 @@ def _frame(wanted: set[str], columns: Mapping[str, Values], length: int) -> pl.D
 
 
 def _plain(values: Values) -> pl.Series:
+    if values.text is not None:
+        return values.series()
     kind = {"category": pl.Int64, "boolean": pl.Boolean}.get(values.column.type, pl.Float64)
     series = pl.Series(values.column.name, values.values.double().numpy()).cast(kind)
     known = pl.Series(values.known.numpy())

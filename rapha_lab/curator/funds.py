@@ -24,9 +24,9 @@ def fund(ledger: Ledger, policy: Policy, project: str, dataset: str, splits: Ite
     """
     mine, whole = policy.project(project), policy.dataset(dataset)
     for split in splits:
-        ledger.open_account(project, dataset, split, mine.epsilon, mine.delta)
+        ledger.open_account(project, dataset, split, mine.epsilon, mine.delta, mine.discovery_delta)
         if whole.epsilon is not None:
-            ledger.open_account(ALL, dataset, split, whole.epsilon, whole.delta)
+            ledger.open_account(ALL, dataset, split, whole.epsilon, whole.delta, whole.discovery_delta)
 
 
 def follow(ledger: Ledger, page: Callable[[], Policy], path: str | Path) -> Callable[[], Policy]:

@@ -2,6 +2,7 @@
 
 - An account is (project, dataset, split). Its state is one integer: the Rényi loss spent, in billionths, at
   one order, fixed with the account's first job. A reserved job counts in full. See docs/accounting.md.
+- What discoveries of keys spend of δ is a second integer, moved in the same transactions by the same rules.
 - An account of the project `ALL` caps what all projects of a dataset spend together: every job is charged to both.
 - A job goes reserve → touch, touch, ... → settle or abandon, each one durable transaction (SQLite, WAL,
   synchronous=FULL). `touch` commits before the steps run, so a step that ran is always on the books.
@@ -20,12 +21,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from rapha_lab.curator import accounting
-from rapha_lab.curator.accounting import Gaussian, Loss, decode_loss, encode_loss, units
-from rapha_lab.curator.books import Account, check
+from rapha_lab.curator.accounting import (
+    DELTA_UNIT,
+    Gaussian,
+    Loss,
+    decode_loss,
+    delta_budget,
+    encode_loss,
+    units,
+)
+from rapha_lab.curator.books import ALL, Account, Statement, check, shrunk, undiscovered
 from rapha_lab.curator.books import connect as _open
 from rapha_lab.curator.disk import hold, readable
 from rapha_lab.curator.log import Kind, Log
@@ -35,32 +43,8 @@ from rapha_lab.protocol.quote import Standing
 
 __all__ = ["ALL", "Ledger", "Statement"]
 
-ALL = "*"
-"""Stands for all projects of a dataset together, in the accounts that cap them; no project can have this name."""
-
 PATIENCE = 3600.0
 """Seconds for which a job may hold steps that it does not announce."""
-
-
-class Statement(msgspec.Struct, frozen=True):
-    """What an account has spent and has left; epsilons all at the policy's `delta`, per patient.
-
-    Attributes:
-        epsilon: the budget.
-        delta: the policy's δ.
-        spent: guarantee of everything charged or reserved so far, composed; at most `epsilon`.
-        left: `epsilon` - `spent`.
-        room: the largest epsilon with which one further Gaussian answer is admitted; composition makes it
-            larger than `left` after many small answers.
-        jobs: how many jobs are charged or running.
-    """
-
-    epsilon: float
-    delta: float
-    spent: float
-    left: float
-    room: float
-    jobs: int
 
 
 class Ledger:
@@ -108,8 +92,10 @@ class Ledger:
             self._db.close()
             self._held.close()
 
-    def open_account(self, project: str, dataset: str, split: str, epsilon: float, delta: float) -> None:
-        """Make sure that the account has the budget (epsilon, delta).
+    def open_account(
+        self, project: str, dataset: str, split: str, epsilon: float, delta: float, discovery: float = 0.0
+    ) -> None:
+        """Make sure that the account has the budget (epsilon, delta), and a δ of `discovery` for discovered keys.
 
         A budget may change later; its order may not, once anything is spent. An account of `ALL` that is opened
         later than its projects' is charged what they have spent.
@@ -121,36 +107,49 @@ class Ledger:
         order = accounting.order_for(epsilon, delta)
         with self._transaction() as db:
             old = self._find(project, dataset, split)
-            if old and (old.epsilon, old.delta) == (epsilon, delta):
+            further = delta_budget(discovery)
+            if old and (old.epsilon, old.delta, old.delta_budget) == (epsilon, delta, further):
                 return
             if old and self._used(old):
                 order = accounting.Order(old.alpha, accounting.budget_at(old.alpha, epsilon, delta))
             db.execute(
-                "INSERT INTO account VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, 0)"
+                "INSERT INTO account VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, 0, ?, 0)"
                 " ON CONFLICT (project, dataset, split) DO UPDATE SET epsilon = excluded.epsilon,"
-                " delta = excluded.delta, alpha = excluded.alpha, budget = excluded.budget",
-                (project, dataset, split, epsilon, delta, order.alpha, order.units),
+                " delta = excluded.delta, alpha = excluded.alpha, budget = excluded.budget,"
+                " delta_budget = excluded.delta_budget",
+                (project, dataset, split, epsilon, delta, order.alpha, order.units, further),
             )
             account = self._account(project, dataset, split)
             running = self._catch_up(account) if project == ALL and not old else {}
+            of_delta = {job: delta for job, (_, delta) in running.items() if delta}
             account = self._account(project, dataset, split)
-            if account.left < 0:
-                raise _shrunk(account, epsilon, delta)
+            if account.left < 0 or account.delta_left < 0:
+                raise shrunk(account, epsilon, delta)
             told = {
                 "account": account.label,
                 "alpha": order.alpha,
                 "budget": order.units,
                 "spent": account.spent,
+                "delta_budget": account.delta_budget,
+                "delta_spent": account.delta_spent,
             }
             self.log.append(
-                db, "account", {**told, "epsilon": repr(epsilon), "delta": repr(delta), "running": running}
+                db,
+                "account",
+                {
+                    **told,
+                    "epsilon": repr(epsilon),
+                    "delta": repr(delta),
+                    "running": {job: price for job, (price, _) in running.items()},
+                    **({"delta_running": of_delta} if of_delta else {}),
+                },
             )
 
     def _used(self, account: Account) -> bool:
         row = self._db.execute("SELECT 1 FROM charge WHERE account = ? AND units > 0", (account.number,))
         return row.fetchone() is not None
 
-    def _catch_up(self, account: Account) -> dict[str, int]:
+    def _catch_up(self, account: Account) -> dict[str, tuple[int, int]]:
         """Charge a new account of `ALL` what its projects have spent; gives the charges of the jobs that still run."""
         running = {}
         for job, state, text, touched in self._db.execute(
@@ -159,12 +158,14 @@ class Ledger:
             (account.dataset, account.split),
         ).fetchall():
             loss = decode_loss(text)
-            price = units(loss if state == "reserved" else loss.part(touched), account.alpha)
+            loss = loss if state == "reserved" else loss.part(touched)
+            price, delta = units(loss, account.alpha), loss.delta_units
             if state == "reserved":
-                running[job] = price
-                if self._numbered(account.number).spent + price > account.budget:
-                    raise _shrunk(account, account.epsilon, account.delta)
-            self._db.execute("INSERT INTO charge VALUES (?, ?, ?)", (account.number, job, price))
+                running[job] = price, delta
+                now = self._numbered(account.number)
+                if price > now.left or delta > now.delta_left:
+                    raise shrunk(account, account.epsilon, account.delta)
+            self._db.execute("INSERT INTO charge VALUES (?, ?, ?, ?)", (account.number, job, price, delta))
         return running
 
     def reserve(
@@ -202,6 +203,8 @@ class Ledger:
             for account in accounts:
                 if units(loss, account.alpha) > account.left:
                     raise self._overdrawn(account, accounts, loss)
+                if loss.delta_units > account.delta_left:
+                    raise undiscovered(account)
             self._insert(db, job, "reserved", request, basis, loss, accounts)
             self._record("reserve", job, request=request.hex())
         self._moved[job] = self._clock()
@@ -250,7 +253,9 @@ class Ledger:
         db.execute("INSERT INTO job VALUES (?, ?, ?, ?, ?, ?, NULL, NULL, NULL)", row)
         for account in accounts:
             price = units(loss, account.alpha)
-            db.execute("INSERT INTO charge VALUES (?, ?, ?)", (account.number, job, price))
+            db.execute(
+                "INSERT INTO charge VALUES (?, ?, ?, ?)", (account.number, job, price, loss.delta_units)
+            )
 
     def touch(self, job: str, steps: int) -> None:
         """Journal, durably, that `steps` further steps are about to run; run them only once this returned.
@@ -383,8 +388,9 @@ class Ledger:
             accounts = self._charged_to(project, dataset, [split])
             spent, jobs = self._spent(accounts[0])
         account = accounts[0]
-        room = _largest(Gaussian, accounts)
-        return Statement(account.epsilon, account.delta, spent, account.epsilon - spent, room, jobs)
+        room, left = _largest(Gaussian, accounts), account.epsilon - spent
+        discovery = account.delta_budget / DELTA_UNIT, account.delta_spent / DELTA_UNIT
+        return Statement(account.epsilon, account.delta, spent, left, room, jobs, *discovery)
 
     def quote(self, project: str, dataset: str, split: str, loss: Loss) -> Standing:
         """What `statement` would say after a job of this loss; reserves nothing and logs nothing.
@@ -400,7 +406,11 @@ class Ledger:
             accounts = self._charged_to(project, dataset, [split])
             prices = [units(loss, account.alpha) for account in accounts]
             before = self._spent(accounts[0])[0]
-            fits = all(price <= account.left for price, account in zip(prices, accounts, strict=True))
+            found = all(loss.delta_units <= account.delta_left for account in accounts)
+            fits = found and all(
+                price <= account.left for price, account in zip(prices, accounts, strict=True)
+            )
+            discovery = min(account.delta_left for account in accounts) - loss.delta_units * fits
             spent = self._spent(accounts[0], loss)[0] if fits else before
         return Standing(
             epsilon=accounts[0].epsilon,
@@ -409,7 +419,8 @@ class Ledger:
             spent=spent,
             left=accounts[0].epsilon - spent,
             room=_largest(Gaussian, accounts, prices if fits else None),
-            largest=None if fits else _largest(loss.with_noise, accounts),
+            largest=None if fits else _largest(loss.with_noise, accounts) if found else 0.0,
+            discovery=discovery / DELTA_UNIT,
         )
 
     def record(self, kind: Kind, **fields: object) -> int:
@@ -451,23 +462,25 @@ class Ledger:
 
     def _charge(self, job: str, loss: Loss) -> None:
         """Replace what was reserved for the job by the price of `loss`."""
-        for account, _ in self._charges(job):
-            keys = (units(loss, account.alpha), account.number, job)
-            self._db.execute("UPDATE charge SET units = ? WHERE account = ? AND job = ?", keys)
+        for account, *_ in self._charges(job):
+            keys = (units(loss, account.alpha), loss.delta_units, account.number, job)
+            self._db.execute("UPDATE charge SET units = ?, delta = ? WHERE account = ? AND job = ?", keys)
 
     def _record(self, kind: Kind, job: str, **fields: object) -> int:
         """Log an event of a job with what each of its accounts was charged, and its head after it."""
         heads = {
-            a.label: {"alpha": a.alpha, "charged": paid, "spent": a.spent} for a, paid in self._charges(job)
+            a.label: {"alpha": a.alpha, "charged": paid, "spent": a.spent}
+            | ({"delta_charged": delta, "delta_spent": a.delta_spent} if a.delta_budget else {})
+            for a, paid, delta in self._charges(job)
         }
         (loss,) = self._db.execute("SELECT loss FROM job WHERE name = ?", (job,)).fetchone()
         return self.log.append(self._db, kind, {"job": job, "accounts": heads, "loss": loss, **fields})
 
-    def _charges(self, job: str) -> list[tuple[Account, int]]:
+    def _charges(self, job: str) -> list[tuple[Account, int, int]]:
         rows = self._db.execute(
-            "SELECT account, units FROM charge WHERE job = ? ORDER BY account", (job,)
+            "SELECT account, units, delta FROM charge WHERE job = ? ORDER BY account", (job,)
         ).fetchall()
-        return [(self._numbered(number), price) for number, price in rows]
+        return [(self._numbered(number), price, delta) for number, price, delta in rows]
 
     def _spent(self, account: Account, further: Loss | None = None) -> tuple[float, int]:
         """The account's composed guarantee as an ε, with a `further` loss if given, and how many jobs it paid for."""
@@ -562,15 +575,6 @@ class Ledger:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
-
-
-def _shrunk(account: Account, epsilon: float, delta: float) -> PolicyError:
-    return PolicyError(
-        f"The budget of {account.label} cannot become epsilon={epsilon:g} at delta={delta:g}.",
-        "More than that is spent already, and what was released cannot be taken back.",
-        "Sign a policy with a larger budget, or close the dataset.",
-        field="epsilon",
-    )
 
 
 def _largest(make: Callable[[float], Loss], accounts: list[Account], taken: list[int] | None = None) -> float:

@@ -12,6 +12,7 @@ from rapha_lab.curator.mechanisms import (
     Progress,
     aggregate,
     concordance,
+    discover,
     evaluate,
     review,
     shards,
@@ -38,19 +39,25 @@ def plan_of(
     delta: float,
     noise: Noise,
     workers: Workers | None = None,
+    discovery: float = 0.0,
 ) -> Plan:
     """What answering `ask` would do and cost; no record is touched.
 
     Args:
+        delta, discovery: the policy's δ, and its δ for discovered keys.
         schema: what is public of the patients asked about, derived columns included.
 
     Raises:
         RequestError, ProgramError: naming the field at fault and the fix.
         RefusedError: a function on shards is asked where there are no workers for it.
+        PolicyError: keys are asked for where the policy lets none be discovered.
     """
     if not isinstance(ask, Ask):
         raise RequestError("A loop is opened, stepped and closed.", "It is no single question.", field="op")
-    plan = _plan(ask, tensors, schema, delta, noise, workers)
+    if isinstance(ask, messages.Discover):
+        plan = discover.plan(ask, schema, delta, discovery)
+    else:
+        plan = _plan(ask, tensors, schema, delta, noise, workers)
 
     def run(view: View, progress: Progress) -> Answer:
         answer = plan.run(view, progress)

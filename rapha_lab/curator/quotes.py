@@ -18,11 +18,11 @@ from scipy.special import logit, ndtr, ndtri
 from rapha_lab.curator.accounting import Gaussian, Loss, noise_for
 from rapha_lab.curator.desk import Caller, permit
 from rapha_lab.curator.ledger import Ledger
-from rapha_lab.curator.mechanisms import aggregate, evaluate, metrics, shards, train
+from rapha_lab.curator.mechanisms import aggregate, discover, evaluate, metrics, shards, train
 from rapha_lab.curator.mechanisms.question import touched
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.expression import extended
-from rapha_lab.protocol.messages import Aggregate, Open, Question, malformed
+from rapha_lab.protocol.messages import Aggregate, Discover, Open, Question, malformed
 from rapha_lab.protocol.policy import Policy, Project
 from rapha_lab.protocol.quote import Inquiries, Inquiry, Quote
 from rapha_lab.protocol.schema import Schema
@@ -72,7 +72,10 @@ def quote(asked: Inquiry, project: Project, schema: Schema, ledger: Ledger) -> Q
         asked = msgspec.structs.replace(asked, epsilon=_epsilon_for(asked, assumed, project.delta))
     assert asked.epsilon is not None
     project.within_size(asked)
-    loss, told = _KINDS.get(asked.kind, _aggregate)(asked, asked.epsilon, assumed, project.delta)
+    if asked.kind == "discover":
+        loss, told = _discover(asked, asked.epsilon, assumed, project)
+    else:
+        loss, told = _KINDS.get(asked.kind, _aggregate)(asked, asked.epsilon, assumed, project.delta)
     accounts = {split: ledger.quote(project.name, schema.name, split, loss) for split in touched(asked.split)}
     return Quote(
         kind=asked.kind,
@@ -88,18 +91,27 @@ def quote(asked: Inquiry, project: Project, schema: Schema, ledger: Ledger) -> Q
 
 
 def _aggregate(asked: Inquiry, epsilon: float, schema: Schema, delta: float) -> tuple[Loss, dict[str, Any]]:
-    ask = _ask(asked, epsilon, schema)
+    ask: Aggregate = _ask(asked, epsilon, schema, Question)
     schema = extended(schema, ask.derive, ask.where)
     loss = aggregate.price(ask, schema, delta)[1]
     return loss, {"noise": loss.noise, **aggregate.expect(ask, schema, loss.noise)}
 
 
-def _ask(asked: Inquiry, epsilon: float, schema: Schema) -> Aggregate:
+def _discover(
+    asked: Inquiry, epsilon: float, schema: Schema, project: Project
+) -> tuple[Loss, dict[str, Any]]:
+    ask: Discover = _ask(asked, epsilon, schema, Discover)
+    schema = extended(schema, ask.derive, ask.where)
+    loss = discover.price(ask, schema, project.delta, project.discovery_delta)
+    return loss, discover.expect(ask, loss)
+
+
+def _ask(asked: Inquiry, epsilon: float, schema: Schema, kind: Any) -> Any:
     """The request that the question would be."""
     given = {name: value for name in ("column", "bins") if (value := getattr(asked, name)) is not None}
     common = {"op": asked.kind, "dataset": schema.name, "split": asked.split, "epsilon": epsilon}
     try:
-        return msgspec.convert({**given, **asked.fields, **common}, Question)
+        return msgspec.convert({**given, **asked.fields, **common}, kind)
     except msgspec.ValidationError as error:
         raise malformed(error) from None
 
@@ -209,9 +221,11 @@ def _epsilon_for(asked: Inquiry, schema: Schema, delta: float) -> float:
         raise _wrong("error", "A training has no standard error.", "Say epsilon=2, for instance.")
     if asked.kind == "shards":
         raise _wrong("error", "A function on shards is quoted by its ε.", "Say epsilon=1, for instance.")
+    if asked.kind == "discover":
+        raise _wrong("error", "A discovery of keys is quoted by its ε.", "Say epsilon=0.5, for instance.")
     if asked.kind == "evaluate":
         return _epsilon_for_metric(asked, wished, schema)
-    ask = _ask(asked, 1.0, schema)
+    ask = _ask(asked, 1.0, schema, Question)
     return aggregate.epsilon_for(ask, extended(schema, ask.derive, ask.where), delta, wished)
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "Correlation",
     "Count",
     "Describe",
+    "Discover",
     "Evaluate",
     "Fit",
     "Gradient",
@@ -184,6 +185,23 @@ class Rows(Aggregate, frozen=True, tag="rows"):
     cap: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
 
 
+class Discover(Ask, frozen=True, tag="discover"):
+    """Distinct patients by the keys found in a text column of a table's rows, where enough patients have them.
+
+    Attributes:
+        column: a text column of the table, such as one of diagnosis codes.
+        keys: for how many of their keys one patient counts at most.
+        delta: what it spends of the policy's `discovery_delta`, a tenth of it if not given.
+        rows: which rows are meant.
+    """
+
+    table: Name
+    column: Name
+    keys: Annotated[int, Meta(ge=1, le=100)] = 1
+    delta: Annotated[float, Meta(ge=1e-15, lt=0.1)] | None = None
+    rows: Expression | None = None
+
+
 class Optimizer(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """An update rule by name with its public settings; it only ever sees private gradients."""
 
@@ -306,7 +324,7 @@ class Review(Ask, kw_only=True, frozen=True, tag="review"):
     seconds: Annotated[float, Meta(gt=0.0, le=60.0)] = 10.0
 
 
-ASKS = Question | Fit | Open | Gradient | Close | Evaluate | Shards | Review | Price
+ASKS = Question | Discover | Fit | Open | Gradient | Close | Evaluate | Shards | Review | Price
 _decoder = msgspec.json.Decoder(ASKS)
 
 

@@ -45,6 +45,7 @@ Release = Literal["auto", "one custodian", "two custodians"]
 LaneName = Literal["aggregate", "train", "evaluate", "shards", "review"]
 Epsilon = Annotated[float, Meta(gt=0.0, le=1000.0)]
 Delta = Annotated[float, Meta(gt=0.0, lt=0.1)]
+Discovery = Annotated[float, Meta(ge=0.0, lt=0.1)]
 Count = Annotated[int, Meta(ge=1, le=10**12)]
 
 _UNSEEN = ("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp")  # a lawyer must see every character that counts
@@ -69,7 +70,8 @@ class Custodian(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A dataset, the releases of the enclave that may open it, and the weakest sandbox beside it.
 
-    `epsilon`, if there is one, caps what all projects together may learn of a patient, at `delta`.
+    `epsilon`, if there is one, caps what all projects together may learn of a patient, at `delta`; and
+    `discovery_delta` what of δ they may together spend besides on keys discovered in the records.
     """
 
     name: Name
@@ -77,6 +79,7 @@ class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     sandbox: Literal["S1", "S2", "S3"] = "S3"
     epsilon: Epsilon | None = None
     delta: Delta
+    discovery_delta: Discovery = 0.0
 
 
 class Lane(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -95,13 +98,17 @@ class Sized(Protocol):
 
 
 class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Who may ask, of what, how much: `epsilon` and `delta` are per patient, for the whole project."""
+    """Who may ask, of what, how much: `epsilon` and `delta` are per patient, for the whole project.
+
+    `discovery_delta` is added to `delta` if the project discovers keys, such as codes, in the records.
+    """
 
     name: Name
     researchers: list[str]
     datasets: Annotated[list[Name], Meta(min_length=1)]
     epsilon: Epsilon
     delta: Delta
+    discovery_delta: Discovery = 0.0
     largest_model: Count
     smallest_cohort: Count
     metrics: list[Name] = []
@@ -344,6 +351,10 @@ def _consistent(page: _Page) -> None:
     if page.policy.quorum > len(keys):
         _wrong(f"asks for {page.policy.quorum} signatures of {len(keys)} custodians")
     deltas = {d.name: d.delta for d in page.datasets}
+    caps = {d.name: d.discovery_delta for d in page.datasets if d.epsilon is not None}
+    for d in page.datasets:
+        if d.discovery_delta and d.epsilon is None:
+            _wrong(f"caps the discovery_delta of dataset {d.name!r}, but not its epsilon")
     for p in page.projects:
         for name in p.datasets:
             if name not in deltas:
@@ -354,6 +365,8 @@ def _consistent(page: _Page) -> None:
                 )
             if p.delta > deltas[name]:
                 _wrong(f"gives project {p.name!r} a larger delta than its dataset {name!r}")
+            if p.discovery_delta > caps.get(name, p.discovery_delta):
+                _wrong(f"gives project {p.name!r} a larger discovery_delta than its dataset {name!r}")
 
 
 def _wrong(why: str) -> NoReturn:

@@ -17,7 +17,7 @@ __all__ = ["Inquiries", "Inquiry", "Kind", "Quote", "Standing"]
 
 Kind = Literal[
     "count", "sum", "mean", "variance", "histogram", "quantiles", "correlation", "survival", "missing", "describe",
-    "rows", "fit", "evaluate", "shards",
+    "rows", "discover", "fit", "evaluate", "shards",
 ]  # fmt: skip
 
 
@@ -70,6 +70,7 @@ class Standing(msgspec.Struct, kw_only=True, frozen=True):
         fits: whether the request would be admitted now.
         spent, left, room: what the statement would say after it; what it says now, if it does not fit.
         largest: if it does not fit, the largest ε with which the same request would, 0 if none.
+        discovery: the δ that would be left for discovered keys.
     """
 
     epsilon: float
@@ -79,6 +80,7 @@ class Standing(msgspec.Struct, kw_only=True, frozen=True):
     left: float
     room: float
     largest: float | None = None
+    discovery: float = 0.0
 
 
 class Quote(msgspec.Struct, kw_only=True, frozen=True):

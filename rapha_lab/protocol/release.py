@@ -112,6 +112,7 @@ class Release(msgspec.Struct, kw_only=True):
             "missing": "Not known",
             "description": "Patients described",
             "rows": f"{of.get(told.get('of', ''), 'Rows')} in {told.get('table')}{by}{among}",
+            "discovered": f"Patients{by} in {told.get('table')}{among}",
             "evaluation": f"How well {told.get('target', 'the target')} is predicted on {self.split}",
             "shards": f"{told.get('function', '')} of patients, averaged over {told.get('shards')} shards",
             "fit": f"Trained on {self.split}: {told.get('steps')} private steps",

@@ -166,6 +166,7 @@ def _points(axes: Axes, release: Release) -> bool:
 _KINDS: dict[str, Callable[[Axes, Release], bool]] = {
     "histogram": _histogram,
     "counts": _counts,
+    "discovered": _counts,
     "rows": lambda axes, release: _bars(axes, release.rows, release.values["unit"]),
     "sum": lambda axes, release: _bars(axes, release.rows, release.values["unit"]),
     "missing": lambda axes, release: _bars(axes, release.rows, "% of patients"),

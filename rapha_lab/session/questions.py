@@ -259,7 +259,11 @@ class Questions:
         return [self._named(name) for name in ([columns] if isinstance(columns, str) else columns)]
 
     def _answer(
-        self, kind: type[messages.Aggregate], epsilon: float | None, error: float | None, **fields: Any
+        self,
+        kind: type[messages.Aggregate | messages.Discover],
+        epsilon: float | None,
+        error: float | None,
+        **fields: Any,
     ) -> Release:
         if error is None:
             return self._release(made(kind, **fields, **self._common(epsilon)))
@@ -394,6 +398,19 @@ class Table:
     def mean(self, column: str, **options: Any) -> Release:
         """The mean of a column over rows, so that a patient with more of them weighs more."""
         return self._ask("mean", column=column, **options)
+
+    def discover(
+        self, column: str, *, keys: int = 1, delta: float | None = None, epsilon: float | None = None
+    ) -> Release:
+        """How many distinct patients have each key of a text column, such as a code, of those that enough of them have.
+
+        Args:
+            keys: for how many keys one patient counts at most; the noise grows with its root.
+            delta: what it spends of the policy's `discovery_delta`; a tenth of it if not given.
+        """
+        delta = None if delta is None else positive("delta", delta)
+        fields = {"table": self.name, "column": column, "rows": self.rows, "keys": keys, "delta": delta}
+        return self._patients._answer(messages.Discover, epsilon, None, **fields)
 
     def _ask(
         self,

@@ -197,8 +197,10 @@ class TestTheFileItself:
             "DELETE FROM entry",
             "UPDATE subtree SET hash = x'00'",
             "UPDATE account SET spent = -1",
-            "INSERT INTO charge SELECT 1, 'done', 0",
-            "INSERT INTO charge SELECT 2, 'done', -5",
+            "UPDATE account SET delta_spent = -1",
+            "UPDATE charge SET delta = delta + 1",
+            "INSERT INTO charge SELECT 1, 'done', 0, 0",
+            "INSERT INTO charge SELECT 2, 'done', -5, 0",
         ],
     )
     def test_a_statement_that_would_lower_the_books_fails(self, busy, wrong):

@@ -346,10 +346,44 @@ class TestPage:
             ("train = {}", "train = {}\nreview = {}", "+"),
             (ME, str(fixed(9).public), "+-"),
             ("Ada Lim", "Eve Ray", "~"),
+            ("delta = 1e-6", "delta = 1e-6\ndiscovery_delta = 1e-7", "+"),
         ):
             lines = diff(policy, edited(old, new))
             assert {line[0] for line in lines} == set(sign), (old, new, lines)
         assert diff(policy, policy) == []
+
+
+class TestDiscoveryDelta:
+    """A further δ for keys discovered in records is signed like any budget, and is none unless it is written."""
+
+    WRITTEN = ("delta = 1e-6", "delta = 1e-6\ndiscovery_delta = 1e-7")
+
+    def test_it_is_none_by_default_and_said_where_it_is_some(self, policy: Policy) -> None:
+        """In the sentences that custodians read before they sign."""
+        assert policy.project("risk").discovery_delta == 0.0
+        assert "discovered" not in plain_english(policy)
+        assert "delta 1e-06 and a further delta of 1e-07 for keys" in plain_english(edited(*self.WRITTEN))
+
+    def test_old_signatures_do_not_hold_for_it(self) -> None:
+        """Whoever adds it needs the quorum anew."""
+        with pytest.raises(PolicyError, match="not in force"):
+            Signed(PAGE.replace(*self.WRITTEN), SIGNATURES).check(NOW)
+
+    @pytest.mark.parametrize("wrong", ["-1e-7", "nan", "inf", "0.1", '"1e-7"'])
+    def test_no_other_number_is_one(self, wrong: str) -> None:
+        """The error names the field."""
+        with pytest.raises(RequestError, match="discovery_delta"):
+            edited(self.WRITTEN[0], f"delta = 1e-6\ndiscovery_delta = {wrong}")
+
+    def test_a_capped_dataset_caps_it(self) -> None:
+        """A project cannot have more of it than its dataset has; a dataset without a cap cannot cap this alone."""
+        mine = PAGE.replace(*self.WRITTEN)
+        capped = mine.replace("delta = 1e-5", "delta = 1e-5\nepsilon = 9.0")
+        with pytest.raises(RequestError, match="larger discovery_delta"):
+            Policy.parse(capped)
+        Policy.parse(capped.replace("epsilon = 9.0", "epsilon = 9.0\ndiscovery_delta = 1e-7"))
+        with pytest.raises(RequestError, match="not its epsilon"):
+            Policy.parse(PAGE.replace("delta = 1e-5", "delta = 1e-5\ndiscovery_delta = 1e-7"))
 
 
 class TestMutants:
