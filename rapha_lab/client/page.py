@@ -107,10 +107,16 @@ def _table(rows: list[tuple[Any, ...]], head: tuple[str, ...] = (), raw: int = -
     """Rows as a table; the cell numbered `raw` is our own markup."""
     top = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>" if head else ""
     lines = (
-        "".join(f"<td>{cell if n == raw else escape(str(cell))}</td>" for n, cell in enumerate(row))
+        "".join(f"<td>{cell if n == raw else escape(_plain(cell))}</td>" for n, cell in enumerate(row))
         for row in rows
     )
     return f"<table>{top}{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _plain(cell: Any) -> str:
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    return " ".join(map(str, cell)) if isinstance(cell, list) else str(cell)
 
 
 def _evaluation(each: dict[str, Any]) -> str:
@@ -138,7 +144,7 @@ def _errors(axes: Any, figures: list[dict[str, Any]]) -> None:
     below = [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]
     above = [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)]
     axes.errorbar(values, range(len(figures)), xerr=[below, above], fmt="o", color="#2f7d6d", capsize=3)
-    axes.set_yticks(range(len(figures)), [f["name"] for f in figures])
+    axes.set_yticks(range(len(figures)), [f["name"] for f in figures], parse_math=False)
     axes.set_xlabel("value with 95 % interval")
     axes.invert_yaxis()
 
