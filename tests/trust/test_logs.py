@@ -22,7 +22,7 @@ from rapha_lab.client.bundles import prove
 from rapha_lab.client.logs import cosign_bundle, verify
 from rapha_lab.client.proofs import open_proof, write_proof
 from rapha_lab.client.witness import cosign, cosigned_at, verifier_key, witness_name
-from rapha_lab.curator.accounting import Gaussian
+from rapha_lab.curator.accounting import Gaussian, Thresholded
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.protocol.builds import KIND, Build
 from rapha_lab.protocol.checkpoint import Checkpoint, root_of, sign_checkpoint
@@ -255,6 +255,24 @@ class TestTampered:
         path = write(tmp_path / "books.jsonl", signed(bodies), head(bodies))
         with pytest.raises(LogError, match=f"Entry {at} is the first .* does not add up"):
             verify(path, PUBLIC)
+
+    @pytest.mark.parametrize("told", ["delta_charged", "delta_spent"])
+    def test_the_delta_of_discovered_keys_has_to_add_up_too(self, tmp_path: Path, told: str) -> None:
+        """An honest ledger's does; one that says less of it is named."""
+        ledger = Ledger(tmp_path / "ledger.sqlite", KEY, origin="ward")
+        ledger.open_account("p", "d", "train", 3.0, 1e-5, 1e-6)
+        ledger.reserve("keys", "p", "d", ["train"], Thresholded(20.0, 10**11), bytes(32))
+        ledger.touch("keys", 1)
+        ledger.settle("keys", b"release")
+        bodies = [body for body, _ in ledger.log.signed(0, 10)]
+        ledger.close()
+        audit = verify(write(tmp_path / "honest.jsonl", signed(bodies), head(bodies)), PUBLIC)
+        assert audit.accounts["p/d/train"]["delta_spent"] == 10**11
+        entry = json.loads(bodies[-1])
+        entry["accounts"]["p/d/train"][told] = 1
+        bodies[-1] = json.dumps(entry).encode()
+        with pytest.raises(LogError, match="does not add up"):
+            verify(write(tmp_path / "books.jsonl", signed(bodies), head(bodies)), PUBLIC)
 
     def test_mutant_without_entry_signatures_only_the_last_entry_is_suspected(
         self, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
