@@ -219,12 +219,29 @@ def _opt_out(args: argparse.Namespace) -> None:
 
     people = args.patients or [line.strip() for line in sys.stdin if line.strip()]
     key = PrivateKey.load(args.key, _passphrase("Your passphrase: "))
+    _hold_opt_out(args, str(key.public))
     path, salt = _opt_outs_of(args.config)
     sets = (people, []) if args.act == "add" else ([], people)
     version = add(path, args.dataset, key, salt, *sets)
     print(
         f"Version {version.number} of {args.dataset}: {len(people)} patient(s) {args.act}ed, from the next step on."
     )
+
+
+def _hold_opt_out(args: argparse.Namespace, key: str) -> None:
+    """Refuse a list that would apply to nothing, or that would close the dataset."""
+    from rapha_lab.enclave.site import Config
+    from rapha_lab.protocol.policy import Policy
+    from rapha_lab.protocol.schema import Schema
+
+    config = Config.load(args.config)
+    served = [Schema.load(Path(each.schema)).name for each in config.datasets]
+    if args.dataset not in served:
+        what = f"The site serves no dataset {args.dataset!r}, so that nobody was opted out."
+        raise RequestError(what, f"It serves {', '.join(served)}.", "Name one of them.", field="dataset")
+    if key not in {each.key for each in Policy.parse(Path(config.policy).read_text()).custodians}:
+        what = f"{args.key} is the key of none of the policy's custodians."
+        raise RequestError(what, "Its list would close the dataset.", "Use a custodian's key.", field="key")
 
 
 def _list_opt_outs(args: argparse.Namespace) -> None:
@@ -277,7 +294,10 @@ def _review(args: argparse.Namespace) -> None:
     site = connect(args.site, key=key, allow_simulated=args.allow_simulated, measurements=args.measurement)
     custodian = Custodian(site, key)
     if args.act == "list":
-        for told in custodian.waiting():
+        waiting = custodian.waiting()
+        if not waiting:
+            print("Nothing waits.")
+        for told in waiting:
             about = f"{told['kind']} of {told['project']} on {told['dataset']}, lane {told['lane']}"
             print(f"{told['subject'][:16]}  {about}: {told['missing']} of {told['mode']} to approve")
     elif args.act == "show":
@@ -529,10 +549,25 @@ def _state(args: argparse.Namespace) -> None:
     policy = Policy.parse(args.policy.read_text())
     print(plain_english(policy))
     key = PrivateKey.load(args.key, _passphrase("Your passphrase: "))
+    custodian = str(key.public) in {each.key for each in policy.custodians}
+    if args.act != "sign" and not custodian:
+        what = f"{args.key} is the key of none of this page's custodians."
+        raise RequestError(what, f"Its {args.act} would not count.", "Use a custodian's key.", field="key")
+    subjects = {name for each in policy.projects for name in (each.name, *each.researchers)}
+    if args.act == "revoke" and args.subject not in subjects:
+        what = f"The page names no project and no researcher {args.subject!r}, so that nothing was revoked."
+        raise RequestError(
+            what, f"It names {', '.join(sorted(subjects))}.", "Give one of them.", field="subject"
+        )
     said = state(args.act, policy, key, args.subject, args.reason)
     with Path(f"{args.policy}.signatures").open("ab") as file:
         file.write(msgspec.json.encode(said) + b"\n")
     print(f"Written to {args.policy}.signatures: {args.act}, by {key.public}.")
+    if not custodian:
+        print(
+            "It is the key of none of this page's custodians: it counts only if it is one of the page before."
+        )
+    print(f"What is missing, if anything: rapha-lab policy check {args.policy}")
 
 
 def _spend(args: argparse.Namespace) -> None:

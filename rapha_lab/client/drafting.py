@@ -15,6 +15,8 @@ from rapha_lab.protocol.policy import LaneName, Policy
 __all__ = ["QUESTIONS", "Draft", "ask"]
 
 LANES = get_args(LaneName)
+RELEASES = ("auto", "one custodian", "two custodians")
+SEMICOLONS = "Separate them with semicolons."
 
 
 @dataclass
@@ -51,6 +53,11 @@ class Draft:
         """
         people = [_split(person, 3, "custodians", "Name, role, key") for person in _items(self.custodians)]
         datasets = [(*(part.strip() for part in text.split(",")), "")[:2] for text in _items(self.datasets)]
+        for name, _ in datasets:
+            if "sha256:" in name:
+                raise RequestError(
+                    f"{name!r} is no dataset.", "", "Put a comma before its measurement.", field="datasets"
+                )
         if not people or not datasets:
             raise _missing("custodians" if not people else "datasets")
         lines = [
@@ -99,7 +106,13 @@ class Draft:
     def _lane(text: str) -> str:
         name, _, mode = (part.strip() for part in text.partition("="))
         if name not in LANES:
-            raise RequestError(f"{name!r} is no lane.", f"There are {', '.join(LANES)}.", field="lanes")
+            raise RequestError(
+                f"{name!r} is no lane.", f"There are {', '.join(LANES)}.", SEMICOLONS, field="lanes"
+            )
+        if mode not in ("", *RELEASES):
+            raise RequestError(
+                f"{mode!r} is no release.", f"There are {', '.join(RELEASES)}.", SEMICOLONS, field="lanes"
+            )
         return f'lanes.{name}.release = "{mode or "one custodian"}"'
 
 
@@ -109,15 +122,16 @@ QUESTIONS = {
     "expires": "Until which day is it in force?",
     "custodians": "Who are the custodians? Name, role, public key; the next one after a semicolon",
     "quorum": "How many of them must sign? All, if you say nothing",
-    "datasets": "Which datasets? Name, and the measurement of the enclave that may open it",
+    "datasets": "Which datasets? Name, comma, measurement of the enclave that may open it; the next one after a semicolon",
     "project": "What is the project called?",
-    "researchers": "Public keys of its researchers",
+    "researchers": "Public keys of its researchers; semicolons between them",
     "epsilon": "Privacy budget epsilon, per patient, for the whole project",
     "delta": "And its delta; well below one over the number of patients",
     "smallest_cohort": "The fewest patients that may be asked about",
     "largest_model": "The largest model, in parameters",
-    "lanes": f"Which lanes, of {', '.join(LANES)}? Each by one custodian's release unless you add = auto or = two custodians",
-    "metrics": "Which metrics may leave?",
+    "lanes": f"Which lanes, of {', '.join(LANES)}? Each by one custodian's release unless you add "
+    "= auto or = two custodians; semicolons between them",
+    "metrics": "Which metrics may leave? Semicolons between them",
 }
 
 

@@ -40,6 +40,13 @@ class Findings:
     strangers: int = 0
     unreadable: int = 0
 
+    def __str__(self) -> str:
+        words = {
+            "clamped": "outside the bounds", "unlisted": "in no category", "missing": "missing though it says never",
+            "beyond": "rows beyond the most that count", "strangers": "rows of nobody here", "unreadable": "files unreadable",
+        }  # fmt: skip
+        return ", ".join(f"{count:,} {words[name]}" for name, count in vars(self).items() if count)
+
 
 @dataclass(frozen=True)
 class Values:

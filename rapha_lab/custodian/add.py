@@ -121,7 +121,7 @@ def _patient(asker: Asker, found: Found, key: str, *, unique: bool, default: str
         names = identifiers(given, found.column(given))
         if unique and names.n_unique() < len(names):
             what = f"The column {given} does not identify patients: some occur in more than one row."
-            instead = "Choose another column, or add it as a table with many rows a patient."
+            instead = "Choose another column. If it has many rows a patient, stop (Ctrl-C) and choose another table first."
             raise RequestError(what, "", instead, field=key)
 
     default = default if default in found.columns else next(iter(found.columns))

@@ -39,19 +39,10 @@ def report(path: Path, folder: Path, rows: int = 5) -> str:
     view = cohort.view("all")
     page = [f"FOR CUSTODIANS ALONE. {schema.name}: {len(view):,} patients, {len(schema.columns)} columns."]
     page += [f"  SHA-256 of the records: {cohort.digest.hex()}"]
-    page += [f"  {name}: {told}" for name, found in cohort.findings.items() if (told := _words(found))]
+    page += [f"  {name}: {told}" for name, found in cohort.findings.items() if (told := str(found))]
     with pl.Config(tbl_rows=rows, tbl_cols=20, tbl_hide_dataframe_shape=True):
         page.append(str(view.frame([column.name for column in schema.columns]).head(rows)))
         for table in schema.tables:
             whole = view.table(table.name)
             page += [f"{table.name}: {len(whole):,} rows that count", str(whole.head(rows))]
     return "\n".join(page)
-
-
-def _words(found: object) -> str:
-    told = {name: getattr(found, name) for name in getattr(found, "__dataclass_fields__", {})}
-    words = {
-        "clamped": "outside the bounds", "unlisted": "in no category", "missing": "missing though it says never",
-        "beyond": "rows beyond the most that count", "strangers": "rows of nobody here", "unreadable": "files unreadable",
-    }  # fmt: skip
-    return ", ".join(f"{count:,} {words[name]}" for name, count in told.items() if count)

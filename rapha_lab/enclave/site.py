@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import os
+import socket
 import ssl
 import tomllib
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from rapha_lab.enclave.sandbox import Zygote
 from rapha_lab.enclave.shards import CORES, ShardWorkers
 from rapha_lab.protocol.builds import Build
 from rapha_lab.protocol.checkpoint import Inclusion
-from rapha_lab.protocol.errors import PolicyError, RaphaError, RequestError
+from rapha_lab.protocol.errors import PolicyError, RaphaError, RequestError, SiteError
 from rapha_lab.protocol.evidence import Binding, Endorsements, Evidence, key_hash
 from rapha_lab.protocol.keys import PrivateKey
 from rapha_lab.protocol.policy import Policy, Signed
@@ -95,6 +96,11 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
         except (ValueError, msgspec.ValidationError) as error:
             what = f"The site's configuration is malformed: {error}."
             raise RequestError(what, f"It is {path}.", "Write it as docs/hospital.md says.") from None
+        host, _, port = config.listen.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            what = f"listen = {config.listen!r} is no address and port."
+            instead = 'Write listen = "127.0.0.1:8470"; "0.0.0.0:8470" answers everybody.'
+            raise RequestError(what, f"It is in {path}.", instead, field="listen")
         base = path.parent.resolve()
         config.state, config.policy = str(base / config.state), str(base / config.policy)
         for name in ("release", "endorsements", "tls_certificate", "tls_key"):
@@ -356,8 +362,23 @@ def serve(
         site.gateway.app(), host=host, port=int(port), log_level="warning", server_header=False,
         ssl_certfile=told.tls_certificate if told.tls_key else None, ssl_keyfile=told.tls_key or None,
     )  # fmt: skip
-    _Server(config, ready, stop, site.end_revoked).run()
-    site.close()
+    try:
+        _Server(config, ready, stop, site.end_revoked).run(sockets=[_bound(host, int(port))])
+    finally:
+        site.close()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    host = host.strip("[]")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise SiteError(
+            f"The site cannot listen on {host}:{port}.",
+            f"{error.strerror}.",
+            "Stop what answers there, or set another `listen` in its configuration.",
+        ) from None
 
 
 class _Server(uvicorn.Server):

@@ -116,7 +116,9 @@ class PrivateKey:
         """
         if len(passphrase) < 10:
             _refuse(
-                "The passphrase is too short.", "A stolen file is guessed at for ever.", "Use 10 letters."
+                "The passphrase is too short.",
+                "A stolen file is guessed at for ever.",
+                "Use 10 characters or more.",
             )
         salt = os.urandom(16)
         lock = pem.BestAvailableEncryption(_stretch(passphrase, salt))

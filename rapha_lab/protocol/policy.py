@@ -291,7 +291,7 @@ class Signed:
             lines = beside.read_bytes().splitlines() if beside.exists() else []
             return cls(text, tuple(Statement.decode(line) for line in lines))
         except OSError as error:
-            _refuse(f"There is no policy at {path}.", str(error.strerror))
+            _refuse(f"There is no policy at {path}.", f"{error.strerror}.", "Give its path.")
         except UnicodeDecodeError:
             _wrong("cannot be read: it is not in UTF-8")
 
@@ -320,7 +320,8 @@ class Signed:
         held = [s for s in self.statements if s.key in names and s.holds()]
         ours = [s for s in held if s.policy == policy.hash.hex()]
         for veto in (s for s in ours if s.act == "veto"):
-            _refuse(f"{names[veto.key]} vetoed the policy.", veto.reason, "Sign a version that they accept.")
+            why = f"The reason: {veto.reason.rstrip('.')}." if veto.reason else ""
+            _refuse(f"{names[veto.key]} vetoed the policy.", why, "Sign a version that they accept.")
         signed = {s.key for s in ours if s.act == "sign"}
         if len(signed) < judges.head.quorum:
             missing = ", ".join(names[key] for key in names if key not in signed)

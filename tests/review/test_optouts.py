@@ -177,6 +177,14 @@ def test_a_site_applies_a_list_at_once_and_names_it_in_the_receipt(
     job = shared.connect().run(ask, "ward", session="opt-outs")
     clinic.until(job, "waiting")
     monkeypatch.setattr("sys.stdin", io.StringIO("w00011\nw00012\n"))
+    shared.researcher.save(tmp_path / "researcher", "a long passphrase")
+    for dataset, who, told in (
+        ("wrad", "officer", "no dataset 'wrad'"),
+        ("ward", "researcher", "none of the policy's custodians"),
+    ):
+        assert main(["optout", "add", str(config), dataset, "w00011", "--key", str(tmp_path / who)]) == 1
+        assert told in capsys.readouterr().err
+    assert versions(shared.folder / "state" / "opt-outs") == []
     assert main(["optout", "add", str(config), "ward", "--key", str(tmp_path / "officer")]) == 0
     assert "2 patient(s) added" in capsys.readouterr().out
     again = ask.replace("1)", "2)")  # another question: the same one would have the same answer today

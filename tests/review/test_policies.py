@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import clinic
@@ -18,7 +19,8 @@ from rapha_lab.client.drafting import Draft
 from rapha_lab.client.policies import diff
 from rapha_lab.curator.inforce import InForce
 from rapha_lab.curator.ledger import Ledger
-from rapha_lab.protocol.errors import PolicyError, RaphaError, RequestError
+from rapha_lab.enclave.site import Config, _bound
+from rapha_lab.protocol.errors import PolicyError, RaphaError, RequestError, SiteError
 from rapha_lab.protocol.keys import PrivateKey
 from rapha_lab.protocol.policy import Policy, Signed, state
 
@@ -209,6 +211,16 @@ class TestCommands:
         assert "Missing: B. Officer (DPO)" in capsys.readouterr().err
         assert main(["policy", "sign", str(page), "--key", str(tmp_path / "officer")]) == 0
         assert main(["policy", "check", str(page)]) == 0
+        RESEARCHER.save(tmp_path / "stranger", os.environ["RAPHA_LAB_PASSPHRASE"])
+        capsys.readouterr()
+        for act, who, told in (
+            (["veto", str(page), "--reason", "no"], "stranger", "none of this page's custodians"),
+            (["revoke", str(page), "mortalty"], "guardian", "It names ed25519:"),
+        ):
+            before = Path(f"{page}.signatures").read_bytes()
+            assert main(["policy", *act, "--key", str(tmp_path / who)]) == 1
+            assert told in capsys.readouterr().err
+            assert Path(f"{page}.signatures").read_bytes() == before
         richer = page.read_text().replace("version = 1", "version = 2").replace("epsilon = 3", "epsilon = 5")
         (tmp_path / "next.toml").write_text(richer + 'lanes.review.release = "two custodians"\n')
         capsys.readouterr()
@@ -218,6 +230,21 @@ class TestCommands:
             "+ Project mortality opens the lane review: two custodians release it.",
             "+ Project mortality may spend epsilon 5 per patient, not 3.",
         ]
+
+    @pytest.mark.parametrize("listen", ["8470", ":8470", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:70000"])
+    def test_a_site_that_would_listen_elsewhere_is_refused(self, tmp_path: Path, listen: str) -> None:
+        """A port alone is not every interface."""
+        config = tmp_path / "site.toml"
+        config.write_text(f'name = "a"\nstate = "s"\npolicy = "p"\nlisten = "{listen}"\ndatasets = []\n')
+        with pytest.raises(RequestError, match="no address and port") as refused:
+            Config.load(config)
+        assert refused.value.field == "listen"
+
+    def test_an_address_in_use_is_named(self) -> None:
+        """With what to set."""
+        taken = socket.create_server(("127.0.0.1", 0))
+        with taken, pytest.raises(SiteError, match="set another `listen`"):
+            _bound("127.0.0.1", taken.getsockname()[1])
 
     def test_answers_that_do_not_fit_are_named(self) -> None:
         """With the form they should have."""
