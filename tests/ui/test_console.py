@@ -132,12 +132,12 @@ def test_it_can_be_read_by_everybody(page: Page, site: Clinic) -> None:
 
 
 def test_a_veto_ends_the_policy(page: Page, site: Clinic) -> None:
-    """From the browser, too; nothing is answered any more. The last test: this clinic is closed."""
+    """From the browser, too; who connects anew is a stranger and hears no reason. The last test: this clinic is closed."""
     enter(page, site.custodians[2])
     page.click("text=Veto the policy")
     page.fill("#veto-reason", "The ethics approval lapsed.")
     page.fill("#veto-line", signed(page, "#veto", site.custodians[2]))
     page.click("#send-veto")
     page.wait_for_selector("text=no longer in force")
-    with pytest.raises(RaphaError, match="ethics approval lapsed"):
+    with pytest.raises(RaphaError, match="No policy is in force"):
         site.connect().run("1", "ward")
