@@ -47,6 +47,9 @@ OnStep = Callable[[int, int, float], None]
 
 LANES = {"review": "review", "fit": "train", "open": "train", "evaluate": "evaluate", "shards": "shards"}
 
+MOST_LOOPS = 8
+"""Training loops that a researcher may have open at once."""
+
 
 class Cancelled(RefusedError):
     """The researcher cancelled; what had run stays charged."""
@@ -174,6 +177,13 @@ class Desk:
         self, caller: Caller, ask: messages.Open, cohort: Cohort, policy: Policy, question: bytes
     ) -> tuple[dict[str, Any], bytes]:
         delta = policy.project(caller.project).delta
+        if sum(owner.researcher == caller.researcher for owner, *_ in self._loops.values()) >= MOST_LOOPS:
+            raise RequestError(
+                "You have too many training loops open.",
+                f"Each holds a part of the budget; {MOST_LOOPS} are the most.",
+                "Run one to its end, or leave its for loop.",
+                field="op",
+            )
         found = loop.plan(ask, cohort.schema, delta)
         fund(self._ledger, policy, caller.project, ask.dataset, found.touches)
         self._ledger.reserve(caller.job, caller.project, ask.dataset, found.touches, found.loss, question)

@@ -17,7 +17,7 @@ from torch import nn
 
 from rapha_lab.curator.mechanisms.loop import Loop
 from rapha_lab.protocol import messages
-from rapha_lab.protocol.errors import BudgetError, RaphaError
+from rapha_lab.protocol.errors import BudgetError, RaphaError, RequestError
 from rapha_lab.session.patients import _Gradients
 
 N, COLUMNS = 600, ["x0", "x1", "x2"]
@@ -61,6 +61,21 @@ def test_accumulated_gradients_are_paid_each(house: House) -> None:
             step(model, batch)
             step(model, batch)
     assert sum(house.steps) == 3
+
+
+def test_nobody_holds_the_budget_with_loops_they_do_not_run(house: House) -> None:
+    """The ninth open loop is refused before anything is reserved; when one is closed there is room again."""
+    opened = [house.patients.train.batches(size=100, epochs=1, epsilon=0.1) for _ in range(9)]
+    for batches in opened[:8]:
+        next(batches)
+    with pytest.raises(RequestError, match="too many training loops") as refused:
+        next(opened[8])
+    assert refused.value.field == "op"
+    opened[0].close()
+    next(house.patients.train.batches(size=100, epochs=1, epsilon=0.1))
+    for batches in opened[1:8]:
+        batches.close()
+    assert house.spent() == 0
 
 
 def test_what_is_not_used_comes_back(house: House) -> None:
