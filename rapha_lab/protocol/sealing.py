@@ -6,8 +6,8 @@ An envelope is HPKE (RFC 9180, base mode) around a fresh file key, then the padd
 
 A chunk's nonce is its number and a flag on the last one (STREAM; Hoang, Reyhanitabar, Rogaway, Vizár 2015),
 its associated data the hash of the header: cut, reordered, swapped, flipped or extended, nothing opens.
-HPKE's `info` binds suite and context. Lengths are padded by Padmé (Nikitin et al. 2019, section 4) from 2 KiB
-on: at most 12 % longer, and O(log log n) bits of the length remain to see.
+HPKE's `info` binds suite and context. Lengths are padded by Padmé (Nikitin et al. 2019, section 4) and to
+whole blocks of 4 KiB, so that a number's digits do not show: at most 12 % or a block longer.
 
 Requests are signed *inside* the envelope, and not by HTTP message signatures (RFC 9421), because
 - a signature outside names the researcher to whoever carries the message; inside, only the enclave learns it;
@@ -52,6 +52,7 @@ __all__ = [
 
 WINDOW = 300.0  # seconds that a request may be dated before or after the site's clock
 _KEMS = {"x-wing": (1, KEM.MLKEM768_X25519), "x25519": (2, KEM.X25519)}
+_BLOCK = 4096
 _CHUNK, _TAG, _KEY = 1 << 20, 16, 32
 
 
@@ -105,10 +106,10 @@ def open_sealed(envelope: bytes, key: PrivateKey, context: bytes) -> bytes:
 
 
 def padded(length: int) -> int:
-    """Padmé: `length` rounded up until its mantissa has no more bits than its exponent."""
-    length = max(length, 2048)
+    """Padmé: `length` rounded up until its mantissa has no more bits than its exponent; to whole blocks at least."""
+    length = max(length, _BLOCK)
     exponent = length.bit_length() - 1
-    mask = (1 << (exponent - exponent.bit_length())) - 1
+    mask = max(1 << (exponent - exponent.bit_length()), _BLOCK) - 1
     return (length + mask) & ~mask
 
 

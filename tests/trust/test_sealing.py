@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -111,9 +112,17 @@ def test_an_unknown_suite_is_refused() -> None:
 
 @given(st.integers(0, 2**40))
 def test_padding_costs_at_most_an_eighth(size: int) -> None:
-    """Padmé: at most 12 % from 2 KiB on, never less than the text, and a padded size stays as it is."""
-    assert size <= padded(size) <= max(2048, size * 1.12)
+    """Padmé: at most 12 % or a block of 4 KiB, never less than the text, and a padded size stays as it is."""
+    assert size <= padded(size) <= max(size + 4096, size * 1.12)
+    assert padded(size) % 4096 == 0
     assert padded(padded(size)) == padded(size)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.000123456789, 1.0 / 3.0, 123456789.123456])
+def test_a_numbers_digits_do_not_show_in_the_size(value: float) -> None:
+    """An answer of some figures has one size, however long they are written."""
+    texts = [json.dumps({"values": [number] * 100}).encode() for number in (0.5, value)]
+    assert len({len(seal(text, KEYS["x25519"].public, b"c")) for text in texts}) == 1
 
 
 def test_nearly_equal_texts_have_equal_sizes() -> None:
