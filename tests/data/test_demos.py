@@ -116,7 +116,7 @@ class TestDemos:
         """The data are an optional dependency, and nothing half-built is left."""
         monkeypatch.setitem(sys.modules, PACKAGES[name], None)
         monkeypatch.setitem(sys.modules, PACKAGES[name].split(".")[0], None)
-        with pytest.raises(SiteError, match=r"rapha-lab\[demos\]"):
+        with pytest.raises(SiteError, match=r"'\.\[demos\]'"):
             build(tmp_path, name)
         assert list(tmp_path.iterdir()) == []
 

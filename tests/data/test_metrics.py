@@ -68,7 +68,9 @@ class TestValues:
         errors = []
         for _ in range(60):
             y, s = scored(rng, 1600, 0.27)
-            errors.append(judged(y, s, 1.0, ["auroc"])["metrics"]["auroc"]["value"] - sk.roc_auc_score(y, s))
+            errors.append(
+                judged(y, s, 1.0, ["auroc"], rng)["metrics"]["auroc"]["value"] - sk.roc_auc_score(y, s)
+            )
         assert np.abs(errors).mean() < 0.01
         assert abs(np.mean(errors)) < 0.005
 

@@ -113,7 +113,7 @@ class RefundsWhatStopped(Desk):
         try:
             return super()._run(job, *rest)
         except Cancelled:
-            for account, _ in self._ledger._charges(job):
+            for account, *_ in self._ledger._charges(job):
                 db = self._ledger._db
                 db.execute("UPDATE charge SET units = 0 WHERE job = ?", (job,))
                 spent = db.execute(
