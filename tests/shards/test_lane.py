@@ -115,7 +115,7 @@ class _Policy:
     def __init__(self, *lanes):
         self.lanes, self.epsilon, self.delta, self.name, self.smallest_cohort = lanes, 8.0, 1e-5, "p", 1
 
-    hash = bytes(32)
+    hash, discovery_delta = bytes(32), 0.0
 
     def project(self, name):
         return self

@@ -29,9 +29,9 @@ def training(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Locator]:
     card = lab.cell(1).locator(".rapha-Job")
     expect(card.locator(".rapha-Job-figures")).to_contain_text(re.compile(r"step [1-9]"), timeout=90_000)
     yield card
-    _cancel_all(lab)
     if lab.kernel == used:  # else a restarted Lab has given the page another
         lab.kernel = shared
+    _cancel_all(lab)
 
 
 def _cancel_all(lab: Lab) -> None:
@@ -40,7 +40,7 @@ def _cancel_all(lab: Lab) -> None:
         """async () => {
         const xsrf = (document.cookie.match(/_xsrf=([^;]*)/) || [])[1];
         const init = {method: 'POST', body: '{}', headers: {'X-XSRFToken': xsrf}};
-        for (let tries = 0; tries < 120; tries++) {
+        for (let tries = 0; tries < 360; tries++) {
             const jobs = await (await fetch('/rapha-lab/jobs')).json();
             const live = jobs.filter(({state}) => ['queued', 'running'].includes(state));
             if (!live.length) { return; }
