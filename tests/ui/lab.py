@@ -221,9 +221,9 @@ class Lab:
         return self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
 
     def connect(self) -> None:
-        """Give the page a new shared kernel, connected to the demo site."""
+        """Give the page a new shared kernel, connected to the demo site; sessions of kernels that are gone end."""
         self.kernel = None
-        self.write("connect.ipynb", CONNECT, MEAN)
+        self.write("connect.ipynb", f"{CONNECT}\nsite.end_sessions()", MEAN)
         self.open("connect.ipynb")
         self.run(0)
 
