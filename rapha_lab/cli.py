@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args) or 0)
     except RaphaError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        said = str(error).replace("allow_simulated=True", "--allow-simulated")  # what it is called here
+        print(f"{type(error).__name__}: {said}", file=sys.stderr)
     except FileNotFoundError as error:
         print(f"There is no file {error.filename}.", file=sys.stderr)
     except (OSError, UnicodeDecodeError) as error:

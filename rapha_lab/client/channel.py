@@ -117,7 +117,10 @@ class Channel:
                         "Connect again if its custodians confirm it.",
                     ) from None
                 self.attested = fresh
+        try:
             return self._call(kind, header, blob)
+        except _OtherEvidence as error:
+            raise SealError(error.what, error.why, error.instead) from None
 
     def _call(self, kind: str, header: Any, blob: bytes) -> tuple[Any, bytes]:
         to = PublicKey.parse(self.binding.sealing_key)

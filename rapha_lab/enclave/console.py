@@ -20,18 +20,19 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from importlib import resources
 from typing import Any
 
 import msgspec
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.decision import Decision, login_bytes
-from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError
+from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError
 from rapha_lab.protocol.keys import PublicKey
 
 __all__ = ["Console"]
@@ -74,6 +75,7 @@ class Console:
         policy: hash of the policy in force, in hex, for a veto.
         is_custodian: whether a public key is a custodian's of the policy in force.
         admit: raises SiteError if a stranger of that address asks too often.
+        body: receives a request's body, up to a size, in bearable time.
     """
 
     def __init__(
@@ -83,9 +85,10 @@ class Console:
         policy: Callable[[], str],
         is_custodian: Callable[[str], bool],
         admit: Callable[[Request], None],
+        body: Callable[[Request, int], AbstractAsyncContextManager[bytes]],
     ) -> None:
         self._site, self._ask, self._policy = site, ask, policy
-        self._is_custodian, self._admit = is_custodian, admit
+        self._is_custodian, self._admit, self._body = is_custodian, admit, body
         self._lock = threading.Lock()
         self._secret, self._used = os.urandom(32), dict[str, float]()
         self._tokens: dict[str, tuple[str, float]] = {}
@@ -99,7 +102,7 @@ class Console:
         }
         calls |= {name: self._call(name) for name in ("items", "item", "decide", "state")}
         return pages + [
-            Route(f"/console/{name}", _answering(call), methods=["POST"]) for name, call in calls.items()
+            Route(f"/console/{name}", self._answering(call), methods=["POST"]) for name, call in calls.items()
         ]
 
     @staticmethod
@@ -165,27 +168,26 @@ class Console:
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
         with self._lock:
             key, until = self._tokens.get(token, ("", 0.0))
+        if not key:
+            self._admit(request)
         if until <= time.monotonic() or not self._is_custodian(key):
             raise PolicyError("You are not logged in.", "A log-in is good for half an hour.", "Log in.")
         return key
 
+    def _answering(self, call: Callable[[Request, bytes], Any]) -> Callable[[Request], Any]:
+        async def answer(request: Request) -> Response:
+            try:
+                async with self._body(request, BODY) as body:
+                    told = await run_in_threadpool(call, request, body)
+                return Response(messages.encode(told), media_type="application/json", headers=_HEADERS)
+            except ClientDisconnect:
+                return Response(status_code=400)
+            except RaphaError as error:
+                return JSONResponse(error.to_wire(), 413 if error.field == "body" else 400, _HEADERS)
+            except Exception:
+                return JSONResponse(RefusedError("The site met an internal error.").to_wire(), 500, _HEADERS)
 
-def _answering(call: Callable[[Request, bytes], Any]) -> Callable[[Request], Any]:
-    async def answer(request: Request) -> Response:
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > BODY:
-                return JSONResponse(RequestError("The request is too large.").to_wire(), 413, _HEADERS)
-        try:
-            told = await run_in_threadpool(call, request, bytes(body))
-            return Response(messages.encode(told), media_type="application/json", headers=_HEADERS)
-        except RaphaError as error:
-            return JSONResponse(error.to_wire(), 400, _HEADERS)
-        except Exception:
-            return JSONResponse(RefusedError("The site met an internal error.").to_wire(), 500, _HEADERS)
-
-    return answer
+        return answer
 
 
 def _read(body: bytes, kind: type[Any]) -> Any:

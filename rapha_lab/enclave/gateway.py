@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any
 
 import anyio
@@ -24,6 +25,7 @@ from starlette.routing import Route
 from rapha_lab.enclave.cells import Cells, Order
 from rapha_lab.enclave.identity import Login
 from rapha_lab.enclave.limits import Limits, neighbourhood
+from rapha_lab.enclave.wire import Bodies
 from rapha_lab.protocol import messages, sealing
 from rapha_lab.protocol.errors import (
     EvidenceError,
@@ -40,9 +42,8 @@ from rapha_lab.protocol.quote import Inquiries
 __all__ = ["Gateway"]
 
 MAX_BODY = 256 << 20
-MAX_HELD = 1 << 30
-"""Bytes of all envelopes together that are on their way in or being answered."""
 
+Body = AbstractAsyncContextManager[bytes]
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
@@ -97,7 +98,7 @@ class Gateway:
         in_force: raises PolicyError, with what is wrong, if no policy is; told to known keys alone.
         custody: by kind, what is asked of the airlock: (who, text) -> result and tensors.
         login: where the hospital has an identity provider, who is logged in.
-        pages: further routes, given what counts a stranger's requests.
+        pages: further routes, given what counts a stranger's requests and what receives their bodies.
     """
 
     def __init__(
@@ -116,13 +117,15 @@ class Gateway:
         custody: Mapping[str, Callable[[str, str], tuple[Any, bytes]]],
         in_force: Callable[[], object] = lambda: None,
         login: Login | None = None,
-        pages: Callable[[Callable[[Request], None]], Sequence[Route]] = lambda admit: (),
+        pages: Callable[[Callable[[Request], None], Callable[[Request, int], Body]], Sequence[Route]] = (
+            lambda admit, body: ()
+        ),
     ) -> None:
         self._cells, self._card, self._log, self._evidence, self._known = cells, card, log, evidence, known
         self._sealing, self._signing, self._replay = sealing_key, signing_key, sealing.Replay()
         self._identity, self._login, self._pages, self._in_force = identity, login, pages, in_force
         self.strangers, self.researchers = Limits(10.0, 100), Limits(20.0, 1000)
-        self._held = 0
+        self.bodies = Bodies()
         # strangers wait for each other, never researchers for strangers
         self._hardware, self._rooms = anyio.CapacityLimiter(2), anyio.CapacityLimiter(64)
         self._kinds: dict[str, Callable[[str, bytes, bytes], tuple[Any, bytes]]] = {
@@ -141,9 +144,11 @@ class Gateway:
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [Route("/evidence", self._get_evidence), Route("/open", self._post_open, methods=["POST"])]
-        return Starlette(
-            routes=[*routes, *self._pages(lambda request: self.strangers.admit(_stranger(request)))]
+        pages = self._pages(
+            lambda request: self.strangers.admit(_stranger(request)),
+            lambda request, limit: self.bodies.read(request, _stranger(request), limit),
         )
+        return Starlette(routes=[*routes, *pages])
 
     async def _get_evidence(self, request: Request) -> Response:
         try:
@@ -163,27 +168,20 @@ class Gateway:
         return Response(messages.encode(evidence), media_type="application/json")
 
     async def _post_open(self, request: Request) -> Response:
-        body, stranger = bytearray(), _stranger(request)
+        stranger = _stranger(request)
         try:
             self.strangers.admit(stranger, cost=0)
-            async for part in request.stream():
-                self._held += len(part)
-                body += part
-                if len(body) > MAX_BODY:
-                    error = RequestError("The envelope is too large.", f"The limit is {MAX_BODY >> 20} MiB.")
-                    return JSONResponse(error.to_wire(), 413)
-                if self._held > MAX_HELD:
-                    raise SiteError("The site is busy.", "Too much is sent to it at once.", "Send it again.")
-            response = await anyio.to_thread.run_sync(self.answer, bytes(body), limiter=self._rooms)
-            if response.status_code == 400:  # it did not open, so nobody known sent it
-                self.strangers.admit(stranger, cost=1 + len(body) / (8 << 20))
-            return response
+            async with self.bodies.read(request, stranger, MAX_BODY) as body:
+                response = await anyio.to_thread.run_sync(self.answer, body, limiter=self._rooms)
+                if response.status_code == 400:  # it did not open, so nobody known sent it
+                    self.strangers.admit(stranger, cost=1 + len(body) / (8 << 20))
+                return response
+        except RequestError as error:
+            return JSONResponse(error.to_wire(), 413)
         except SiteError as error:
             return JSONResponse(error.to_wire(), 429)
         except ClientDisconnect:
             return Response(status_code=400)
-        finally:
-            self._held -= len(body)
 
     def answer(self, envelope: bytes) -> Response:
         """Open one envelope and seal the answer to its sender."""

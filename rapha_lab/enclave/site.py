@@ -11,6 +11,7 @@ import ssl
 import tomllib
 from collections.abc import Callable
 from importlib import metadata
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from rapha_lab.enclave.gateway import Gateway
 from rapha_lab.enclave.identity import Login, Provider
 from rapha_lab.enclave.sandbox import Zygote
 from rapha_lab.enclave.shards import CORES, ShardWorkers
+from rapha_lab.enclave.wire import connections
 from rapha_lab.protocol.builds import Build
 from rapha_lab.protocol.checkpoint import Inclusion
 from rapha_lab.protocol.errors import PolicyError, RaphaError, RequestError, SiteError
@@ -35,7 +37,7 @@ from rapha_lab.protocol.policy import Policy, Signed
 from rapha_lab.protocol.quote import Inquiries
 from rapha_lab.protocol.release import canonical, output_statement
 
-__all__ = ["Config", "Site", "serve"]
+__all__ = ["Config", "Site", "http", "serve"]
 
 
 class Dataset(msgspec.Struct, forbid_unknown_fields=True):
@@ -63,6 +65,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
         tls_certificate: PEM certificate that researchers' TLS connections end at, here or at a proxy; its key
             goes into the evidence.
         tls_key: its private key, to end TLS here.
+        trusted_proxies: addresses or networks of proxies whose `X-Forwarded-For` says who sends; nobody's is believed else.
         oidc: the hospital's identity provider, whose login is then asked for on top of the key.
     """
 
@@ -79,6 +82,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     suite: Literal["x-wing", "x25519"] = "x-wing"
     tls_certificate: str = ""
     tls_key: str = ""
+    trusted_proxies: list[str] = []
     oidc: Provider | None = None
 
     @classmethod
@@ -101,6 +105,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
             what = f"listen = {config.listen!r} is no address and port."
             instead = 'Write listen = "127.0.0.1:8470"; "0.0.0.0:8470" answers everybody.'
             raise RequestError(what, f"It is in {path}.", instead, field="listen")
+        for each in config.trusted_proxies:
+            _network(each, path)
         base = path.parent.resolve()
         config.state, config.policy = str(base / config.state), str(base / config.policy)
         for name in ("release", "endorsements", "tls_certificate", "tls_key"):
@@ -153,12 +159,13 @@ class Site:
             known=self._known,
             in_force=self._policy,
             custody=(custody := self._custody()),
-            pages=lambda admit: Console(
+            pages=lambda admit, body: Console(
                 config.name,
                 lambda what, who, text: custody[what](who, text)[0],
                 lambda: self._policy().hash.hex(),
                 self._is_custodian,
                 admit,
+                body,
             ).routes(),
             login=Login(config.oidc) if config.oidc is not None else None,
         )
@@ -357,15 +364,34 @@ def serve(
         stop: asked every second.
     """
     host, _, port = site.config.listen.rpartition(":")
-    told = site.config
-    config = uvicorn.Config(
-        site.gateway.app(), host=host, port=int(port), log_level="warning", server_header=False,
-        ssl_certfile=told.tls_certificate if told.tls_key else None, ssl_keyfile=told.tls_key or None,
-    )  # fmt: skip
+    config = http(site.config, site.gateway.app())
     try:
         _Server(config, ready, stop, site.end_revoked).run(sockets=[_bound(host, int(port))])
     finally:
         site.close()
+
+
+def http(told: Config, app: Any) -> uvicorn.Config:
+    """How `app` is served: strangers get so much time and room, and no header is believed but a named proxy's."""
+    return uvicorn.Config(
+        app, log_level="warning", server_header=False, ws="none", http=connections(told.trusted_proxies),
+        proxy_headers=bool(told.trusted_proxies), forwarded_allow_ips=told.trusted_proxies,
+        ssl_certfile=told.tls_certificate if told.tls_key else None, ssl_keyfile=told.tls_key or None,
+    )  # fmt: skip
+
+
+def _network(text: str, path: Path) -> None:
+    """A network of everybody would let each sender choose the address by which they are counted."""
+    try:
+        wide = ip_network(text).prefixlen == 0
+    except ValueError as error:
+        what = f"trusted_proxies names {text!r}, which is no address and no network."
+        raise RequestError(
+            what, f"{error}.", 'Write "10.1.2.3" or "10.1.2.0/24".', field="trusted_proxies"
+        ) from None
+    if wide:
+        what = f"trusted_proxies = {text!r} trusts everybody."
+        raise RequestError(what, f"It is in {path}.", "Name your proxy's address.", field="trusted_proxies")
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -374,9 +400,12 @@ def _bound(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
+        why = (error.strerror or str(error)).partition(" (while")[
+            0
+        ]  # create_server says the address once more
         raise SiteError(
             f"The site cannot listen on {host}:{port}.",
-            f"{error.strerror}.",
+            f"{why}.",
             "Stop what answers there, or set another `listen` in its configuration.",
         ) from None
 

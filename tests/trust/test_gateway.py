@@ -23,6 +23,7 @@ from rapha_lab.cli import main
 from rapha_lab.enclave.gateway import Gateway
 from rapha_lab.enclave.identity import LONGEST, Login, Provider, token_nonce
 from rapha_lab.enclave.limits import Limits, neighbourhood
+from rapha_lab.enclave.wire import Bodies
 from rapha_lab.protocol import messages, sealing
 from rapha_lab.protocol.errors import PolicyError, RaphaError, SiteError, from_wire
 from rapha_lab.protocol.keys import PrivateKey
@@ -184,15 +185,16 @@ class TestDoor:
         small = ("POST", "/open", {"content": b"rubbish"})
         assert [a.status_code for a in door.send(big, big, small)] == [400, 400, 429]
 
-    def test_what_is_held_is_given_back(self, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_is_held_is_given_back(self, door: Door) -> None:
         """Memory is bounded for all senders together, and freed whatever the outcome."""
-        monkeypatch.setattr("rapha_lab.enclave.gateway.MAX_HELD", 1 << 20)
+        door.gateway.bodies = Bodies(1 << 20)
         (answer,) = door.send(("POST", "/open", {"content": bytes(2 << 20)}))
         assert (answer.status_code, from_wire(answer.json()).what) == (429, "The site is busy.")
         door.send(
             ("POST", "/open", {"content": b"rubbish"}), ("POST", "/open", {"content": seal("card", {})})
         )
-        assert door.gateway._held == 0
+        assert not door.gateway.bodies.held
+        assert not door.gateway.bodies.coming
 
     def test_a_researcher_has_a_measure_too(self, door: Door) -> None:
         """Told inside the seal, and no colleague is kept waiting for it."""
@@ -414,7 +416,14 @@ def test_strangers_cannot_keep_custodians_out_of_the_console() -> None:
 
     guardian = PrivateKey.create()
     known = str(guardian.public)
-    made = console.Console("site", lambda *_: {}, lambda: "", lambda key: key == known, lambda request: None)
+    bodies = Bodies()
+
+    def body(request: Any, limit: int) -> Any:
+        return bodies.read(request, "somebody", limit)
+
+    made = console.Console(
+        "site", lambda *_: {}, lambda: "", lambda key: key == known, lambda request: None, body
+    )
 
     async def all_of_them() -> None:
         transport = httpx.ASGITransport(Starlette(routes=made.routes()))

@@ -286,3 +286,62 @@ def _forged() -> bytes:
     text = inner[4 : 4 + size].replace(str(impostor.public).encode(), str(RESEARCHER.public).encode())
     head = b"rapha-lab/request/v1\0" + text
     return seal(inner[:4] + text + impostor.sign(head) + inner[68 + size :], SITE.public, b"request")
+
+
+def test_the_command_line_speaks_of_its_own_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not of the argument that Python's users give."""
+    from rapha_lab import cli
+    from rapha_lab.protocol.errors import EvidenceError
+
+    def refused(args: object) -> None:
+        raise EvidenceError("The enclave is not to be trusted.", "(allow_simulated=True accepts it.)")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_fetch_log", refused)
+        assert cli.main(["log", "fetch", "demo", "x"]) == 1
+    told = capsys.readouterr().err
+    assert "--allow-simulated accepts it" in told
+    assert "allow_simulated=True" not in told
+
+
+def test_a_port_in_use_is_named_once() -> None:
+    """And nobody is told that a socket was being created."""
+    import socket
+
+    from rapha_lab.enclave.site import _bound
+    from rapha_lab.protocol.errors import SiteError
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SiteError) as caught:
+            _bound("127.0.0.1", port)
+    assert str(caught.value).count(str(port)) == 1
+    assert "Address already in use" in str(caught.value)
+
+
+def test_no_private_name_of_an_error_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that a fresh attestation does not mend ends in an error of the public kinds."""
+    import dataclasses
+    import threading
+
+    from rapha_lab.client import channel
+    from rapha_lab.protocol.errors import SealError
+
+    @dataclasses.dataclass
+    class Bound:
+        signing_key: str = "ed25519:x"
+
+    @dataclasses.dataclass
+    class Attested:
+        binding: Bound = dataclasses.field(default_factory=Bound)
+
+    def never(self: object, kind: str, header: object, blob: bytes) -> None:
+        raise channel._OtherEvidence("It does not open.", "Why.", "Do.")
+
+    made = channel.Channel.__new__(channel.Channel)
+    made._attesting, made.attested = threading.Lock(), Attested()  # type: ignore[assignment]
+    monkeypatch.setattr(channel.Channel, "_attest", lambda self: Attested())
+    monkeypatch.setattr(channel.Channel, "_call", never)
+    with pytest.raises(SealError) as caught:
+        made.call("card", {})
+    assert type(caught.value) is SealError
