@@ -9,11 +9,12 @@ import contextlib
 import hashlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -70,6 +71,15 @@ class Caller:
     job: str
 
 
+class _Opened(NamedTuple):
+    """A training loop that is open: whose, its mechanism, at which δ, and on whom."""
+
+    owner: Caller
+    loop: Loop
+    delta: float
+    view: View
+
+
 class Desk:
     """Answers requests about the cohorts of one site.
 
@@ -102,7 +112,8 @@ class Desk:
         self._policy, self._ledger, self._cohorts, self._noise = policy, ledger, cohorts, noise
         self._site, self._workers, self._simulated = site, workers, simulated
         self._airlock, self._reviews, self._opt_outs = airlock or Airlock(ledger), reviews, opt_outs
-        self._loops: dict[str, tuple[Caller, Loop, float, View]] = {}
+        self._loops: dict[str, _Opened] = {}
+        self._opening = threading.Lock()  # held by whoever opens a loop or takes one away
 
     def answer(
         self, caller: Caller, request: bytes, tensors: bytes, on_step: OnStep
@@ -177,26 +188,30 @@ class Desk:
         self, caller: Caller, ask: messages.Open, cohort: Cohort, policy: Policy, question: bytes
     ) -> tuple[dict[str, Any], bytes]:
         delta = policy.project(caller.project).delta
-        if sum(owner.researcher == caller.researcher for owner, *_ in self._loops.values()) >= MOST_LOOPS:
-            raise RequestError(
-                "You have too many training loops open.",
-                f"Each holds a part of the budget; {MOST_LOOPS} are the most.",
-                "Run one to its end, or leave its for loop.",
-                field="op",
-            )
         found = loop.plan(ask, cohort.schema, delta)
-        fund(self._ledger, policy, caller.project, ask.dataset, found.touches)
-        self._ledger.reserve(caller.job, caller.project, ask.dataset, found.touches, found.loss, question)
-        self._loops[caller.job] = caller, found, delta, cohort.view(ask.split)
+        with self._opening:
+            if self._open_loops(caller.researcher) >= MOST_LOOPS:
+                raise RequestError(
+                    "You have too many training loops open.",
+                    f"Each holds a part of the budget; {MOST_LOOPS} are the most.",
+                    "Run one to its end, or leave its for loop.",
+                    field="op",
+                )
+            fund(self._ledger, policy, caller.project, ask.dataset, found.touches)
+            self._ledger.reserve(caller.job, caller.project, ask.dataset, found.touches, found.loss, question)
+            self._loops[caller.job] = _Opened(caller, found, delta, cohort.view(ask.split))
         return {"loop": caller.job, "noise": found.sigma, "rate": found.rate}, b""
+
+    def _open_loops(self, researcher: str) -> int:
+        """How many loops a researcher has open; those that the ledger has ended, whose turn it was for too long, are none."""
+        self._loops = {job: kept for job, kept in self._loops.items() if self._ledger.is_open(job)}
+        return sum(kept.owner.researcher == researcher for kept in self._loops.values())
 
     def _gradient(
         self, caller: Caller, ask: messages.Gradient, tensors: bytes, on_step: OnStep
     ) -> tuple[dict[str, Any], bytes]:
-        found = self._loop(caller, ask.loop)
+        _, found, delta, view = self._loop(caller, ask.loop)
         _at_once(self._permit(self._policy(), caller, found.ask, program=ask.program))
-
-        _, _, delta, view = self._loops[ask.loop]
 
         def progress(steps: int) -> None:
             if not steps:
@@ -214,8 +229,9 @@ class Desk:
             raise _failed(caller.job) from None
 
     def _close(self, caller: Caller, ask: messages.Close) -> tuple[Release | dict[str, Any], bytes]:
-        found = self._loop(caller, ask.loop)
-        _, _, delta, _ = self._loops.pop(ask.loop)
+        with self._opening:
+            _, found, delta, _ = self._loop(caller, ask.loop)
+            del self._loops[ask.loop]
         if not found.done:
             self._ledger.abandon(ask.loop, "no step was taken")
             return {}, b""
@@ -229,22 +245,24 @@ class Desk:
         )
         return self._release(ask.loop, opened, delta, answer, receipt)
 
-    def _loop(self, caller: Caller, job: str) -> Loop:
-        owner, found, *_ = self._loops.get(job, (None, None))
-        if (
-            owner is None
-            or found is None
-            or (owner.researcher, owner.project) != (caller.researcher, caller.project)
-        ):
+    def _loop(self, caller: Caller, job: str) -> _Opened:
+        kept = self._loops.get(job)
+        if kept is None or replace(kept.owner, job=caller.job) != caller:
             raise RequestError(
-                "There is no such loop.", "It was closed, or is another's.", "Open one.", field="loop"
+                "There is no such loop.",
+                "It was closed, waited for too long between two steps, or is another's.",
+                "Open one.",
+                field="loop",
             )
-        return found
+        return kept
 
     def sweep(self, cell: str) -> None:
         """Close the loops that a cell left open; the steps that ran stay charged."""
-        for job in [job for job in list(self._loops) if job.startswith(f"{cell}-")]:
-            del self._loops[job]
+        with self._opening:
+            left = [job for job in self._loops if job.startswith(f"{cell}-")]
+            for job in left:
+                del self._loops[job]
+        for job in left:
             with contextlib.suppress(RequestError):  # it timed out before
                 self._ledger.abandon(job, "left open")
 

@@ -339,6 +339,13 @@ class Ledger:
             self._end(job, "abandon", "stopped", why)
         self._moved.pop(job, None)
 
+    def is_open(self, job: str) -> bool:
+        """Whether the job was reserved and has not ended, by its own doing or for having waited too long."""
+        self._expire()
+        with self.reading() as db:
+            row = db.execute("SELECT 1 FROM job WHERE name = ? AND state = 'reserved'", (job,)).fetchone()
+        return row is not None
+
     def release_of(self, job: str) -> bytes | None:
         """What the job released, or None if it is unknown, open or released nothing."""
         with self.reading() as db:

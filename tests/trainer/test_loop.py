@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,14 @@ import torch.nn.functional as F
 from house import House, numbers
 from torch import nn
 
+from rapha_lab.curator.ledger import PATIENCE
 from rapha_lab.curator.mechanisms.loop import Loop
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import BudgetError, RaphaError, RequestError
 from rapha_lab.session.patients import _Gradients
 
 N, COLUMNS = 600, ["x0", "x1", "x2"]
+OPEN = messages.Open(dataset="clinic", split="train", epsilon=0.1, steps=4, batch=100, clip=1.0)
 
 
 @pytest.fixture
@@ -75,6 +80,64 @@ def test_nobody_holds_the_budget_with_loops_they_do_not_run(house: House) -> Non
     next(house.patients.train.batches(size=100, epochs=1, epsilon=0.1))
     for batches in opened[1:8]:
         batches.close()
+    assert house.spent() == 0
+
+
+def test_a_loop_that_was_left_standing_makes_room_for_another(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the ledger has ended it, it is none of its owner's eight, and a step of it is refused."""
+    now = [0.0]
+    monkeypatch.setattr(house.ledger, "_clock", lambda: now[0])
+    opened = [house.ask(OPEN, b"")[0]["loop"] for _ in range(8)]
+    now[0] += PATIENCE + 1
+    house.ask(OPEN, b"")
+    assert len(house.desk._loops) == 1
+    step = messages.Gradient(loop=opened[0], inputs={"x": "x0"}, digest="")
+    with pytest.raises(RequestError, match="no such loop"):
+        house.ask(step, b"")
+    house.desk.sweep("c")
+    assert not house.desk._loops
+    assert house.spent() == 0
+
+
+def test_loops_opened_at_once_are_counted_each(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of twelve that threads ask for together eight are opened."""
+    count = house.desk._open_loops
+
+    def slow(researcher: str) -> int:
+        found = count(researcher)
+        time.sleep(0.02)
+        return found
+
+    monkeypatch.setattr(house.desk, "_open_loops", slow)
+    with ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(house.ask, OPEN, b"") for _ in range(12)]
+    refused = [done.exception() for done in asked if done.exception() is not None]
+    assert len(refused) == 4
+    assert all("too many training loops" in str(error) for error in refused)
+    house.desk.sweep("c")
+
+
+def test_one_of_two_that_close_a_loop_at_once_gets_its_release(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other is told that there is no such loop; nothing fails inside, nothing is charged twice."""
+    loop = house.ask(OPEN, b"")[0]["loop"]
+    look_up, both = house.desk._loop, threading.Barrier(2)
+
+    def together(*args: Any) -> Any:
+        found = look_up(*args)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)  # the other comes this far too, or waits for this one
+        return found
+
+    monkeypatch.setattr(house.desk, "_loop", together)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(house.ask, messages.Close(loop=loop), b"") for _ in range(2)]
+    (refused,) = [error for error in (done.exception() for done in asked) if error is not None]
+    assert isinstance(refused, RequestError)
+    assert refused.field == "loop"
     assert house.spent() == 0
 
 
