@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -234,9 +235,7 @@ class Ledger:
 
     def has(self, name: str) -> bool:
         """Whether a spend elsewhere of that name is charged already."""
-        with self.reading() as db:
-            row = db.execute("SELECT 1 FROM job WHERE name = ?", (f"elsewhere-{name}",)).fetchone()
-        return row is not None
+        return self._of("name", f"elsewhere-{name}") is not None
 
     def _insert(
         self,
@@ -342,15 +341,12 @@ class Ledger:
     def is_open(self, job: str) -> bool:
         """Whether the job was reserved and has not ended, by its own doing or for having waited too long."""
         self._expire()
-        with self.reading() as db:
-            row = db.execute("SELECT 1 FROM job WHERE name = ? AND state = 'reserved'", (job,)).fetchone()
-        return row is not None
+        return self._of("state", job) == "reserved"
 
     def release_of(self, job: str) -> bytes | None:
         """What the job released, or None if it is unknown, open or released nothing."""
-        with self.reading() as db:
-            row = db.execute("SELECT release FROM job WHERE name = ?", (job,)).fetchone()
-        return None if row is None or row[0] is None else bytes(row[0])
+        release = self._of("release", job)
+        return None if release is None else bytes(release)
 
     def settled(self, request: bytes, basis: bytes, job: str = "") -> tuple[bytes, bytes, Receipt] | None:
         """Release, tensors and receipt of the first job that was settled for this request, on this basis or as `job`.
@@ -369,10 +365,9 @@ class Ledger:
 
     def kept(self, job: str) -> tuple[bytes, Receipt] | None:
         """Tensors and receipt of a job that was settled."""
-        with self.reading() as db:
-            row = db.execute("SELECT tensors FROM job WHERE name = ?", (job,)).fetchone()
-            receipt = self.receipt_of(job)
-        return None if row is None or receipt is None else (bytes(row[0]), receipt)
+        with self.reading():
+            tensors, receipt = self._of("tensors", job), self.receipt_of(job)
+        return None if tensors is None or receipt is None else (bytes(tensors), receipt)
 
     def receipt_of(self, job: str) -> Receipt | None:
         """Proof that the job's charge is in the log as it is now, or None if it released nothing."""
@@ -506,6 +501,12 @@ class Ledger:
         )
         epsilon = accounting.epsilon_of(total, account.delta)
         return min(account.epsilon, epsilon), sum(times for *_, times in losses)
+
+    def _of(self, column: str, job: str) -> Any:
+        """One of a job's columns, None if there is no such job."""
+        with self.reading() as db:
+            row = db.execute(f"SELECT {column} FROM job WHERE name = ?", (job,)).fetchone()  # noqa: S608
+        return row[0] if row else None
 
     def _open_job(self, job: str) -> tuple[Loss, int]:
         row = self._db.execute("SELECT state, loss, touched FROM job WHERE name = ?", (job,)).fetchone()
