@@ -16,7 +16,7 @@ from rapha_lab.curator.disk import readable, unusable
 from rapha_lab.curator.log import SCHEMA as LOG_SCHEMA
 from rapha_lab.protocol.errors import BudgetError, PolicyError
 
-__all__ = ["ALL", "Account", "Statement", "check", "connect", "shrunk", "undiscovered"]
+__all__ = ["ALL", "ENDS", "Account", "Statement", "check", "connect", "shrunk", "undiscovered"]
 
 ALL = "*"
 """Stands for all projects of a dataset together, in the accounts that cap them; no project can have this name."""
@@ -178,3 +178,13 @@ def undiscovered(account: Account) -> BudgetError:
         "Ask with a smaller delta, group by public values, or ask the custodians for a larger discovery_delta.",
         field="delta",
     )
+
+
+ENDS = {
+    "void": "It ended before it touched a record, and cost nothing.",
+    "stopped": "It was ended on the way; the steps that had run stay charged.",
+    "lost": "The curator ended before it did; the steps that had run stay charged.",
+    "settled": "It is settled.",
+    "elsewhere": "It ran elsewhere.",
+}
+"""By a job's state, what to tell whoever takes it for open."""

@@ -34,7 +34,7 @@ from rapha_lab.curator.accounting import (
     encode_loss,
     units,
 )
-from rapha_lab.curator.books import ALL, Account, Statement, check, shrunk, undiscovered
+from rapha_lab.curator.books import ALL, ENDS, Account, Statement, check, shrunk, undiscovered
 from rapha_lab.curator.books import connect as _open
 from rapha_lab.curator.disk import hold, readable
 from rapha_lab.curator.log import Kind, Log
@@ -514,7 +514,7 @@ class Ledger:
             state = "unknown" if row is None else row[0]
             raise RequestError(
                 f"The job {job} is not open.",
-                _ENDS.get(state, "There is none."),
+                ENDS.get(state, "There is none."),
                 "Start a new job.",
                 field="job",
             )
@@ -595,12 +595,3 @@ def _largest(make: Callable[[float], Loss], accounts: list[Account], taken: list
         accounting.largest_epsilon(make, account.alpha, left, delta)
         for account, left in zip(accounts, lefts, strict=True)
     )
-
-
-_ENDS = {
-    "void": "It ended before it touched a record, and cost nothing.",
-    "stopped": "It was ended on the way; the steps that had run stay charged.",
-    "lost": "The curator ended before it did; the steps that had run stay charged.",
-    "settled": "It is settled.",
-    "elsewhere": "It ran elsewhere.",
-}
