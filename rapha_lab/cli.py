@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from rapha_lab.protocol.errors import RaphaError, RequestError
-from rapha_lab.protocol.keys import PrivateKey, PublicKey
+from rapha_lab.protocol.keys import PrivateKey, PublicKey, long_enough
 
 __all__ = ["main"]
 
@@ -128,6 +128,18 @@ def _data_commands(data: Any) -> None:
     )
     add.add_argument("--answers", type=Path, help="answers written beforehand, as TOML")
     add.set_defaults(run=_add_data)
+    tidy = data.add_parser(
+        "tidy", help="copy a CSV with other separators, names or numbers into a Parquet file"
+    )
+    tidy.add_argument("file", type=Path)
+    tidy.add_argument("--out", type=Path, help="the new file; beside the old one if not given")
+    tidy.add_argument(
+        "--dates", default="", metavar="FORM", help="how dates are written, such as %%d.%%m.%%Y"
+    )
+    tidy.add_argument(
+        "--missing", default="", metavar="WORDS", help="what stands for not known: 'n/a; unknown'"
+    )
+    tidy.set_defaults(run=_tidy)
     check = data.add_parser("check", help="try a schema on the records; shows rows, for custodians alone")
     check.add_argument("schema", type=Path)
     check.add_argument("--folder", type=Path, help="the data folder; the schema's if not given")
@@ -456,6 +468,12 @@ def _add_data(args: argparse.Namespace) -> None:
         print(report(path, args.folder))
 
 
+def _tidy(args: argparse.Namespace) -> None:
+    from rapha_lab.custodian.tidy import tidy
+
+    print(*tidy(args.file, args.out, args.dates, args.missing), sep="\n")
+
+
 def _check_data(args: argparse.Namespace) -> None:
     from rapha_lab.custodian.check import report
 
@@ -512,7 +530,11 @@ def _passphrase(prompt: str) -> str:
 
 def _new_key(args: argparse.Namespace) -> None:
     key = PrivateKey.create()
-    passphrase = _passphrase("A passphrase for it, 10 characters or more: ")
+    if args.file.exists():
+        raise RequestError(
+            f"{args.file} exists.", "A key is never written over.", "Give another name.", field="file"
+        )
+    passphrase = long_enough(_passphrase("A passphrase for it, 10 characters or more: "))
     if _passphrase("Once more: ") != passphrase:
         raise RequestError("The two differ.", "A key whose passphrase is a slip is lost.", "Try again.")
     key.save(args.file, passphrase)

@@ -8,17 +8,21 @@ records to the custodian alone. What nobody has set is marked TO BE SET, and the
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import polars as pl
 
 from rapha_lab.curator.columns import identifiers
-from rapha_lab.custodian.answers import Asker
+from rapha_lab.custodian.answers import BACK, Asker, BackError
 from rapha_lab.custodian.columns import MARKS, UNSET, draft, fitting, lines, look, one_of, word
-from rapha_lab.custodian.tables import Found, find
+from rapha_lab.custodian.tables import Found, find, nameable, plain, said
 from rapha_lab.protocol.errors import RequestError
 
 __all__ = ["add"]
+
+_PEOPLE = r"(^|[_. -])(persons?|patients?|subjects?|people|demographics?)$"
+_IDENTIFIER = r"(person|patient|subject|pat)_?(id|no|nr|number)?|pid|mrn"
 
 
 def add(folder: Path, asker: Asker, database: str = "") -> tuple[str, str]:
@@ -33,14 +37,18 @@ def add(folder: Path, asker: Asker, database: str = "") -> tuple[str, str]:
         RequestError: naming the question whose answer does not fit.
     """
     tables = find(folder, database)
-    asker.tell("Tables found, with the names and types of their columns:")
-    for table in tables:
-        asker.tell(
-            f"  {table.source}: {', '.join(f'{name} ({kind})' for name, kind in table.columns.items())}"
-        )
-    sources = [table.source for table in tables]
-    question = "Which of them has one row for each patient"
-    main = tables[sources.index(asker.ask("table", question, sources[0], one_of("table", *sources)))]
+    while True:
+        try:
+            return _draft(folder, tables, asker)
+        except BackError:
+            continue
+
+
+def _draft(folder: Path, tables: list[Found], asker: Asker) -> tuple[str, str]:
+    _tell_tables(asker, tables)
+    question = "Which of them has one row for each patient: its number or name"
+    given = asker.ask("table", question, _likely_table(tables), lambda said: _table_named(said, tables))
+    main = _table_named(given, tables)
     patient = _patient(asker, main, "patient", unique=not main.source.endswith("/"))
     stem = re.split(r"[./]", main.source)[0] or folder.resolve().name
     name = word(asker, "name", "A short name for the dataset", stem)
@@ -52,11 +60,46 @@ def add(folder: Path, asker: Asker, database: str = "") -> tuple[str, str]:
         "patient": patient,
         "source": main.source,
     }
-    page = [*lines(head), *_number(asker), *_columns(asker, main, name, {patient}, "columns")]
+    number, columns = _number(asker), _columns(asker, main, name, {patient}, "columns")
+    if not columns:
+        what = (
+            f"No column of {main.source} was described, so that nothing could be asked; nothing was written."
+        )
+        raise RequestError(what, "", "Give at least one a type, such as number or category.", field="type")
+    page = [*lines(head), *number, *columns]
     for table in tables:
         if table is not main or main.source.endswith("/"):
             page += _table(asker, table, patient)
     return name, "\n".join(page) + "\n"
+
+
+def _tell_tables(asker: Asker, tables: list[Found]) -> None:
+    asker.tell(f"Tables found, with their columns ({BACK} goes to the question before, at any time):")
+    for number, table in enumerate(tables, 1):
+        kinds = ", ".join(f"{name} ({said(kind)})" for name, kind in table.columns.items())
+        asker.tell(f"  {number}  {table.source}: {kinds}")
+        if strange := [name for name in table.columns if not nameable(name)]:
+            asker.tell(
+                f"     {len(strange)} of its names no cell can write, such as {strange[0]!r}. A tidy copy mends"
+                f" that and other ways of writing CSV: rapha-lab data tidy {shlex.quote(str(table.path))}"
+            )
+
+
+def _likely_table(tables: list[Found]) -> str:
+    """The only table, or the one whose name speaks of patients; none is guessed otherwise."""
+    named = [t.source for t in tables if re.search(_PEOPLE, plain(t.source), re.IGNORECASE)]
+    return tables[0].source if len(tables) == 1 else named[0] if len(named) == 1 else ""
+
+
+def _table_named(given: str, tables: list[Found]) -> Found:
+    """The table of that number, source or short name."""
+    sources = [table.source for table in tables]
+    if given.isdecimal() and 0 < int(given) <= len(sources):
+        return tables[int(given) - 1]
+    found = [t for t in tables if given in (t.source, plain(t.source))]
+    if len(found) != 1:
+        one_of("table", *sources)(given)
+    return found[0]
 
 
 def _number(asker: Asker) -> list[str]:
@@ -68,8 +111,7 @@ def _number(asker: Asker) -> list[str]:
 
 
 def _table(asker: Asker, found: Found, patient: str) -> list[str]:
-    stem = re.sub(r"\.(parquet|csv)$", "", found.source.rstrip("/")).rpartition("/")[2]
-    key = re.sub(r"\W", "_", stem).strip("_") or "events"
+    key = re.sub(r"\W", "_", plain(found.source)).strip("_") or "events"
     question = f"Add {found.source} as a table with many rows a patient (yes or no)"
     if asker.ask(f"{key}.add", question, "no", one_of(f"{key}.add", "yes", "no")) == "no":
         return []
@@ -118,11 +160,16 @@ def _patient(asker: Asker, found: Found, key: str, *, unique: bool, default: str
 
     def check(given: str) -> None:
         one_of(key, *found.columns)(given)
+        if not nameable(given):
+            what = f"The column {given!r} has a name that a schema cannot hold."
+            instead = f"Make a tidy copy: rapha-lab data tidy {shlex.quote(str(found.path))}"
+            raise RequestError(what, "", instead, field=key)
         names = identifiers(given, found.column(given))
         if unique and names.n_unique() < len(names):
             what = f"The column {given} does not identify patients: some occur in more than one row."
-            instead = "Choose another column. If it has many rows a patient, stop (Ctrl-C) and choose another table first."
+            instead = f"Choose another column; {BACK} chooses another table."
             raise RequestError(what, "", instead, field=key)
 
-    default = default if default in found.columns else next(iter(found.columns))
+    likely = [name for name in found.columns if re.fullmatch(_IDENTIFIER, name, re.IGNORECASE)]
+    default = default if default in found.columns else likely[0] if len(likely) == 1 else ""
     return asker.ask(key, f"Which column of {found.source} identifies the patient", default, check)

@@ -10,7 +10,10 @@ from typing import Protocol
 
 from rapha_lab.protocol.errors import RequestError
 
-__all__ = ["Asker", "Check", "File", "Terminal"]
+__all__ = ["BACK", "Asker", "BackError", "Check", "File", "Terminal"]
+
+BACK = "back"
+"""What a custodian types to answer the question before once more."""
 
 
 Check = Callable[[str], object]
@@ -33,19 +36,34 @@ class Asker(Protocol):
         ...
 
 
+class BackError(Exception):
+    """The custodian goes back a question: ask all of them again, those before it are answered as they were."""
+
+
 class Terminal:
     """The custodian at a keyboard."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, str] = {}
+        self._again: dict[str, str] = {}
 
     def ask(self, key: str, question: str, default: str = "", check: Check = lambda given: None) -> str:
         """Prompt, and wait for a line that fits.
 
         Raises:
             RequestError: if the input ends.
+            BackError: the custodian wants the question before.
         """
+        if key in self._again:
+            self._given[key] = self._again.pop(key)
+            return self._given[key]
         while True:
             try:
                 given = input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
+                if given == BACK:
+                    self._rewind(key)
                 check(given)
+                self._given[key] = given
                 return given
             except EOFError:
                 what = f"The input ended at the question {key}."
@@ -53,9 +71,18 @@ class Terminal:
             except RequestError as error:
                 print(error)
 
+    def _rewind(self, key: str) -> None:
+        """Keep the answers but the one before `key`, and have all questions asked again."""
+        self._given.pop(key, None)  # a look at this very question
+        if self._given:
+            self._given.popitem()
+        self._again, self._given = self._given, {}
+        raise BackError
+
     def tell(self, text: str) -> None:
-        """Print it."""
-        print(text)
+        """Print it, unless it was said before the custodian went back."""
+        if not self._again:
+            print(text)
 
 
 class File:

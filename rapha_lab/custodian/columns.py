@@ -12,7 +12,7 @@ import polars as pl
 
 from rapha_lab.custodian.answers import Asker, Check
 from rapha_lab.custodian.known import proposed
-from rapha_lab.custodian.tables import Found, glance
+from rapha_lab.custodian.tables import Found, glance, nameable
 from rapha_lab.protocol.errors import RequestError
 
 __all__ = ["COPIED", "MARKS", "UNSET", "draft", "fitting", "lines", "look", "one_of", "word"]
@@ -41,6 +41,9 @@ def draft(asker: Asker, found: Found, of: str, name: str, code: str) -> list[str
     Raises:
         RequestError: naming the question whose answer does not fit.
     """
+    if not nameable(name):
+        asker.tell(f"{name!r} is left out: no cell can write its name.")
+        return []
     key, stored = f"{of}.{name}", "numeric_value" if code else name
     suggested = _suggested(name, None if found.untyped or code else found.columns[name])
 

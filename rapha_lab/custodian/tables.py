@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,7 +16,7 @@ from rapha_lab.curator.sources import files, meds
 from rapha_lab.custodian import snapshot
 from rapha_lab.protocol.errors import RequestError
 
-__all__ = ["Found", "find", "glance"]
+__all__ = ["Found", "find", "glance", "nameable", "plain", "said"]
 
 
 _SQL: dict[str, pl.DataType] = {
@@ -43,6 +45,11 @@ class Found:
     database: str = ""
 
     @property
+    def path(self) -> Path:
+        """Where it is, if it is a file."""
+        return self.folder / self.source
+
+    @property
     def untyped(self) -> bool:
         """Whether its file says nothing of types, as CSV."""
         return self.source.endswith(".csv")
@@ -53,7 +60,7 @@ class Found:
         Raises:
             RequestError: if it cannot be read.
         """
-        path = self.folder / self.source
+        path = self.path
         if self.database:
             values = snapshot.column(self.database, path.stem, name)
             return (
@@ -114,6 +121,23 @@ def glance(series: pl.Series) -> str:
         counts = known.cast(pl.String, strict=False).value_counts(sort=True).head(20)
         told = "Commonest: " + ", ".join(f"{str(value)[:40]!r} ({count:,})" for value, count in counts.rows())
     return f"{lacking} {told}"
+
+
+def nameable(column: str) -> bool:
+    """Whether a schema can hold that name."""
+    return len(column) <= 64 and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", column) is not None
+
+
+def plain(source: str) -> str:
+    """A table's own name: "cdm.person" of "omop.snapshot/cdm.person.parquet"."""
+    return re.sub(r"\.(parquet|csv)$", "", source.rstrip("/")).rpartition("/")[2]
+
+
+def said(kind: pl.DataType) -> str:
+    """A stored type in a word."""
+    words = {pl.String: "text", pl.Boolean: "yes or no", pl.Date: "date", pl.Datetime: "time"}
+    whole = "whole number" if kind.is_integer() else "number" if kind.is_numeric() else str(kind).lower()
+    return words.get(kind.base_type(), whole)
 
 
 def _plain(kind: object) -> pl.DataType:

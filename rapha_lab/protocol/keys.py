@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, mlkem, x25519
 
 from rapha_lab.protocol.errors import RequestError, TrustError
 
-__all__ = ["PrivateKey", "PublicKey", "signing_key"]
+__all__ = ["PrivateKey", "PublicKey", "long_enough", "signing_key"]
 
 _ED, _X, _ML = ed25519.Ed25519PrivateKey, x25519.X25519PrivateKey, mlkem.MLKEM768PrivateKey
 _PARTS: dict[str, tuple[Any, ...]] = {"ed25519": (_ED,), "x25519": (_X,), "x-wing": (_ML, _X)}
@@ -114,12 +114,7 @@ class PrivateKey:
         Raises:
             TrustError: if the file exists or the passphrase is shorter than 10 characters.
         """
-        if len(passphrase) < 10:
-            _refuse(
-                "The passphrase is too short.",
-                "A stolen file is guessed at for ever.",
-                "Use 10 characters or more.",
-            )
+        long_enough(passphrase)
         salt = os.urandom(16)
         lock = pem.BestAvailableEncryption(_stretch(passphrase, salt))
         blocks = [part.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, lock) for part in self.parts]
@@ -167,6 +162,14 @@ def _are(parts: tuple[Any, ...], kinds: tuple[Any, ...]) -> bool:
 def _stretch(passphrase: str, salt: bytes) -> bytes:
     """PKCS8's own 2,048 rounds are soon guessed through; scrypt costs 32 MB and 0.1 s a guess."""
     return hashlib.scrypt(passphrase.encode(), salt=salt, n=2**15, r=8, p=1, maxmem=2**26).hex().encode()
+
+
+def long_enough(passphrase: str) -> str:
+    """The passphrase; TrustError if it is shorter than 10 characters."""
+    if len(passphrase) < 10:
+        why = "A stolen file is guessed at for ever."
+        _refuse("The passphrase is too short.", why, "Use 10 characters or more.")
+    return passphrase
 
 
 def _refuse(what: str, why: str, instead: str) -> NoReturn:

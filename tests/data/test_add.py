@@ -153,6 +153,82 @@ class TestDraft:
         with pytest.raises(RequestError, match="no table"):
             drafted(tmp_path, answers(tmp_path / "a.toml"))
 
+    def test_a_schema_without_a_column_is_not_written(self, tmp_path, capsys):
+        """It would be none; an answers file may forget all of a CSV's types."""
+        pl.DataFrame({"pid": ["a", "b"], "x": ["1", "2"]}).write_csv(tmp_path / "c.csv")
+        (tmp_path / "a.toml").write_text('title = "C"\n')
+        assert main(["data", "add", str(tmp_path), "--answers", str(tmp_path / "a.toml")]) == 1
+        said = capsys.readouterr()
+        assert "No column of c.csv was described" in said.err
+        assert "Written" not in said.out
+        assert not (tmp_path / "c.toml").exists()
+
+    def test_no_table_and_no_identifier_is_guessed_but_by_its_name(self, tmp_path):
+        """The first by the alphabet is as wrong as any; a number, a name, or what is called patients will do."""
+        ward(tmp_path)
+        with pytest.raises(RequestError, match="no answer to table"):
+            drafted(tmp_path, answers(tmp_path / "a.toml", "table"))
+        for given in ("2", "ward"):
+            assert drafted(tmp_path, answers(tmp_path / "a.toml", table=given))[0].count("[[tables]]") == 1
+        (tmp_path / "ward.parquet").rename(tmp_path / "cdm.person.parquet")
+        assert 'source = "cdm.person.parquet"' in drafted(tmp_path, answers(tmp_path / "a.toml", "table"))[0]
+        frame = pl.read_parquet(tmp_path / "labs.parquet").rename({"pid": "who"})
+        frame.write_parquet(tmp_path / "labs.parquet")
+        with pytest.raises(RequestError, match="no answer to labs.patient"):
+            drafted(tmp_path, answers(tmp_path / "a.toml", "table"))
+
+
+class TestTidy:
+    AWKWARD = (
+        'Patient No.;Größe;Größe!;HbA1c %;"Notes; free";Visit\n'
+        '007; 1,80;x;"5,5";"said; ""hi""";31.12.2021\n008;n/a;y;;two\u00a0words;01.02.2022\n009;1,75;;9;;\n'
+        "010;1,6;;7,5;;\n"
+    )
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+    def test_a_spreadsheets_csv_becomes_a_table_that_a_schema_can_name(self, tmp_path, capsys, encoding):
+        """Separator, encoding, names, decimal commas, dates and words for nothing; identifiers keep their zeros."""
+        (tmp_path / "list (final).csv").write_text(self.AWKWARD, encoding=encoding)
+        command = ["data", "tidy", str(tmp_path / "list (final).csv"), "--dates", "%d.%m.%Y"]
+        assert main([*command, "--missing", "n/a; ?"]) == 0
+        found = pl.read_parquet(tmp_path / "list_final.parquet")
+        assert found.columns == ["Patient_No", "Grosse", "Grosse_2", "HbA1c", "Notes_free", "Visit"]
+        assert found.row(0) == ("007", "1.80", "x", "5.5", 'said; "hi"', "2021-12-31")
+        assert found.row(1) == ("008", None, "y", None, "two\u00a0words", "2022-02-01")
+        assert "'Patient No.' is now Patient_No" in capsys.readouterr().out
+        assert main(command) == 1
+        assert "Nothing is written over" in capsys.readouterr().err
+
+    def test_what_is_unclear_is_left_and_told(self, tmp_path, capsys):
+        """A guess would change values without a word."""
+        rows = "".join(f"{n},{n},0{n % 9 + 1}/02/2022\n" for n in range(9))
+        (tmp_path / "c.csv").write_text(f"pid,n,day\n{rows}9,n/a,03/02/2022\n")
+        assert main(["data", "tidy", str(tmp_path / "c.csv")]) == 0
+        said = capsys.readouterr().out
+        assert "mostly numbers, but also 'n/a' (1)" in said
+        assert "say how they are written" in said
+        assert pl.read_parquet(tmp_path / "c.parquet")["day"][0] == "01/02/2022"
+
+    def test_a_table_whose_names_no_cell_can_write_is_pointed_out(self, tmp_path):
+        """Before any question is asked; such a column cannot get into a schema, which would be none."""
+        pl.DataFrame({"pid": ["a", "b"], "Age (y)": ["1", "2"], "n": ["1", "2"]}).write_csv(
+            tmp_path / "c.csv"
+        )
+        (tmp_path / "a.toml").write_text('title = "C"\n"c.n.type" = "number"\n')
+        text, shown = drafted(tmp_path, tmp_path / "a.toml")
+        assert "rapha-lab data tidy" in shown
+        assert "Age" not in text
+        (tmp_path / "a.toml").write_text('title = "C"\npatient = "Age (y)"\n')
+        with pytest.raises(RequestError, match="a schema cannot hold"):
+            drafted(tmp_path, tmp_path / "a.toml")
+
+    @pytest.mark.parametrize("content", [b"a,b\n1,2,3\n", b"", b"\xff\xfea"])
+    def test_what_is_no_table_is_refused_without_a_word_of_it(self, tmp_path, capsys, content):
+        """And nothing is written."""
+        (tmp_path / "c.csv").write_bytes(content)
+        assert main(["data", "tidy", str(tmp_path / "c.csv")]) in (0, 1)
+        assert "Traceback" not in capsys.readouterr().err
+
 
 class TestSources:
     def test_a_csv_speaks_of_no_type_and_a_database_of_each(self, tmp_path):
@@ -165,7 +241,7 @@ class TestSources:
         file.write_text('table = "c.csv"\n"c.age.type" = "number"\n')
         text, shown = drafted(tmp_path, file)
         assert text.count("[[columns]]") == 1
-        assert "d.duckdb/people: pid" in shown
+        assert "d.duckdb/people: pid (whole number)" in shown
         file.write_text('table = "d.duckdb/people"\nname = "d"\n')
         text, _ = drafted(tmp_path, file)
         assert text.count("[[columns]]") == 2
@@ -234,6 +310,18 @@ class TestTerminal:
         assert "Written:" in said
         assert "4711" not in (tmp_path / "w.toml").read_text()
         assert Schema.load(tmp_path / "w.toml").column("age").bounds == (0, 120)
+
+    def test_back_asks_the_question_before_once_more(self, tmp_path):
+        """As often as one likes, after a look too; what was answered before stays, and the schema is of the last word."""
+        ward(tmp_path)
+        lines = ["1", "back", "ward", "pid", "w", "A wrod", "back", "A ward", "", "", "", "number", "Age.", "look",
+                 "back", "Age on admission.", "", "", "", "skip", "skip", "skip", "skip", "no"]  # fmt: skip
+        said = _at_terminal(tmp_path, lines)
+        assert "Written:" in said
+        found = tomllib.loads((tmp_path / "w.toml").read_text())
+        assert (found["source"], found["title"]) == ("ward.parquet", "A ward")
+        assert [column["meaning"] for column in found["columns"]] == ["Age on admission."]
+        assert said.count("Tables found") == 2  # it was said again with the first question alone
 
     def test_an_end_of_input_writes_nothing(self, tmp_path):
         """Half a conversation is no schema."""

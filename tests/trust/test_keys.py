@@ -128,6 +128,21 @@ def test_a_new_keys_passphrase_is_asked_for_twice(
     assert str(PrivateKey.load(tmp_path / "key", PASSPHRASE).public) == public
 
 
+def test_a_passphrase_too_short_is_said_before_it_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a name that is taken before any passphrase is."""
+    monkeypatch.delenv("RAPHA_LAB_PASSPHRASE", raising=False)
+    asked = list[str]()
+    monkeypatch.setattr("getpass.getpass", lambda prompt: asked.append(prompt) or "short")
+    assert main(["keys", "new", str(tmp_path / "key")]) == 1
+    assert "too short" in capsys.readouterr().err
+    assert len(asked) == 1
+    (tmp_path / "taken").write_text("mine")
+    assert main(["keys", "new", str(tmp_path / "taken")]) == 1
+    assert len(asked) == 1
+
+
 def test_where_nobody_can_be_asked_for_a_passphrase_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
