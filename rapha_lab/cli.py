@@ -461,7 +461,8 @@ def _add_data(args: argparse.Namespace) -> None:
     print(f"Written: {path}. It is what researchers will see; read it before you serve it.")
     if left := unset(text):
         print("To be set before it is a schema:", *left, sep="\n  ")
-        print(f"Then run: rapha-lab data {'snapshot' if args.database else 'check'} {path}")
+        then = f"snapshot {path} --database '{args.database}'" if args.database else f"check {path}"
+        print(f"Then run: rapha-lab data {then}")
     else:
         if args.database:
             take(Schema.load(path), args.database, args.folder)

@@ -45,7 +45,11 @@ def draft(asker: Asker, found: Found, of: str, name: str, code: str) -> list[str
         asker.tell(f"{name!r} is left out: no cell can write its name.")
         return []
     key, stored = f"{of}.{name}", "numeric_value" if code else name
-    suggested = _suggested(name, None if found.untyped or code else found.columns[name])
+    suggested = (
+        "category"
+        if code.endswith("//")
+        else _suggested(name, None if found.untyped or code else found.columns[name])
+    )
 
     def records() -> pl.Series:
         return found.column(stored)

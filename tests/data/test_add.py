@@ -174,7 +174,7 @@ class TestDraft:
         assert 'source = "cdm.person.parquet"' in drafted(tmp_path, answers(tmp_path / "a.toml", "table"))[0]
         frame = pl.read_parquet(tmp_path / "labs.parquet").rename({"pid": "who"})
         frame.write_parquet(tmp_path / "labs.parquet")
-        with pytest.raises(RequestError, match="no answer to labs.patient"):
+        with pytest.raises(RequestError, match=r"no answer to labs\.patient"):
             drafted(tmp_path, answers(tmp_path / "a.toml", "table"))
 
 
