@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import getpass
-import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -13,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from rapha_lab import cli_hospital
+from rapha_lab.cli_hospital import passphrase
 from rapha_lab.protocol.errors import RaphaError, RequestError
 from rapha_lab.protocol.keys import PrivateKey, PublicKey, long_enough
 
@@ -97,14 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     spend.add_argument("--reason", required=True)
     spend.set_defaults(run=_spend)
 
-    _data_commands(commands.add_parser("data", help="a hospital's tables").add_subparsers(required=True))
     demo = commands.add_parser("demo", help="the demo site's datasets").add_subparsers(required=True)
     build = demo.add_parser("build", help="build one more from the package that carries it")
     build.add_argument("name", help="support2, rhc, nafld, eunomia, clinic or flchain")
     build.set_defaults(run=_build_demo)
 
-    _review_parsers(commands.add_parser("review", help="what waits for custodians in a site's airlock"))
-    _opt_out_parsers(commands.add_parser("optout", help="patients who opted out, at the site itself"))
+    cli_hospital.add_to(commands)
     made = commands.add_parser("dossier", help="all an output checker needs of a kept model, in one folder")
     made.add_argument("model", type=Path, help="as rapha.keep wrote it, the site's log beside it")
     made.add_argument("--folder", type=Path, help="a new one; MODEL.dossier if not given")
@@ -118,39 +116,6 @@ def _parser() -> argparse.ArgumentParser:
     witness.add_argument("--allow-simulated", action="store_true")
     witness.set_defaults(run=_witness)
     return line
-
-
-def _data_commands(data: Any) -> None:
-    add = data.add_parser("add", help="walk from the tables in a folder to a schema; writes NAME.toml there")
-    add.add_argument("folder", type=Path)
-    add.add_argument(
-        "--database", default="", help="postgresql://user@host/name: its tables instead; PGPASSWORD"
-    )
-    add.add_argument("--answers", type=Path, help="answers written beforehand, as TOML")
-    add.set_defaults(run=_add_data)
-    tidy = data.add_parser(
-        "tidy", help="copy a CSV with other separators, names or numbers into a Parquet file"
-    )
-    tidy.add_argument("file", type=Path)
-    tidy.add_argument("--out", type=Path, help="the new file; beside the old one if not given")
-    tidy.add_argument(
-        "--dates", default="", metavar="FORM", help="how dates are written, such as %%d.%%m.%%Y"
-    )
-    tidy.add_argument(
-        "--missing", default="", metavar="WORDS", help="what stands for not known: 'n/a; unknown'"
-    )
-    tidy.set_defaults(run=_tidy)
-    check = data.add_parser("check", help="try a schema on the records; shows rows, for custodians alone")
-    check.add_argument("schema", type=Path)
-    check.add_argument("--folder", type=Path, help="the data folder; the schema's if not given")
-    check.set_defaults(run=_check_data)
-    snapshot = data.add_parser("snapshot", help="read a PostgreSQL database into files that never change")
-    snapshot.add_argument("schema", type=Path)
-    snapshot.add_argument(
-        "--database", required=True, help="postgresql://user@host/name; the password is PGPASSWORD"
-    )
-    snapshot.add_argument("--folder", type=Path, help="the data folder; the schema's if not given")
-    snapshot.set_defaults(run=_snapshot)
 
 
 def _log_commands(log: Any) -> None:
@@ -179,113 +144,6 @@ def _log_commands(log: Any) -> None:
     check.set_defaults(run=_check_entry)
 
 
-def _review_parsers(review: argparse.ArgumentParser) -> None:
-    acts = review.add_subparsers(required=True)
-    for name, words in (
-        ("list", "what waits for a decision"),
-        ("show", "one thing: what it is, what it asks and costs, what changed, what the checks found"),
-        ("approve", "let a function run, or an answer leave"),
-        ("refuse", "refuse it for good, with a reason"),
-        ("veto", "end the policy at once"),
-    ):
-        act = acts.add_parser(name, help=words)
-        act.add_argument("site", help="its address")
-        if name in ("show", "approve", "refuse"):
-            act.add_argument("subject", help="or its first letters")
-        if name in ("refuse", "veto"):
-            act.add_argument("--reason", required=True)
-        act.add_argument("--key", type=Path, required=True, help="yours, as a custodian")
-        act.add_argument("--allow-simulated", action="store_true")
-        act.add_argument("--measurement", action="append", default=[], help="of an enclave to trust")
-        act.set_defaults(run=_review, act=name)
-    sign = acts.add_parser("sign", help="sign what a console shows, in a file, without a connection")
-    sign.add_argument("file", type=Path)
-    sign.add_argument("--key", type=Path, required=True)
-    sign.set_defaults(run=_sign)
-
-
-def _opt_out_parsers(optout: argparse.ArgumentParser) -> None:
-    acts = optout.add_subparsers(required=True)
-    for name, words in (("add", "leave patients out from now on"), ("return", "take them back in")):
-        act = acts.add_parser(name, help=words)
-        act.add_argument("config", type=Path, help="the site's configuration")
-        act.add_argument("dataset")
-        act.add_argument(
-            "patients", nargs="*", help="identifiers; or lines on standard input if there are none"
-        )
-        act.add_argument("--key", type=Path, required=True, help="yours, as a custodian")
-        act.set_defaults(run=_opt_out, act=name)
-    listed = acts.add_parser("list", help="the versions of the lists")
-    listed.add_argument("config", type=Path)
-    listed.set_defaults(run=_list_opt_outs)
-    which = acts.add_parser("which", help="which version a receipt names, or the log on one day")
-    which.add_argument("config", type=Path)
-    which.add_argument("dataset")
-    which.add_argument("of", help="the receipt's job, or the day")
-    which.add_argument("label")
-    which.set_defaults(run=_which_opt_outs)
-
-
-def _opt_out(args: argparse.Namespace) -> None:
-    from rapha_lab.curator.optouts import add
-    from rapha_lab.protocol.keys import PrivateKey
-
-    people = args.patients or [line.strip() for line in sys.stdin if line.strip()]
-    key = PrivateKey.load(args.key, _passphrase("Your passphrase: "))
-    _hold_opt_out(args, str(key.public))
-    path, salt = _opt_outs_of(args.config)
-    sets = (people, []) if args.act == "add" else ([], people)
-    version = add(path, args.dataset, key, salt, *sets)
-    print(
-        f"Version {version.number} of {args.dataset}: {len(people)} patient(s) {args.act}ed, from the next step on."
-    )
-
-
-def _hold_opt_out(args: argparse.Namespace, key: str) -> None:
-    """Refuse a list that would apply to nothing, or that would close the dataset."""
-    from rapha_lab.enclave.site import Config
-    from rapha_lab.protocol.policy import Policy
-    from rapha_lab.protocol.schema import Schema
-
-    config = Config.load(args.config)
-    served = [Schema.load(Path(each.schema)).name for each in config.datasets]
-    if args.dataset not in served:
-        what = f"The site serves no dataset {args.dataset!r}, so that nobody was opted out."
-        raise RequestError(what, f"It serves {', '.join(served)}.", "Name one of them.", field="dataset")
-    if key not in {each.key for each in Policy.parse(Path(config.policy).read_text()).custodians}:
-        what = f"{args.key} is the key of none of the policy's custodians."
-        raise RequestError(what, "Its list would close the dataset.", "Use a custodian's key.", field="key")
-
-
-def _list_opt_outs(args: argparse.Namespace) -> None:
-    from datetime import UTC, datetime
-
-    from rapha_lab.curator.optouts import versions
-
-    for v in versions(_opt_outs_of(args.config)[0]):
-        when = f"{datetime.fromtimestamp(v.time, UTC):%Y-%m-%d %H:%M}"
-        print(
-            f"{v.dataset} {v.number}: {len(v.added)} added, {len(v.returned)} returned, {when} UTC, by {v.key}"
-        )
-
-
-def _which_opt_outs(args: argparse.Namespace) -> None:
-    from rapha_lab.curator.optouts import label, versions
-
-    path, salt = _opt_outs_of(args.config)
-    numbers = [0, *(v.number for v in versions(path) if v.dataset == args.dataset)]
-    found = [n for n in numbers if label(salt, args.dataset, n, args.of) == args.label]
-    print(f"Version {found[0]} of {args.dataset}." if found else "No version of this site has that name.")
-
-
-def _opt_outs_of(config: Path) -> tuple[Path, bytes]:
-    """The file of a site's opt-outs, and the secret with which identifiers are hashed."""
-    from rapha_lab.enclave.site import Config
-
-    state = Path(Config.load(config).state)
-    return state / "opt-outs", (state / "split.salt").read_bytes()
-
-
 def _write_dossier(args: argparse.Namespace) -> None:
     import json
 
@@ -296,40 +154,6 @@ def _write_dossier(args: argparse.Namespace) -> None:
     for told in json.loads((folder / "dossier.json").read_text())["criteria"]:
         print(f"{words[told['holds']]:<14} {told['criterion']}")
     print(f"Written to {folder}: dossier.json, dossier.html, ro-crate-metadata.json.")
-
-
-def _review(args: argparse.Namespace) -> None:
-    from rapha_lab.client.custodian import Custodian, in_words
-    from rapha_lab.client.site import connect
-    from rapha_lab.protocol.keys import PrivateKey
-
-    key = PrivateKey.load(args.key, _passphrase("Your passphrase: "))
-    site = connect(args.site, key=key, allow_simulated=args.allow_simulated, measurements=args.measurement)
-    custodian = Custodian(site, key)
-    if args.act == "list":
-        waiting = custodian.waiting()
-        if not waiting:
-            print("Nothing waits.")
-        for told in waiting:
-            about = f"{told['kind']} of {told['project']} on {told['dataset']}, lane {told['lane']}"
-            print(f"{told['subject'][:16]}  {about}: {told['missing']} of {told['mode']} to approve")
-    elif args.act == "show":
-        print(in_words(custodian.show(args.subject)))
-    elif args.act == "veto":
-        custodian.veto(args.reason)
-        print("The policy is no longer in force.")
-    else:
-        reason = (args.reason,) if args.act == "refuse" else ()
-        told = getattr(custodian, args.act)(args.subject, *reason)
-        print(f"{told['subject'][:16]} is {told['state']}.")
-
-
-def _sign(args: argparse.Namespace) -> None:
-    from rapha_lab.client.custodian import countersign
-    from rapha_lab.protocol.keys import PrivateKey
-
-    text = args.file.read_text()
-    print(countersign(text, PrivateKey.load(args.key, _passphrase("Your passphrase: ")), print))
 
 
 def _policy_parsers(policy: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -385,8 +209,8 @@ def _fetch_log(args: argparse.Namespace) -> None:
 def _connected(where: str, args: argparse.Namespace) -> Any:
     from rapha_lab.client.site import connect
 
-    passphrase = _passphrase("Your passphrase: ") if args.key else None
-    return connect(where, key=args.key, passphrase=passphrase, allow_simulated=args.allow_simulated)
+    word = passphrase("Your passphrase: ") if args.key else None
+    return connect(where, key=args.key, passphrase=word, allow_simulated=args.allow_simulated)
 
 
 def _verify_log(args: argparse.Namespace) -> None:
@@ -428,7 +252,7 @@ def _witness(args: argparse.Namespace) -> None:
     if Path(args.what).is_file():
         if args.key is None:
             raise RequestError("A witness signs.", "No key was given.", "--key FILE", field="key")
-        key = PrivateKey.load(args.key, _passphrase("Your passphrase: "))
+        key = PrivateKey.load(args.key, passphrase("Your passphrase: "))
         note = cosign_bundle(args.what, key, args.name)
     else:
         channel = _connected(args.what, args)._channel
@@ -437,59 +261,6 @@ def _witness(args: argparse.Namespace) -> None:
     (args.out.write_text if args.out else print)(note)
     name = args.name or witness.witness_name(key.public)
     print(f"Others check your cosignature with --witness {witness.verifier_key(name, key.public)}")
-
-
-def _add_data(args: argparse.Namespace) -> None:
-    from rapha_lab.custodian.add import add
-    from rapha_lab.custodian.answers import File, Terminal
-    from rapha_lab.custodian.check import report, unset
-    from rapha_lab.custodian.snapshot import take
-    from rapha_lab.protocol.schema import Schema
-
-    asker = File(args.answers) if args.answers else Terminal()
-    name, text = add(args.folder, asker, args.database)
-    if isinstance(asker, File):
-        asker.close()
-    path = args.folder / f"{name}.toml"
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise RequestError(
-            f"{path} exists.", "Nothing was written.", "Move it away, or choose another name.", field="name"
-        ) from None
-    print(f"Written: {path}. It is what researchers will see; read it before you serve it.")
-    if left := unset(text):
-        print("To be set before it is a schema:", *left, sep="\n  ")
-        then = f"snapshot {path} --database '{args.database}'" if args.database else f"check {path}"
-        print(f"Then run: rapha-lab data {then}")
-    else:
-        if args.database:
-            take(Schema.load(path), args.database, args.folder)
-        print(report(path, args.folder))
-
-
-def _tidy(args: argparse.Namespace) -> None:
-    from rapha_lab.custodian.tidy import tidy
-
-    print(*tidy(args.file, args.out, args.dates, args.missing), sep="\n")
-
-
-def _check_data(args: argparse.Namespace) -> None:
-    from rapha_lab.custodian.check import report
-
-    print(report(args.schema, args.folder or args.schema.parent))
-
-
-def _snapshot(args: argparse.Namespace) -> None:
-    from rapha_lab.custodian.snapshot import take
-    from rapha_lab.protocol.schema import Schema
-
-    told = take(Schema.load(args.schema), args.database, args.folder or args.schema.parent)
-    for name, file in told.files.items():
-        print(f"{name}: {file['rows']:,} rows of {file['table']}, {len(file['columns'])} columns")
-    print(f"Snapshot {told.hash}, taken {told.made[:19]} UTC. Keep the hash; show it to custodians only.")
-    print("The site reads it when it starts again; the budget already spent stays spent.")
 
 
 def _build_demo(args: argparse.Namespace) -> None:
@@ -515,18 +286,9 @@ def _measure(args: argparse.Namespace) -> None:
 
     if args.sign is None:
         return print(measure())
-    key = PrivateKey.load(args.sign, _passphrase("The release key's passphrase: "))
+    key = PrivateKey.load(args.sign, passphrase("The release key's passphrase: "))
     build = Build.sign(metadata.version("rapha-lab"), [measure(), *args.also], key)
     print(msgspec.json.encode(build).decode())
-
-
-def _passphrase(prompt: str) -> str:
-    try:
-        return os.environ.get("RAPHA_LAB_PASSPHRASE") or getpass.getpass(prompt)
-    except EOFError:
-        raise RequestError(
-            "A passphrase is needed.", "There is nobody to ask.", "Set RAPHA_LAB_PASSPHRASE."
-        ) from None
 
 
 def _new_key(args: argparse.Namespace) -> None:
@@ -535,10 +297,10 @@ def _new_key(args: argparse.Namespace) -> None:
         raise RequestError(
             f"{args.file} exists.", "A key is never written over.", "Give another name.", field="file"
         )
-    passphrase = long_enough(_passphrase("A passphrase for it, 10 characters or more: "))
-    if _passphrase("Once more: ") != passphrase:
+    word = long_enough(passphrase("A passphrase for it, 10 characters or more: "))
+    if passphrase("Once more: ") != word:
         raise RequestError("The two differ.", "A key whose passphrase is a slip is lost.", "Try again.")
-    key.save(args.file, passphrase)
+    key.save(args.file, word)
     print(key.public)
 
 
@@ -549,7 +311,7 @@ def _nonce(args: argparse.Namespace) -> None:
 
 
 def _show_key(args: argparse.Namespace) -> None:
-    print(PrivateKey.load(args.file, _passphrase("Its passphrase: ")).public)
+    print(PrivateKey.load(args.file, passphrase("Its passphrase: ")).public)
 
 
 def _show_policy(args: argparse.Namespace) -> None:
@@ -572,7 +334,7 @@ def _state(args: argparse.Namespace) -> None:
 
     policy = Policy.parse(args.policy.read_text())
     print(plain_english(policy))
-    key = PrivateKey.load(args.key, _passphrase("Your passphrase: "))
+    key = PrivateKey.load(args.key, passphrase("Your passphrase: "))
     custodian = str(key.public) in {each.key for each in policy.custodians}
     if args.act != "sign" and not custodian:
         what = f"{args.key} is the key of none of this page's custodians."
@@ -599,7 +361,7 @@ def _spend(args: argparse.Namespace) -> None:
     from rapha_lab.protocol.policy import Policy
     from rapha_lab.protocol.spend import spend
 
-    key = PrivateKey.load(args.key, _passphrase("Your passphrase: "))
+    key = PrivateKey.load(args.key, passphrase("Your passphrase: "))
     where = args.project, args.dataset, args.split, args.reason
     said = spend(key, *where, epsilon=args.epsilon, rho=args.rho)
     said.check(Policy.parse(args.policy.read_text()))
