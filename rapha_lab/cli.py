@@ -103,10 +103,21 @@ def _parser() -> argparse.ArgumentParser:
     build.set_defaults(run=_build_demo)
 
     cli_hospital.add_to(commands)
-    made = commands.add_parser("dossier", help="all an output checker needs of a kept model, in one folder")
-    made.add_argument("model", type=Path, help="as rapha.keep wrote it, the site's log beside it")
-    made.add_argument("--folder", type=Path, help="a new one; MODEL.dossier if not given")
-    made.set_defaults(run=_write_dossier)
+    made = commands.add_parser("dossier", help="all an output checker needs of a kept model; or check one")
+    made.add_argument(
+        "what",
+        type=Path,
+        help="a model kept by rapha.keep, to write its dossier; or a dossier's folder, to check it",
+    )
+    made.add_argument("--folder", type=Path, help="a new one, to write to; MODEL.dossier if not given")
+    made.add_argument("--key", help="the site's public key as you know it from elsewhere, to check with")
+    made.add_argument(
+        "--endorsements", type=Path, help="a folder with newer ones of the vendor, to judge by now"
+    )
+    made.add_argument(
+        "--minimum-tcb", nargs="+", default=[], metavar="PART=N", help="firmware to accept now, AMD"
+    )
+    made.set_defaults(run=_dossier)
     _log_commands(commands.add_parser("log", help="a site's transparency log").add_subparsers(required=True))
     witness = commands.add_parser("witness", help="check that a log extends what was seen of it, and cosign")
     witness.add_argument("what", help='a bundle, "demo" or an address')
@@ -144,16 +155,42 @@ def _log_commands(log: Any) -> None:
     check.set_defaults(run=_check_entry)
 
 
-def _write_dossier(args: argparse.Namespace) -> None:
+def _dossier(args: argparse.Namespace) -> None:
     import json
 
-    from rapha_lab.client.dossier import write
+    from rapha_lab.client.dossier import check, write
+    from rapha_lab.protocol.evidence import Endorsements
 
-    folder = write(args.model, args.folder or args.model.with_suffix(".dossier"))
+    if args.what.is_dir():
+        newer = Endorsements.load(args.endorsements) if args.endorsements else None
+        told = check(args.what, args.key, endorsements=newer, minimum_tcb=_tcb(args.minimum_tcb))
+    else:
+        folder = write(args.what, args.folder or args.what.with_suffix(".dossier"))
+        told = json.loads((folder / "dossier.json").read_text())
     words = {True: "holds", False: "DOES NOT HOLD", None: "not tried"}
-    for told in json.loads((folder / "dossier.json").read_text())["criteria"]:
-        print(f"{words[told['holds']]:<14} {told['criterion']}")
-    print(f"Written to {folder}: dossier.json, dossier.html, ro-crate-metadata.json.")
+    for each in told["criteria"]:
+        print(f"{words[each['holds']]:<14} {each['criterion']}")
+    for when in ("at training", "now"):
+        said = told["attestation"][when]
+        print(f"Evidence {when}, {said['when']}: {said['status']}.", *said["reasons"])
+    if not args.what.is_dir():
+        print(f"Written to {folder}: dossier.json, dossier.html, ro-crate-metadata.json.")
+        return
+    print(
+        "All that dossier.json and its pages say follows from the model, the log and the evidence beside them."
+    )
+    print("Pictures were not compared.")
+    if args.key is None:
+        print("The site's key is the evidence's own: compare it with the one your site publishes, by --key.")
+
+
+def _tcb(words: Sequence[str]) -> dict[str, int] | None:
+    pairs = [word.partition("=") for word in words]
+    if any(not value.isdecimal() for _, _, value in pairs):
+        raise RequestError(
+            "A firmware version is no number.", "", "--minimum-tcb snp=23", field="minimum-tcb"
+        )
+    return {name: int(value) for name, _, value in pairs} or None
 
 
 def _policy_parsers(policy: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import ssl
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,10 @@ __all__ = ["Channel"]
 
 @dataclass(frozen=True)
 class Attested:
-    """An enclave as it was appraised: its verdict and keys, its build, and the head of its log with its note."""
+    """An enclave as it was appraised: its evidence, verdict and keys, its build, and the head of its log with its note."""
 
+    evidence: Evidence
+    at: float
     verdict: Verdict
     binding: Binding
     build: Build
@@ -48,6 +51,9 @@ class Channel:
     Raises:
         EvidenceError: the enclave is not to be trusted; nothing was sent.
         SiteError: the site cannot be reached.
+
+    Attributes:
+        seen: every enclave of this site that was appraised: it has another one after each restart or new policy.
     """
 
     def __init__(
@@ -63,7 +69,7 @@ class Channel:
         # proxies of the environment are for the internet; a site is inside, often under a hospital's own authority
         context = ssl.create_default_context()
         self._http = httpx.Client(timeout=httpx.Timeout(30, read=600), trust_env=False, verify=context)
-        self._attesting = threading.Lock()
+        self._attesting, self.seen = threading.Lock(), list[Attested]()
         self.attested = self._attest()
         self._reply_key = PrivateKey.create(self.binding.suite)
 
@@ -76,10 +82,15 @@ class Channel:
                 "The evidence is not fresh.", "It is bound to another nonce.", "Connect again."
             )
         _check_tls(response, evidence.binding.tls_key_hash)
-        claims, (build, head) = Verifier().verify(evidence, self._endorsements), logged_build(evidence)
+        if self._endorsements is not None:
+            evidence = msgspec.structs.replace(evidence, endorsements=self._endorsements)
+        claims, (build, head) = Verifier().verify(evidence), logged_build(evidence)
         bound, read = evidence.binding, self.policy_hash
         verdict = appraise(claims, bound, self.policy, build=build, nonce=nonce, policy_hash=read).require()
-        return Attested(verdict, evidence.binding, build, head, evidence.build.checkpoint)  # type: ignore[union-attr]
+        note = evidence.build.checkpoint  # type: ignore[union-attr]
+        found = Attested(evidence, time.time(), verdict, evidence.binding, build, head, note)
+        self.seen = [*self.seen[-99:], found]
+        return found
 
     @property
     def verdict(self) -> Verdict:

@@ -1,7 +1,8 @@
 """The dossier of one model: all that an output checker needs in one place, as JSON, as a page, and as a crate.
 
-Everything in it is checked while it is written: weights against the releases, receipts against the log, the policy
-against its signatures, decisions against their signers. What does not hold is said, not left out. The fields, and
+Everything in it is checked while it is written, and by `check` anew: weights against the releases, receipts against the
+log, the policy against its signatures, decisions against their signers. What does not hold is said, not left out;
+evidence that was altered or is another's is refused. The fields, and
 what each is for in SATRE, are in docs/dossier.md.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,19 @@ from typing import Any
 import msgspec
 
 from rapha_lab.client import bundles, logs
+from rapha_lab.client.appraisal import Endorsements
+from rapha_lab.client.attestation import Attestation, reappraise
 from rapha_lab.client.crate import crate
 from rapha_lab.client.kept import Kept, load
 from rapha_lab.client.page import page
 from rapha_lab.client.policies import purposes
 from rapha_lab.client.releases import verify_release
-from rapha_lab.protocol.errors import RaphaError, RequestError
+from rapha_lab.protocol.errors import EvidenceError, RaphaError, RequestError, TrustError
 from rapha_lab.protocol.keys import PublicKey
 from rapha_lab.protocol.policy import Policy, Signed, Statement
 from rapha_lab.protocol.release import Release
 
-__all__ = ["VERSION", "dossier", "write"]
+__all__ = ["VERSION", "check", "dossier", "write"]
 
 VERSION = "rapha-lab/dossier/1"
 ACCOUNTANT = (
@@ -42,6 +46,7 @@ def write(model: str | Path, folder: str | Path) -> Path:
 
     Raises:
         RequestError: the model was not kept with its releases, or the folder has something in it.
+        EvidenceError: the site's evidence was altered, or belongs to another key, policy, build or time.
     """
     kept, folder = load(model), Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -49,9 +54,8 @@ def write(model: str | Path, folder: str | Path) -> Path:
     told = dossier(kept)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(kept.path, folder / "model.safetensors")
-    (folder / "policy.toml").write_text(kept.told["policy"]["text"])
-    statements = "".join(line + "\n" for line in kept.told["policy"]["statements"])
-    (folder / "policy.toml.signatures").write_text(statements)
+    for name, text in _policy_files(kept).items():
+        (folder / name).write_text(text)
     if kept.log.exists():
         shutil.copy(kept.log, folder / "site.log")
     (folder / "dossier.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
@@ -60,30 +64,101 @@ def write(model: str | Path, folder: str | Path) -> Path:
     return folder
 
 
-def dossier(kept: Kept) -> dict[str, Any]:
-    """All of it as JSON."""
-    site, releases = kept.told["site"], kept.releases
+def check(
+    folder: str | Path,
+    key: str | None = None,
+    *,
+    endorsements: Endorsements | None = None,
+    minimum_tcb: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """The dossier in `folder` made anew from the model, the log and the evidence in it, once it is found to say the same.
+
+    Args:
+        folder: as `write` left it.
+        key: the site's public key as it is known from elsewhere.
+        endorsements: newer ones of the hardware's vendor, to judge the evidence by now.
+        minimum_tcb: lowest firmware versions of an AMD platform to accept now.
+
+    Raises:
+        TrustError: naming the field or the file that says something else, or the key that is another one.
+        EvidenceError: as `write`.
+    """
+    folder = Path(folder)
+    kept = load(folder / "model.safetensors", folder / "site.log")
+    if key is not None and key != Attestation.of(kept.told).key:
+        raise EvidenceError(
+            "The dossier is of another site.",
+            f"Its evidence is bound to {Attestation.of(kept.told).key}.",
+            _ASK,
+        )
+    try:
+        told = json.loads((folder / "dossier.json").read_bytes())
+        when = datetime.fromisoformat(told["written"])
+        made = json.loads(json.dumps(dossier(kept, when=when)))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise RequestError(f"{folder} holds no dossier.", str(error)[:200], field="folder") from None
+    for name in {*made, *told}:
+        if made.get(name) != told.get(name):
+            raise TrustError(
+                f"The dossier's field {name!r} was changed.", "The model's file says another.", _ASK
+            )
+    files = _policy_files(kept) | {"dossier.html": page(made)}
+    files |= {"ro-crate-metadata.json": json.dumps(crate(made, folder), indent=1) + "\n"}
+    for name, text in files.items():
+        found = (folder / name).read_text()
+        if _without_pictures(found) != _without_pictures(text):
+            raise TrustError(
+                f"The dossier's file {name} was changed.", "It says another than dossier.json.", _ASK
+            )
+    return dossier(kept, endorsements=endorsements, minimum_tcb=minimum_tcb)
+
+
+_ASK = "Ask who gave it to you for the one that was written."
+
+
+def _policy_files(kept: Kept) -> dict[str, str]:
+    told = kept.told["policy"]
+    return {
+        "policy.toml": told["text"],
+        "policy.toml.signatures": "".join(line + "\n" for line in told["statements"]),
+    }
+
+
+def _without_pictures(text: str) -> str:
+    """Pictures are drawn by another program's version on another machine, and are not compared."""
+    return re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]*", "", text)
+
+
+def dossier(
+    kept: Kept,
+    *,
+    when: datetime | None = None,
+    endorsements: Endorsements | None = None,
+    minimum_tcb: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """All of it as JSON, judged at the time `when`, or now.
+
+    Raises:
+        EvidenceError: as `write`.
+    """
+    releases, when = kept.releases, when or datetime.now(UTC).replace(microsecond=0)
     training = next(release for release in releases if release.op in ("fit", "open"))
-    audited, entries = _log(kept)
+    proved, policy = Attestation.of(kept.told), Policy.parse(kept.told["policy"]["text"])
+    audited, entries = _log(kept, proved)
     told: dict[str, Any] = {
         "dossier": VERSION,
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "written": when.isoformat(timespec="seconds"),
         "model": _model(kept),
         "privacy": _privacy(releases),
         "policy": _policy(kept),
-        "attestation": {
-            "site": site["name"],
-            "site key": site["key"],
-            "status": site["verdict"]["status"],
-            "reasons": site["verdict"]["reasons"],
-            "simulated": site["simulated"],
-            "measurement": site["measurement"],
-            "sandbox": site["tier"],
-        },
+        "attestation": {"site": str(kept.told["site"])}
+        | reappraise(
+            proved, training, policy, entries, endorsements=endorsements, minimum_tcb=minimum_tcb, now=when
+        ),
         "training": {"dataset": training.dataset, "split": training.split, **training.values},
         "evaluation": [_evaluation(release) for release in releases if release is not training],
-        "receipts": [_receipt(release, site["key"], entries) for release in releases],
-        "decisions": list(_decisions(releases, entries, Policy.parse(kept.told["policy"]["text"]))),
+        "receipts": [_receipt(release, proved.key, entries) for release in releases],
+        "decisions": list(_decisions(releases, entries, policy)),
         "attacks": kept.told.get("attack"),
         "log": audited,
     }
@@ -205,13 +280,15 @@ def _receipt(release: Release, key: str, entries: Sequence[dict[str, Any]]) -> d
     } | proof
 
 
-def _log(kept: Kept) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What the kept log says, verified, and its entries."""
+def _log(kept: Kept, proved: Attestation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the kept log says, verified, and its entries; it must extend the head that the hardware signed for."""
     if not kept.log.exists():
         return {"kept": False, "verified": False, "why not": "It was not kept beside the model."}, []
     told = {"kept": True, "file": "site.log", "sha256": hashlib.sha256(kept.log.read_bytes()).hexdigest()}
     try:
-        said = list(logs.summary(logs.verify(kept.log, kept.told["site"]["key"])))
+        bound = proved.evidence.build
+        seen = {"The evidence": bound.checkpoint} if bound else {}
+        said = list(logs.summary(logs.verify(kept.log, proved.key, seen=seen)))
         entries = [msgspec.json.decode(body, type=dict) for body, _ in bundles.read(kept.log).entries]
     except RaphaError as error:
         return told | {"verified": False, "why not": str(error)}, []
@@ -272,7 +349,13 @@ def _criteria(told: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield outcome(
         "released by whom the policy names", released if told["log"]["verified"] else None, "decisions"
     )
-    yield outcome("computed in attested hardware", not told["attestation"]["simulated"], "attestation.status")
+    attested = told["attestation"]
+    yield outcome("computed in attested hardware", not attested["simulated"], "attestation.at training")
+    ran = attested["its build ran when the training was charged"]
+    yield outcome("by the build that was attested", ran, "attestation.measurement")
+    yield outcome(
+        "the evidence holds as of today", attested["now"]["status"] != "contraindicated", "attestation.now"
+    )
     attacks = told["attacks"]
     yield outcome(
         "canaries do not refute epsilon", attacks and attacks["canaries"]["holds"], "attacks.canaries"

@@ -1,7 +1,7 @@
 """A trained model as the researcher keeps it: one safetensors file with the releases and the proofs it came with.
 
-No pickle. What the file says of itself is in its metadata: releases with their receipts, the attestation as it
-was appraised, the policy's page with its signatures. The site's log is kept beside it, for anybody to verify.
+No pickle. What the file says of itself is in its metadata: releases with their receipts, the enclave's evidence with what
+its vendor signed, the policy's page with its signatures. The site's log is kept beside it, for anybody to verify.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from safetensors import SafetensorError, safe_open
 
+from rapha_lab.client.attestation import Attestation
 from rapha_lab.client.logs import fetch
 from rapha_lab.client.site import Site, latest
 from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.policy import Policy
 from rapha_lab.protocol.release import Release
 
 if TYPE_CHECKING:
@@ -38,7 +41,8 @@ class Kept:
         tensors: by name.
         parameters: the names of what was trained; the rest are buffers.
         releases: what the site answered, the training first.
-        told: attestation, policy and attack report as they were when it was kept.
+        told: evidence, policy and attack report as they were when it was kept.
+        log: where the site's log is kept.
     """
 
     path: Path
@@ -46,11 +50,7 @@ class Kept:
     parameters: list[str]
     releases: list[Release]
     told: dict[str, Any]
-
-    @property
-    def log(self) -> Path:
-        """Where the site's log is kept beside it."""
-        return self.path.with_suffix(".log")
+    log: Path
 
     def unchanged(self) -> bool | None:
         """Whether it holds exactly the weights that the site released; None after a loop, whose steps were released."""
@@ -94,7 +94,8 @@ def keep(
     told = {
         "releases": [msgspec.to_builtins(release) for release in releases],
         "parameters": [name for name, _ in model.named_parameters()],
-        "site": site.card() | {"datasets": []},
+        "site": site.name,
+        "attestation": msgspec.to_builtins(_attestation(site, policy["text"], releases)),
         "policy": policy,
         "attack": attack,
         "kept": int(time.time()),
@@ -106,8 +107,32 @@ def keep(
     return kept
 
 
-def load(path: str | Path) -> Kept:
-    """What `keep` wrote.
+def _attestation(site: Site, page: str, releases: Sequence[Release]) -> Attestation:
+    """The last evidence that was appraised before the training was charged, under the policy's page if there is such."""
+    channel, bound = site._channel, Policy.parse(page).hash
+    charged = next(r for r in releases if r.op in ("fit", "open")).receipt.get("index", 0)
+    found = max(
+        reversed(channel.seen),
+        key=lambda each: (each.binding.policy_hash == bound, each.head.size <= charged),
+    )
+    return Attestation(found.evidence, found.at, dict(channel.policy.minimum_tcb))
+
+
+class _Told(msgspec.Struct):
+    """What a kept model's file must say, whoever wrote it."""
+
+    site: str
+    policy: _Page
+    kept: int
+
+
+class _Page(msgspec.Struct):
+    text: str
+    statements: list[str]
+
+
+def load(path: str | Path, log: str | Path | None = None) -> Kept:
+    """What `keep` wrote, with the site's log beside it if it is not at `log`.
 
     Raises:
         RequestError: the file is none of ours.
@@ -121,8 +146,11 @@ def load(path: str | Path) -> Kept:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         releases = [msgspec.convert(each, Release) for each in told.pop("releases")]
         parameters = [name for name in told.pop("parameters") if name in tensors]
+        if not any(release.op in ("fit", "open") for release in releases):
+            raise ValueError
+        msgspec.convert(told, _Told)
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError):
         raise RequestError(
             f"{path} is no model kept with its releases.", "", "Keep it with rapha.keep.", field="model"
         ) from None
-    return Kept(path, tensors, parameters, releases, told)
+    return Kept(path, tensors, parameters, releases, told, Path(log) if log else path.with_suffix(".log"))

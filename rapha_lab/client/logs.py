@@ -8,9 +8,10 @@ bundles that others hold, and it says from which entry on the two differ.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -69,6 +70,7 @@ def verify(
     *,
     against: Sequence[str | Path] = (),
     witnesses: Sequence[str] = (),
+    seen: Mapping[str, str] = MappingProxyType({}),
 ) -> Audit:
     """Check a bundle: every hash, every signature, the books, and that it extends what others hold.
 
@@ -78,6 +80,7 @@ def verify(
             shows that the bundle is whole but not whose it is.
         against: files with earlier checkpoints or bundles of this log, as held by witnesses, clients or receipts.
         witnesses: verifier keys; each must have cosigned one of the checkpoints in `against`.
+        seen: further checkpoints, by where they were seen.
 
     Raises:
         LogError: naming the first entry that does not hold, and why.
@@ -101,6 +104,8 @@ def verify(
     if heads and heads[-1] != bundle.checkpoint.root:
         raise first_bad(len(heads) - 1, "The checkpoint signs for another one.")
     notes = [_compare(bundle, heads, Path(other)) for other in against]
+    for whence, note in seen.items():
+        _extends(bundle, heads, note, whence)
     for witness in witnesses:
         _require(notes, witness)
     return audit

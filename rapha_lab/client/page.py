@@ -62,7 +62,10 @@ def page(told: dict[str, Any]) -> str:
             [(name, model[name]) for name in ("sha256", "format", "parameters", "exactly what was released")]
         ),
         "<h2>Attestation</h2>",
-        _table([(name, value) for name, value in attested.items() if value not in ([], "")]),
+        *(_appraised(name, attested[name]) for name in ("at training", "now")),
+        _table(
+            [(name, value) for name, value in attested.items() if not isinstance(value, dict) and value != ""]
+        ),
         "<h2>Policy</h2>",
         f"<p>{escape(told['policy']['name'])}, version {told['policy']['version']}, until {escape(told['policy']['expires'])}. "
         f"{escape(told['policy']['purposes'])}</p>",
@@ -94,6 +97,14 @@ def page(told: dict[str, Any]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Dossier</title>'
         f"<style>{_STYLE}</style></head><body><main>{body}</main></body></html>\n"
+    )
+
+
+def _appraised(name: str, told: dict[str, Any]) -> str:
+    loud = "" if told["status"] == "affirming" else ' class="warn"'
+    return (
+        f"<p{loud}>Appraised <b>{escape(name)}</b> ({escape(told['when'])}): <b>{escape(told['status'])}</b>. "
+        f"{escape(' '.join(told['reasons']))}</p>"
     )
 
 

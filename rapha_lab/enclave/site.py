@@ -300,7 +300,8 @@ class Site:
         build = msgspec.convert(self._curator.look_up("build"), Inclusion)
         binding = self._binding(nonce, hashlib.sha256(build.checkpoint.encode()).digest(), self._policy())
         evidence = self._attester.evidence(binding, {"tier": self._zygote.tier})
-        mirrored = _endorsements(self.config.endorsements)
+        folder = self.config.endorsements
+        mirrored = Endorsements.load(folder) if folder else Endorsements()  # renewed while the site runs
         return msgspec.structs.replace(evidence, build=build, endorsements=mirrored)
 
     def card(self, researcher: str) -> dict[str, Any]:
@@ -446,18 +447,6 @@ def _build(path: str, measurement: str) -> Build:
             field="release",
         )
     return build
-
-
-def _endorsements(folder: str) -> Endorsements:
-    """What the custodians mirror of the vendor's, read anew each time."""
-    if not folder:
-        return Endorsements()
-
-    def read(pattern: str) -> list[bytes]:
-        return [path.read_bytes() for path in sorted(Path(folder).glob(pattern))]
-
-    leaf, chain, crls, collateral = map(read, ("leaf.der", "chain.pem", "*.crl", "collateral.json"))
-    return Endorsements(b"".join(leaf), b"".join(chain), tuple(crls), b"".join(collateral))
 
 
 def _tls_key_hash(path: str) -> bytes:

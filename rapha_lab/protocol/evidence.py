@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -114,6 +115,16 @@ class Endorsements(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chain: bytes = b""
     crls: tuple[bytes, ...] = ()
     collateral: bytes = b""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Endorsements:
+        """Those in a folder: leaf.der, chain.pem, *.crl, collateral.json, as far as they are there."""
+
+        def read(pattern: str) -> list[bytes]:
+            return [path.read_bytes() for path in sorted(Path(folder).glob(pattern))]
+
+        leaf, chain, crls, collateral = map(read, ("leaf.der", "chain.pem", "*.crl", "collateral.json"))
+        return cls(b"".join(leaf), b"".join(chain), tuple(crls), b"".join(collateral))
 
 
 class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

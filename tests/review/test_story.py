@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import ward
@@ -17,10 +20,17 @@ from safetensors.torch import save_file
 
 import rapha_lab as rapha
 from rapha_lab.cli import main
+from rapha_lab.client import bundles
+from rapha_lab.client.appraisal import Verifier
 from rapha_lab.client.attacks import canaries
-from rapha_lab.client.dossier import write
+from rapha_lab.client.attestation import Attestation, reappraise
+from rapha_lab.client.dossier import check, write
 from rapha_lab.client.kept import load
-from rapha_lab.protocol.errors import RequestError
+from rapha_lab.enclave.attester import SimulatedAttester
+from rapha_lab.protocol.errors import EvidenceError, RequestError, TrustError
+from rapha_lab.protocol.evidence import Evidence
+from rapha_lab.protocol.keys import PrivateKey
+from rapha_lab.protocol.policy import Policy
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
 from rapha_lab.session import parcels
@@ -69,6 +79,12 @@ def test_an_outsider_verifies_it_with_one_command(
     assert main(["log", "verify", "site.log", "--key", str(shared.site.signing_key.public)]) == 0
     assert "hold" in capsys.readouterr().out
     assert main(["policy", "check", "policy.toml"]) == 0
+    assert main(["dossier", ".", "--key", str(shared.site.signing_key.public)]) == 0
+    told = capsys.readouterr().out
+    assert "DOES NOT HOLD  computed in attested hardware" in told
+    assert told.count("warning. SIMULATED ENCLAVE") == 2  # at training, and now
+    assert main(["dossier", ".", "--key", str(PrivateKey.create().public)]) == 1
+    assert "of another site" in capsys.readouterr().err
 
 
 def test_each_criterion_has_its_outcome_and_its_evidence(folder: Path) -> None:
@@ -123,6 +139,139 @@ def test_the_crate_is_one_and_names_what_is_there(folder: Path) -> None:
     assert sum("#decision" in identifier for identifier in ids) == 2
 
 
+def opened(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A kept model's tensors, and what its file says of itself, to be changed."""
+    with safe_open(path, "pt") as file:
+        told = json.loads(file.metadata()["rapha-lab"])
+    return {name: tensor.clone() for name, tensor in load(path).tensors.items()}, told
+
+
+def changed(kept: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a kept model, with its log, whose file says something else."""
+    tensors, told = opened(kept)
+    change(told)
+    path = folder / kept.name
+    save_file(tensors, path, metadata={"rapha-lab": json.dumps(told)})
+    shutil.copy(load(kept).log, path.with_suffix(".log"))
+    return path
+
+
+def foreign(told: dict[str, Any], **fields: Any) -> None:
+    """Evidence of the same kind, honestly made, bound to something else."""
+    evidence = msgspec.convert(told["attestation"]["evidence"], Evidence)
+    binding = msgspec.structs.replace(evidence.binding, **fields)
+    made = SimulatedAttester(Verifier().verify(evidence).measurement).evidence(binding)
+    made = msgspec.structs.replace(made, build=evidence.build)
+    told["attestation"]["evidence"] = msgspec.to_builtins(made)
+
+
+def edited(told: dict[str, Any]) -> None:
+    payload = bytearray(base64.b64decode(told["attestation"]["evidence"]["payload"]))
+    payload[-3] ^= 1
+    told["attestation"]["evidence"]["payload"] = base64.b64encode(payload).decode()
+
+
+def of_another_build(told: dict[str, Any]) -> None:
+    evidence = msgspec.convert(told["attestation"]["evidence"], Evidence)
+    made = SimulatedAttester("sha256:" + "ab" * 32).evidence(evidence.binding)
+    told["attestation"]["evidence"] = msgspec.to_builtins(msgspec.structs.replace(made, build=evidence.build))
+
+
+FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "none": (lambda told: told.pop("attestation"), "holds no evidence"),
+    "malformed": (lambda told: told["attestation"].update(evidence={"payload": 1}), "holds no evidence"),
+    "edited": (edited, "was altered"),
+    "another key": (
+        lambda told: foreign(told, signing_key=str(PrivateKey.create().public)),
+        "another key than the one that signed the training's receipt",
+    ),
+    "another policy": (lambda told: foreign(told, policy_hash=b"q" * 32), "another policy than the page"),
+    "an edited page": (
+        lambda told: told["policy"].update(text=told["policy"]["text"].replace("= 900.0", "= 901.0")),
+        "another policy than the page",
+    ),
+    "another log": (lambda told: foreign(told, checkpoint_hash=b"q" * 32), "not the one that the evidence"),
+    "another build": (of_another_build, "no release that measures"),
+    "the binding alone": (
+        lambda told: told["attestation"]["evidence"]["binding"].update(
+            nonce=base64.b64encode(bytes(32)).decode()
+        ),
+        "not those that the evidence is bound to",
+    ),
+    "an older time": (lambda told: told["attestation"].update(at=1.7e9), "another time"),
+    "a later time": (lambda told: told["attestation"].update(at=9.9e9), "future"),
+    "no time": (lambda told: told["attestation"].update(at=1e300), "is none"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_evidence_that_is_not_the_trainings_is_refused_by_name(
+    kept: Path, tmp_path: Path, fault: str
+) -> None:
+    """When the dossier is written, and when one is checked whose model's file was exchanged."""
+    change, reason = FAULTS[fault]
+    path = changed(kept, tmp_path, change)
+    with pytest.raises(TrustError, match=reason):
+        write(path, tmp_path / "dossier")
+    write(kept, tmp_path / "good")
+    shutil.copy(path, tmp_path / "good" / "model.safetensors")
+    with pytest.raises(TrustError, match=reason):
+        check(tmp_path / "good")
+
+
+def test_evidence_from_before_another_build_was_started_is_refused(kept: Path) -> None:
+    """The log says which build ran when the training was charged; without the log nobody says it."""
+    found = load(kept)
+    proved, training = Attestation.of(found.told), found.releases[0]
+    policy = Policy.parse(found.told["policy"]["text"])
+    entries = [msgspec.json.decode(body, type=dict) for body, _ in bundles.read(found.log).entries]
+    ran = "its build ran when the training was charged"
+    assert reappraise(proved, training, policy, entries)[ran] is True
+    assert reappraise(proved, training, policy)[ran] is None
+    build = next(number for number, entry in enumerate(entries) if entry["kind"] == "release-of-enclave")
+    entries[build] |= {"measurements": ["sha256:" + "ab" * 32]}
+    with pytest.raises(EvidenceError, match="another build than the one that ran"):
+        reappraise(proved, training, policy, entries)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "reason"),
+    [
+        ("dossier.json", '"simulated": true', '"simulated": false', "field 'attestation'"),
+        ("dossier.json", '"epsilon at most": 2.0', '"epsilon at most": 1.0', "field 'privacy'"),
+        ("dossier.json", '"holds": false', '"holds": true', "field 'criteria'"),
+        ("dossier.json", '"satre"', '"more"', "field '(satre|more)'"),
+        ("dossier.html", "DOES NOT HOLD", "holds", "dossier.html"),
+        ("ro-crate-metadata.json", "does not hold", "holds", "ro-crate-metadata.json"),
+        ("policy.toml", "900.0", "9.0", "policy.toml"),
+        ("policy.toml.signatures", '"sign"', '"Sign"', "policy.toml.signatures"),
+    ],
+)
+def test_an_edited_dossier_is_refused_by_name(
+    folder: Path, tmp_path: Path, name: str, old: str, new: str, reason: str
+) -> None:
+    """Whatever file it is in; as it was written it is found whole."""
+    shutil.copytree(folder, tmp_path / "dossier")
+    assert check(tmp_path / "dossier")["attestation"]["at training"]["status"] == "warning"
+    path = tmp_path / "dossier" / name
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(TrustError, match=reason):
+        check(tmp_path / "dossier")
+
+
+def test_what_is_no_dossier_is_refused(folder: Path, tmp_path: Path) -> None:
+    """An empty folder, no JSON, JSON of another kind, nested a thousand deep."""
+    with pytest.raises(RequestError):
+        check(tmp_path)
+    shutil.copytree(folder, tmp_path / "dossier")
+    for text in ("", "[]", "{}", "7", '{"written": 7}', "[" * 5000, "\0"):
+        (tmp_path / "dossier" / "dossier.json").write_text(text)
+        with pytest.raises(RequestError):
+            check(tmp_path / "dossier")
+
+
 @pytest.mark.parametrize(
     ("fault", "criterion"),
     [
@@ -130,15 +279,13 @@ def test_the_crate_is_one_and_names_what_is_there(folder: Path) -> None:
         ("buffer", "nothing beside the parameters"),
         ("values", "every charge is in the site's log"),
         ("decision", "the whole log verified"),
-        ("page", "under a policy that its custodians signed"),
+        ("signature", "under a policy that its custodians signed"),
     ],
 )
 def test_what_was_changed_shows(kept: Path, tmp_path: Path, fault: str, criterion: str) -> None:
-    """A weight, a tensor slipped in, a figure, a line of the log, a letter of the policy."""
+    """A weight, a tensor slipped in, a figure, a line of the log, a signature that is not there."""
     found, path = load(kept), tmp_path / kept.name
-    tensors = {name: tensor.clone() for name, tensor in found.tensors.items()}
-    with safe_open(kept, "pt") as file:
-        told = json.loads(file.metadata()["rapha-lab"])
+    tensors, told = opened(kept)
     log = found.log.read_text()
     if fault == "weights":
         tensors["bias"] += 1e-6
@@ -150,7 +297,7 @@ def test_what_was_changed_shows(kept: Path, tmp_path: Path, fault: str, criterio
         log = "".join(line for line in log.splitlines(keepends=True) if '\\"decision\\"' not in line)
         assert log != found.log.read_text()
     else:
-        told["policy"]["text"] = told["policy"]["text"].replace("epsilon = 900.0", "epsilon = 901.0")
+        del told["policy"]["statements"][1:]
     save_file(tensors, path, metadata={"rapha-lab": json.dumps(told)})
     path.with_suffix(".log").write_text(log)
     assert held(write(path, tmp_path / "dossier"))[criterion] is False
