@@ -90,6 +90,10 @@ def _opt_out_parsers(optout: argparse.ArgumentParser) -> None:
         )
         act.add_argument("--key", type=Path, required=True, help="yours, as a custodian")
         act.set_defaults(run=_opt_out, act=name)
+    mends = acts.add_parser("mend", help="set aside versions that do not hold, which close the dataset")
+    mends.add_argument("config", type=Path)
+    mends.add_argument("--key", type=Path, required=True, help="yours, as a custodian")
+    mends.set_defaults(run=_mend_opt_outs)
     listed = acts.add_parser("list", help="the versions of the lists")
     listed.add_argument("config", type=Path)
     listed.set_defaults(run=_list_opt_outs)
@@ -102,42 +106,64 @@ def _opt_out_parsers(optout: argparse.ArgumentParser) -> None:
 
 
 def _opt_out(args: argparse.Namespace) -> None:
-    from rapha_lab.curator.optouts import add
+    from rapha_lab.curator.optouts import add, kept
+    from rapha_lab.custodian.optouts import strangers
     from rapha_lab.protocol.keys import PrivateKey
+    from rapha_lab.protocol.schema import Schema
 
     people = args.patients or [line.strip() for line in sys.stdin if line.strip()]
     key = PrivateKey.load(args.key, passphrase("Your passphrase: "))
-    _hold_opt_out(args, str(key.public))
-    path, salt = _opt_outs_of(args.config)
-    sets = (people, []) if args.act == "add" else ([], people)
-    version = add(path, args.dataset, key, salt, *sets)
-    print(
-        f"Version {version.number} of {args.dataset}: {len(people)} patient(s) {args.act}ed, from the next step on."
-    )
-
-
-def _hold_opt_out(args: argparse.Namespace, key: str) -> None:
-    """Refuse a list that would apply to nothing, or that would close the dataset."""
-    from rapha_lab.enclave.site import Config
-    from rapha_lab.protocol.policy import Policy
-    from rapha_lab.protocol.schema import Schema
-
-    config = Config.load(args.config)
-    served = [Schema.load(Path(each.schema)).name for each in config.datasets]
+    path, ledger, salt, config = _opt_outs_of(args.config)
+    served = {(schema := Schema.load(Path(each.schema))).name: (schema, each) for each in config.datasets}
     if args.dataset not in served:
         what = f"The site serves no dataset {args.dataset!r}, so that nobody was opted out."
         raise RequestError(what, f"It serves {', '.join(served)}.", "Name one of them.", field="dataset")
-    if key not in {each.key for each in Policy.parse(Path(config.policy).read_text()).custodians}:
-        what = f"{args.key} is the key of none of the policy's custodians."
+    _hold_custodian(args.key, str(key.public), config)
+    sets = (people, []) if args.act == "add" else ([], people)
+    version = add(path, args.dataset, key, salt, *sets, taken=kept(ledger))
+    print(
+        f"Version {version.number} of {args.dataset}: {len(people)} patient(s) {args.act}ed, from the next step on."
+    )
+    schema, source = served[args.dataset]
+    if unknown := strangers(schema, Path(source.folder), people):
+        named = ", ".join(unknown[:10]) + (" ..." if len(unknown) > 10 else "")
+        print(
+            f"{len(unknown)} of them are no patients of the records as they are: {named}. Spelled as there?"
+        )
+
+
+def _hold_custodian(file: Path, key: str, config: Any) -> set[str]:
+    """The custodians' keys; refuses a key that is none of them, whose list would close the dataset."""
+    from rapha_lab.protocol.policy import Policy
+
+    custodians = {each.key for each in Policy.parse(Path(config.policy).read_text()).custodians}
+    if key not in custodians:
+        what = f"{file} is the key of none of the policy's custodians."
         raise RequestError(what, "Its list would close the dataset.", "Use a custodian's key.", field="key")
+    return custodians
+
+
+def _mend_opt_outs(args: argparse.Namespace) -> None:
+    from rapha_lab.curator.optouts import kept
+    from rapha_lab.custodian.optouts import mend
+    from rapha_lab.protocol.keys import PrivateKey
+
+    key = PrivateKey.load(args.key, passphrase("Your passphrase: "))
+    path, ledger, _, config = _opt_outs_of(args.config)
+    custodians = _hold_custodian(args.key, str(key.public), config)
+    print(
+        *(mend(path, key, custodians, kept(ledger)) or ["Every version holds; nothing was changed."]),
+        sep="\n",
+    )
 
 
 def _list_opt_outs(args: argparse.Namespace) -> None:
     from datetime import UTC, datetime
 
-    from rapha_lab.curator.optouts import versions
+    from rapha_lab.curator.optouts import kept, versions
 
-    for v in versions(_opt_outs_of(args.config)[0]):
+    path, ledger, *_ = _opt_outs_of(args.config)
+    for v in {v.digest: v for v in (*kept(ledger), *versions(path))}.values():
         when = f"{datetime.fromtimestamp(v.time, UTC):%Y-%m-%d %H:%M}"
         print(
             f"{v.dataset} {v.number}: {len(v.added)} added, {len(v.returned)} returned, {when} UTC, by {v.key}"
@@ -145,20 +171,25 @@ def _list_opt_outs(args: argparse.Namespace) -> None:
 
 
 def _which_opt_outs(args: argparse.Namespace) -> None:
-    from rapha_lab.curator.optouts import label, versions
+    from rapha_lab.curator.optouts import kept, label, versions
 
-    path, salt = _opt_outs_of(args.config)
-    numbers = [0, *(v.number for v in versions(path) if v.dataset == args.dataset)]
-    found = [n for n in numbers if label(salt, args.dataset, n, args.of) == args.label]
+    path, ledger, salt, _ = _opt_outs_of(args.config)
+    numbers = {0, *(v.number for v in (*kept(ledger), *versions(path)) if v.dataset == args.dataset)}
+    found = [n for n in sorted(numbers) if label(salt, args.dataset, n, args.of) == args.label]
     print(f"Version {found[0]} of {args.dataset}." if found else "No version of this site has that name.")
 
 
-def _opt_outs_of(config: Path) -> tuple[Path, bytes]:
-    """The file of a site's opt-outs, and the secret with which identifiers are hashed."""
+def _opt_outs_of(path: Path) -> tuple[Path, Path, bytes, Any]:
+    """A site's opt-outs, its ledger, the secret with which identifiers are hashed, and its configuration."""
     from rapha_lab.enclave.site import Config
 
-    state = Path(Config.load(config).state)
-    return state / "opt-outs", (state / "split.salt").read_bytes()
+    config = Config.load(path)
+    state = Path(config.state)
+    salt = state / "split.salt"
+    if not salt.exists():
+        what = f"The site {config.name} was never started: {state} has no secret to hash identifiers with."
+        raise RequestError(what, "", "Start it once: rapha-lab serve.", field="state")
+    return state / "opt-outs", state / "ledger.sqlite", salt.read_bytes(), config
 
 
 def _review(args: argparse.Namespace) -> None:

@@ -10,14 +10,18 @@ the holder of the site's key can tell which version it was, and prove it to a re
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import hmac
+import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 import msgspec
 from msgspec import Meta
@@ -28,7 +32,9 @@ from rapha_lab.protocol.errors import PolicyError, RequestError
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
 from rapha_lab.protocol.policy import Policy
 
-__all__ = ["OptOuts", "Version", "add", "label", "versions"]
+__all__ = ["OptOuts", "Version", "add", "alone", "fault", "following", "kept", "label", "signed", "versions"]
+
+MEND = "A custodian mends it with rapha-lab optout mend."
 
 Mark = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 SCHEMA = (
@@ -72,8 +78,27 @@ def versions(path: str | Path) -> list[Version]:
         return []
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise RequestError(
-            "The list of opt-outs cannot be read.", "A line of it is damaged.", field="opt-outs"
+            "The list of opt-outs cannot be read.", "A line of it is damaged.", MEND, field="opt-outs"
         ) from None
+
+
+def kept(ledger: str | Path) -> list[Version]:
+    """The versions that the site with this ledger has taken, whatever became of the file; none if it never ran."""
+    try:
+        db = sqlite3.connect(f"file:{quote(str(ledger))}?mode=ro", uri=True)
+        with contextlib.closing(db):
+            lines = db.execute("SELECT line FROM opt_out ORDER BY number").fetchall()
+    except sqlite3.OperationalError:
+        return []
+    return [msgspec.json.decode(line, type=Version) for (line,) in lines]
+
+
+@contextlib.contextmanager
+def alone(path: str | Path) -> Iterator[None]:
+    """Only one process writes a list at a time: of two versions with one number, the second would close the dataset."""
+    with Path(f"{path}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def add(
@@ -83,6 +108,7 @@ def add(
     salt: bytes,
     added: Iterable[str],
     returned: Iterable[str] = (),
+    taken: Iterable[Version] = (),
 ) -> Version:
     """Append a version signed by `key`.
 
@@ -92,15 +118,38 @@ def add(
         key: a custodian's.
         salt: the site's secret, with which identifiers are hashed.
         added, returned: patients' identifiers.
+        taken: what the site has taken already, which the file may have lost.
     """
-    last = next((v for v in reversed(versions(path)) if v.dataset == dataset), None)
     come, back = (sorted({mark_of(patient, salt) for patient in people}) for people in (added, returned))
+    with alone(path):
+        known = [v for v in (*versions(path), *taken) if v.dataset == dataset]
+        version = following(max(known, key=lambda v: v.number, default=None), dataset, key, come, back)
+        with Path(path).open("ab") as file:
+            file.write(msgspec.json.encode(version) + b"\n")
+    return version
+
+
+def following(
+    last: Version | None, dataset: str, key: PrivateKey, come: list[str], back: list[str]
+) -> Version:
+    """The version after `last`, signed by `key`, that adds and takes back these marks."""
     number, before = (last.number + 1, last.digest) if last else (1, "")
     bare = Version(dataset, number, before, come, back, str(key.public), int(time.time()))
-    version = msgspec.structs.replace(bare, signature=key.sign(bare.signed_bytes()))
-    with Path(path).open("ab") as file:
-        file.write(msgspec.json.encode(version) + b"\n")
-    return version
+    return msgspec.structs.replace(bare, signature=key.sign(bare.signed_bytes()))
+
+
+def fault(version: Version, last: Version | None, custodians: Collection[str]) -> str:
+    """Why a version that comes after `last` does not hold; nothing if it does."""
+    if (version.number, version.before) != ((last.number + 1, last.digest) if last else (1, "")):
+        return "It does not follow the one before it."
+    return "" if signed(version, custodians) else "No custodian signed it."
+
+
+def signed(version: Version, custodians: Collection[str]) -> bool:
+    """Whether one of these custodians' keys signed it."""
+    return version.key in custodians and PublicKey.parse(version.key).verifies(
+        version.signature, version.signed_bytes()
+    )
 
 
 def label(salt: bytes, dataset: str, number: int, of: str) -> str:
@@ -123,6 +172,7 @@ class OptOuts:
         self._lock, self._seen = threading.Lock(), (-1, -1)
         self._last: dict[str, Version] = {}
         self._marks: dict[str, frozenset[str]] = {}
+        self._taken = set[str]()
         self._days = set[tuple[str, str]]()
         with ledger.transaction() as db:
             for line in SCHEMA:
@@ -158,32 +208,24 @@ class OptOuts:
         if self._seen == (seen := (told.st_mtime_ns, told.st_size)):
             return
         for version in versions(self._path):
-            last = self._last.get(version.dataset)
-            if last is not None and version.number <= last.number:
+            if version.digest in self._taken:
                 continue
-            self._check(version, last)
+            self._check(version, self._last.get(version.dataset))
             with self._ledger.transaction() as db:
                 db.execute("INSERT INTO opt_out VALUES (NULL, ?)", (msgspec.json.encode(version),))
             self._take(version)
         self._seen = seen
 
     def _check(self, version: Version, last: Version | None) -> None:
-        custodians = {c.key for c in self._policy().custodians}
-        follows = (version.number, version.before) == ((last.number + 1, last.digest) if last else (1, ""))
-        signed = version.key in custodians and PublicKey.parse(version.key).verifies(
-            version.signature, version.signed_bytes()
-        )
-        if not follows or not signed:
-            raise PolicyError(
-                f"A version of the list of opt-outs of {version.dataset} does not hold.",
-                "No custodian signed it." if follows else "It does not follow the one before it.",
-                "The custodians have to look at it: until then nothing is answered.",
-            )
+        if why := fault(version, last, {c.key for c in self._policy().custodians}):
+            what = f"A version of the list of opt-outs of {version.dataset} does not hold."
+            raise PolicyError(what, why, f"Until the custodians mend it nothing is answered. {MEND}")
 
     def _take(self, version: Version) -> None:
         marks = self._marks.get(version.dataset, frozenset())
         self._marks[version.dataset] = (marks | frozenset(version.added)) - frozenset(version.returned)
         self._last[version.dataset] = version
+        self._taken.add(version.digest)
 
     def _commit(self, dataset: str) -> None:
         day = str(datetime.now(UTC).date())

@@ -6,6 +6,7 @@ import io
 import json
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from rapha_lab.curator.cohort import Cohort, mark_of
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.curator.noise import SystemNoise
-from rapha_lab.curator.optouts import OptOuts, Version, add, label, versions
+from rapha_lab.curator.optouts import OptOuts, Version, add, kept, label, versions
+from rapha_lab.custodian.optouts import mend
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import PolicyError, RaphaError
 from rapha_lab.protocol.schema import Schema
 from rapha_lab.session import tracing
 
 SALT = bytes(range(32))
+KEYS = {str(key.public) for key in CUSTODIANS}
 SCHEMA = Schema.from_dict(tomllib.loads(ward.SCHEMA))
 
 
@@ -97,6 +100,78 @@ class TestLists:
         again = Cohort(SCHEMA, ward.frame(), SALT)
         lists(tmp_path, ledger).apply(again)
         assert len(again.view("all")) == ward.PATIENTS - 1
+
+    def test_a_version_that_would_be_overlooked_closes_the_dataset(
+        self, tmp_path: Path, ledger: Ledger, cohort: Cohort
+    ) -> None:
+        """The file was lost and begun anew, with a number that was taken: passed over, somebody would not be left out."""
+        path = tmp_path / "opt-outs"
+        add(path, "ward", CUSTODIANS[0], SALT, ["w00003"])
+        found = lists(tmp_path, ledger)
+        found.apply(cohort)
+        path.unlink()
+        add(path, "ward", CUSTODIANS[0], SALT, ["w00004"])
+        with pytest.raises(PolicyError, match="does not follow"):
+            found.apply(cohort)
+        mend(path, CUSTODIANS[1], KEYS, kept(tmp_path / "ledger.sqlite"))
+        found.apply(cohort)
+        assert len(cohort.view("all")) == ward.PATIENTS - 2
+
+    def test_a_new_version_follows_what_was_taken_though_the_file_is_lost(
+        self, tmp_path: Path, ledger: Ledger, cohort: Cohort
+    ) -> None:
+        """As the command writes it: it asks the ledger's database, too, which the site may have open."""
+        path, found = tmp_path / "opt-outs", lists(tmp_path, ledger)
+        add(path, "ward", CUSTODIANS[0], SALT, ["w00003"])
+        found.apply(cohort)
+        path.unlink()
+        version = add(path, "ward", CUSTODIANS[0], SALT, ["w00004"], taken=kept(tmp_path / "ledger.sqlite"))
+        assert version.number == 2
+        found.apply(cohort)
+        assert len(cohort.view("all")) == ward.PATIENTS - 2
+
+    def test_two_custodians_at_once_write_two_versions(self, tmp_path: Path) -> None:
+        """Else both had the same number, and the second closed the dataset."""
+        path = tmp_path / "opt-outs"
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda n: add(path, "ward", CUSTODIANS[n % 2], SALT, [f"w{n}"]), range(32)))
+        assert [v.number for v in versions(path)] == list(range(1, 33))
+
+    @pytest.mark.parametrize("fault", ["stranger", "edited", "between", "dropped", "unreadable"])
+    def test_a_custodian_mends_it_and_nobody_comes_back_in(
+        self, tmp_path: Path, ledger: Ledger, cohort: Cohort, fault: str
+    ) -> None:
+        """What a custodian had signed is signed again; what none had signed leaves nobody out; what is lost is said."""
+        path = tmp_path / "opt-outs"
+        for patient in ("w00001", "w00002", "w00003"):
+            add(path, "ward", CUSTODIANS[0], SALT, [patient])
+        told = path.read_bytes().splitlines()
+        if fault == "stranger":
+            add(path, "ward", STRANGERS[0], SALT, ["w00004"])
+        elif fault == "edited":
+            told[1] = told[1].replace(b'"added":["', b'"added":["' + b"0" * 32 + b'","')
+        elif fault == "between":
+            told[1], told[2] = told[2], told[1]
+        elif fault == "dropped":
+            del told[1]
+        else:
+            told[2] = told[2][:-9]
+        if fault != "stranger":
+            path.write_bytes(b"\n".join(told) + b"\n")
+        found = lists(tmp_path, ledger)
+        with pytest.raises(RaphaError, match="optout mend"):
+            found.apply(cohort)
+        said = mend(path, CUSTODIANS[1], KEYS, kept(tmp_path / "ledger.sqlite"))
+        found.apply(cohort)
+        out = {"stranger": 3, "edited": 2, "between": 3, "dropped": 2, "unreadable": 2}[fault]
+        assert len(cohort.view("all")) == ward.PATIENTS - out
+        words = {"stranger": "No custodian signed", "unreadable": "has to be added again"}
+        assert words.get(fault, "does not follow") in "\n".join(said)
+        assert list(tmp_path.glob("opt-outs.aside-*"))
+        assert mend(path, CUSTODIANS[1], KEYS, kept(tmp_path / "ledger.sqlite")) == []
+        add(path, "ward", CUSTODIANS[0], SALT, ["w00009"])  # and it goes on
+        found.apply(cohort)
+        assert len(cohort.view("all")) == ward.PATIENTS - out - 1
 
     def test_receipts_and_log_tell_no_moment_and_no_number(
         self, tmp_path: Path, ledger: Ledger, cohort: Cohort
@@ -186,7 +261,9 @@ def test_a_site_applies_a_list_at_once_and_names_it_in_the_receipt(
         assert told in capsys.readouterr().err
     assert versions(shared.folder / "state" / "opt-outs") == []
     assert main(["optout", "add", str(config), "ward", "--key", str(tmp_path / "officer")]) == 0
-    assert "2 patient(s) added" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 patient(s) added" in said
+    assert "Spelled" not in said
     again = ask.replace("1)", "2)")  # another question: the same one would have the same answer today
     other = clinic.until(shared.connect().run(again, "ward", session="opt-outs 2"), "waiting")
     entries = [json.loads(e) for e in shared.connect()._channel.call("log", {"start": 0})[0]["entries"]]
@@ -198,6 +275,11 @@ def test_a_site_applies_a_list_at_once_and_names_it_in_the_receipt(
     assert main(["optout", "list", str(config)]) == 0
     assert "ward 1: 2 added, 0 returned" in capsys.readouterr().out
     assert len(versions(shared.folder / "state" / "opt-outs")) == 1
+    assert main(["optout", "return", str(config), "ward", "11", "--key", str(tmp_path / "officer")]) == 0
+    assert "1 of them are no patients of the records as they are: 11" in capsys.readouterr().out
+    assert main(["optout", "mend", str(config), "--key", str(tmp_path / "researcher")]) == 1
+    assert main(["optout", "mend", str(config), "--key", str(tmp_path / "officer")]) == 0
+    assert "Every version holds" in capsys.readouterr().out
     for each in (job, other):
         each.cancel()
     shared.connect().end_sessions("opt-outs")
