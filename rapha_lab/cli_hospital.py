@@ -106,8 +106,8 @@ def _opt_out_parsers(optout: argparse.ArgumentParser) -> None:
 
 
 def _opt_out(args: argparse.Namespace) -> None:
-    from rapha_lab.curator.optouts import add, kept
-    from rapha_lab.custodian.optouts import strangers
+    from rapha_lab.curator.optouts import add
+    from rapha_lab.custodian.optouts import kept, strangers
     from rapha_lab.protocol.keys import PrivateKey
     from rapha_lab.protocol.schema import Schema
 
@@ -144,8 +144,7 @@ def _hold_custodian(file: Path, key: str, config: Any) -> set[str]:
 
 
 def _mend_opt_outs(args: argparse.Namespace) -> None:
-    from rapha_lab.curator.optouts import kept
-    from rapha_lab.custodian.optouts import mend
+    from rapha_lab.custodian.optouts import kept, mend
     from rapha_lab.protocol.keys import PrivateKey
 
     key = PrivateKey.load(args.key, passphrase("Your passphrase: "))
@@ -160,7 +159,8 @@ def _mend_opt_outs(args: argparse.Namespace) -> None:
 def _list_opt_outs(args: argparse.Namespace) -> None:
     from datetime import UTC, datetime
 
-    from rapha_lab.curator.optouts import kept, versions
+    from rapha_lab.curator.optouts import versions
+    from rapha_lab.custodian.optouts import kept
 
     path, ledger, *_ = _opt_outs_of(args.config)
     for v in {v.digest: v for v in (*kept(ledger), *versions(path))}.values():
@@ -171,7 +171,8 @@ def _list_opt_outs(args: argparse.Namespace) -> None:
 
 
 def _which_opt_outs(args: argparse.Namespace) -> None:
-    from rapha_lab.curator.optouts import kept, label, versions
+    from rapha_lab.curator.optouts import label, versions
+    from rapha_lab.custodian.optouts import kept
 
     path, ledger, salt, _ = _opt_outs_of(args.config)
     numbers = {0, *(v.number for v in (*kept(ledger), *versions(path)) if v.dataset == args.dataset)}

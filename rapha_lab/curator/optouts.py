@@ -14,14 +14,12 @@ import contextlib
 import fcntl
 import hashlib
 import hmac
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import quote
 
 import msgspec
 from msgspec import Meta
@@ -32,7 +30,7 @@ from rapha_lab.protocol.errors import PolicyError, RequestError
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
 from rapha_lab.protocol.policy import Policy
 
-__all__ = ["OptOuts", "Version", "add", "alone", "fault", "following", "kept", "label", "signed", "versions"]
+__all__ = ["OptOuts", "Version", "add", "alone", "fault", "following", "label", "signed", "versions"]
 
 MEND = "A custodian mends it with rapha-lab optout mend."
 
@@ -80,17 +78,6 @@ def versions(path: str | Path) -> list[Version]:
         raise RequestError(
             "The list of opt-outs cannot be read.", "A line of it is damaged.", MEND, field="opt-outs"
         ) from None
-
-
-def kept(ledger: str | Path) -> list[Version]:
-    """The versions that the site with this ledger has taken, whatever became of the file; none if it never ran."""
-    try:
-        db = sqlite3.connect(f"file:{quote(str(ledger))}?mode=ro", uri=True)
-        with contextlib.closing(db):
-            lines = db.execute("SELECT line FROM opt_out ORDER BY number").fetchall()
-    except sqlite3.OperationalError:
-        return []
-    return [msgspec.json.decode(line, type=Version) for (line,) in lines]
 
 
 @contextlib.contextmanager

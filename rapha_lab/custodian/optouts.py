@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +17,18 @@ from rapha_lab.curator.sources import Reader
 from rapha_lab.protocol.keys import PrivateKey
 from rapha_lab.protocol.schema import Schema
 
-__all__ = ["mend", "strangers"]
+__all__ = ["kept", "mend", "strangers"]
+
+
+def kept(ledger: str | Path) -> list[Version]:
+    """The versions that the site with this ledger has taken, whatever became of the file; none if it never ran."""
+    try:
+        db = sqlite3.connect(f"{Path(ledger).resolve().as_uri()}?mode=ro", uri=True)
+        with contextlib.closing(db):
+            lines = db.execute("SELECT line FROM opt_out ORDER BY number").fetchall()
+    except sqlite3.OperationalError:
+        return []
+    return [msgspec.json.decode(line, type=Version) for (line,) in lines]
 
 
 def strangers(schema: Schema, folder: Path, people: Collection[str]) -> list[str]:

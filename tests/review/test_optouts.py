@@ -22,8 +22,8 @@ from rapha_lab.curator.cohort import Cohort, mark_of
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.curator.noise import SystemNoise
-from rapha_lab.curator.optouts import OptOuts, Version, add, kept, label, versions
-from rapha_lab.custodian.optouts import mend
+from rapha_lab.curator.optouts import OptOuts, Version, add, label, versions
+from rapha_lab.custodian.optouts import kept, mend
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import PolicyError, RaphaError
 from rapha_lab.protocol.schema import Schema
