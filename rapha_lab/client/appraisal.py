@@ -230,6 +230,8 @@ def _appraise_platform(
         return
     if claims.debug:
         lower("configuration", CONTRAINDICATED, "The enclave is in debug mode: its host can read its memory.")
+    for way in claims.exposed:
+        lower("configuration", CONTRAINDICATED, way)
     if claims.tcb_status == "not stated":
         if not policy.minimum_tcb:
             lower("hardware", WARNING, "Nobody says whether the platform's TCB is current: set a minimum.")

@@ -168,6 +168,7 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
         report_data: the 64 bytes that were bound.
         tcb_status: "up to date", the vendor's word for what is behind, or "not stated" where it has none.
         revocation: "checked", "absent" where no list was given, "none" where the vendor has none.
+        exposed: ways that its own settings leave its host into it, besides debugging.
         caveats: what this evidence does not show.
     """
 
@@ -183,6 +184,7 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
     root: str = ""
     hardware: str = ""
     issued_at: float | None = None
+    exposed: tuple[str, ...] = ()
     caveats: tuple[str, ...] = ()
     extra: dict[str, Any] = {}
 

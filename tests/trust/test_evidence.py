@@ -150,7 +150,7 @@ class TestSimulated:
         """Not even by someone who signs with the public simulation key."""
         evidence = SimulatedAttester(MEASUREMENT).evidence(binding)
         said = {**json.loads(evidence.payload[64:]), "banner": "genuine hardware"}
-        text = json.dumps(said).encode()
+        text = json.dumps(said, separators=(",", ":")).encode()
         forged = simulation_key().sign(SIMULATED.encode() + b"\0" + text) + text
         with pytest.raises(EvidenceError, match="hides"):
             Verifier().verify(replaced(evidence, payload=forged))

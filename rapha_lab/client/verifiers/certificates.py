@@ -45,13 +45,16 @@ def _load(data: bytes, form: Encoding) -> list[x509.Certificate]:
     return found
 
 
-def chain(certificates: Sequence[x509.Certificate], roots: dict[str, str], now: datetime) -> str:
-    """The name of the pinned root that `certificates` end in; each is issued by the next, and valid at `now`.
+def chain(
+    certificates: Sequence[x509.Certificate], roots: dict[str, str], now: datetime, *, lists: bool = False
+) -> str:
+    """The name of the pinned root that `certificates` end in; each is issued by the next, valid at `now`, and for its purpose.
 
     Args:
         certificates: from leaf to root.
         roots: names by SHA-256 of the root's DER.
         now: when they must be valid.
+        lists: whether the first is an authority, of revocation lists, and not one that signs evidence.
 
     Raises:
         EvidenceError: naming the certificate at fault.
@@ -59,7 +62,16 @@ def chain(certificates: Sequence[x509.Certificate], roots: dict[str, str], now: 
     root = roots.get(certificates[-1].fingerprint(hashes.SHA256()).hex()) if certificates else None
     if root is None:
         refuse("The evidence leads to no known vendor.", "Its root certificate is not a pinned one.")
-    for certificate, issuer in zip(certificates, [*certificates[1:], certificates[-1]], strict=True):
+    purpose = "crl_sign" if lists else "digital_signature"
+    if _is_authority(certificates[0]) != lists or not _may(certificates[0], purpose):
+        name = certificates[0].subject.rfc4514_string()[:60]
+        refuse(
+            f"The certificate {name} is not one that signs {'lists' if lists else 'evidence'}.",
+            "It is for another purpose.",
+        )
+    for depth, (certificate, issuer) in enumerate(
+        zip(certificates, [*certificates[1:], certificates[-1]], strict=True)
+    ):
         name = certificate.subject.rfc4514_string()[:60]
         try:
             certificate.verify_directly_issued_by(issuer)
@@ -69,7 +81,8 @@ def chain(certificates: Sequence[x509.Certificate], roots: dict[str, str], now: 
             refuse(
                 f"The certificate {name} has expired or is not yet valid.", f"It is judged at {now:%Y-%m-%d}."
             )
-        if not _is_authority(issuer):
+        below = min(depth, len(certificates) - 2)  # authorities between this issuer and the leaf
+        if not _is_authority(issuer, below) or not _may(issuer, "key_cert_sign"):
             refuse(f"The certificate {name} is not genuine.", "Its issuer may not issue certificates.")
     return root
 
@@ -87,8 +100,19 @@ def signed(certificate: x509.Certificate, signature: bytes, message: bytes) -> b
     return len(signature) == 96
 
 
-def _is_authority(certificate: x509.Certificate) -> bool:
+def _is_authority(certificate: x509.Certificate, below: int = 0) -> bool:
     try:
-        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        said = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
     except (x509.ExtensionNotFound, ValueError):
+        return False
+    return said.ca and (said.path_length is None or said.path_length >= below)
+
+
+def _may(certificate: x509.Certificate, what: str) -> bool:
+    """Whether its key may be used so; AMD's and some of NVIDIA's certificates do not say."""
+    try:
+        return bool(getattr(certificate.extensions.get_extension_for_class(x509.KeyUsage).value, what))
+    except x509.ExtensionNotFound:
+        return True
+    except ValueError:
         return False

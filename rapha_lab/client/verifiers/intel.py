@@ -24,6 +24,11 @@ __all__ = ["ROOTS", "verify"]
 
 ROOTS = {"44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3": "Intel SGX Root CA"}
 
+_SEPT_VE_DISABLE, _MIGRATABLE = 1 << 28, 1 << 29
+_HARMLESS = (
+    1 << 27 | 1 << 30 | 1 << 31
+)  # LASS, protection keys, key locker: the guest's own use of the processor
+
 
 class _Collateral(msgspec.Struct, forbid_unknown_fields=True):
     pck_crl_issuer_chain: str
@@ -65,12 +70,25 @@ def verify(payload: bytes, endorsements: Endorsements, now: datetime) -> Claims:
         measurements=_sgx(report) if sgx else _tdx(report),
         report_data=bytes.fromhex(report["report_data"]),
         debug=bool(attributes[0] & 2) if sgx else attributes[0] != 0,
+        exposed=() if sgx else _exposed(int.from_bytes(attributes, "little")),
         tcb_status="up to date" if tcb["status"] == "UpToDate" else tcb["status"],
         advisories=tuple(tcb["advisory_ids"]),
         revocation="checked",
         root="Intel SGX Root CA",
         hardware=bytes(found["platform"]["pck"]["ppid"]).hex(),
     )
+
+
+def _exposed(attributes: int) -> tuple[str, ...]:
+    """What a trust domain's attributes leave open to its host (TDX module ABI, TD_ATTRIBUTES); bits 0 to 7 are debugging."""
+    found = []
+    if not attributes & _SEPT_VE_DISABLE:
+        found.append("Its host may take pages of its memory away unnoticed: SEPT_VE_DISABLE is off.")
+    if attributes & _MIGRATABLE:
+        found.append("A migration domain of the host's choice may move it, and read it.")
+    if attributes & ~(0xFF | _SEPT_VE_DISABLE | _MIGRATABLE | _HARMLESS):
+        found.append(f"Its attributes {attributes:#x} have bits that this version does not know.")
+    return tuple(found)
 
 
 def _sgx(report: dict[str, Any]) -> dict[str, str]:
@@ -91,7 +109,7 @@ def _collateral(data: bytes, now: datetime) -> str:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         refuse("The Intel quote lacks its collateral.", str(error), "Have the site's custodians fetch it.")
     for name in ("pck_crl_issuer_chain", "tcb_info_issuer_chain", "qe_identity_issuer_chain"):
-        chain(pem(getattr(collateral, name).encode()), ROOTS, now)
+        chain(pem(getattr(collateral, name).encode()), ROOTS, now, lists=name.startswith("pck_crl"))
     for name in ("root_ca_crl", "pck_crl", "tcb_info_signature", "qe_identity_signature"):
         text = getattr(collateral, name)
         if not text or set(text) - set("0123456789abcdef"):

@@ -73,6 +73,8 @@ def verify(payload: bytes, endorsements: Endorsements, now: datetime) -> Claims:
 def _one(gpu: _Gpu, number: int, now: datetime) -> tuple[str, str, dict[int, str]]:
     report, certificates = _exact(gpu.evidence), pem(_exact(gpu.certificate))
     root = chain(certificates, ROOTS, now)
+    if "GH100 " not in certificates[0].subject.rfc4514_string():
+        refuse(f"The evidence of GPU {number} is another device's.", "Its certificate is not of a Hopper.")
     if not signed(certificates[0], report[-_SIGNATURE:], report[:-_SIGNATURE]):
         refuse(f"The evidence of GPU {number} was altered.", "Its signature does not hold.")
     try:

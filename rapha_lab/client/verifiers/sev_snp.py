@@ -67,7 +67,9 @@ def verify(payload: bytes, endorsements: Endorsements, now: datetime) -> Claims:
         revocation=_revocation(endorsements.crls, [leaf, issuers[0]], issuers[1], now),
         root=root,
         hardware=payload[0x1A0:0x1E0].hex(),
-        caveats=("A migration agent may move this guest.",) if policy & _MIGRATION else (),
+        exposed=("Its policy lets a migration agent of the host's choice move it, and read it.",)
+        if policy & _MIGRATION
+        else (),
         extra={"vmpl": int.from_bytes(payload[0x30:0x34], "little"), "policy": policy},
     )
 
@@ -117,7 +119,14 @@ def _revocation(
             genuine = False
         if not genuine:
             refuse("The revocation list is not AMD's.", "Its signature does not hold.")
-        if crl.next_update_utc is None or not crl.last_update_utc <= now <= crl.next_update_utc:
+        if crl.last_update_utc > now:
+            refuse(
+                "The revocation list is from the future.",
+                f"It is dated {crl.last_update_utc:%Y-%m-%d %H:%M}.",
+            )
+        if crl.next_update_utc is None:
+            refuse("The revocation list is malformed.", "It does not say when it is due for renewal.")
+        if now > crl.next_update_utc:
             refuse(
                 "The revocation list has expired.",
                 f"It was due for renewal on {crl.next_update_utc:%Y-%m-%d}.",

@@ -28,8 +28,10 @@ def verify(payload: bytes, endorsements: Endorsements, now: datetime) -> Claims:
         refuse("The simulated evidence was altered.", "Its signature does not hold.")
     try:
         said = msgspec.json.decode(text, type=_Said)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         refuse("The simulated evidence is malformed.", str(error))
+    if msgspec.json.encode(said) != text:  # a name given twice is read in two ways by two readers
+        refuse("The simulated evidence is malformed.", "It is not in the one form it should have.")
     if said.banner != BANNER:
         refuse("The simulated evidence hides that it is simulated.", "Its banner was changed.")
     return Claims(
