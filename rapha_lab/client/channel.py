@@ -168,6 +168,10 @@ class Channel:
             return response
         raise _refusal(response)
 
+    def hurry(self, seconds: float) -> None:
+        """Wait for this long at most from now on."""
+        self._http.timeout = httpx.Timeout(seconds)
+
     def close(self) -> None:
         """Close the connection."""
         self._http.close()

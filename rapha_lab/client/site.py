@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import os
 import re
@@ -283,6 +284,12 @@ class Site:
     def end_sessions(self, session: str = "") -> None:
         """End your sessions there, or one of them; what they hold is lost, what was released is not."""
         self._channel.call("end", {"id": session})
+
+    def leave(self, session: str, seconds: float = 2.0) -> None:
+        """End a session once it has no job, when the kernel that it belongs to ends; its site may be gone as well."""
+        self._channel.hurry(seconds)
+        with contextlib.suppress(Exception):
+            self._channel.call("end", {"id": session, "idle": True})
 
     def airlock(self) -> list[dict[str, Any]]:
         """What waits for the site's custodians, or was decided by them: yours, or all if you are one of them."""

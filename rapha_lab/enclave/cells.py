@@ -132,7 +132,9 @@ class Cells:
         self._changed = threading.Condition()
         self._cells: dict[str, Cell] = {}
         self._sessions: dict[tuple[str, str], _Session] = {}
-        self._idled: set[tuple[str, str]] = set()
+        self._ended: dict[
+            tuple[str, str], str
+        ] = {}  # sessions that ended unasked, and what their next cell is told
         self._issued: set[bytes] = set()
         self._decisions = 0
 
@@ -165,9 +167,9 @@ class Cells:
                 )
             self._forget(researcher, len(tensors))
             self._cells[cell.id] = cell
-            if (researcher, order.session) in self._idled:
-                self._idled.discard((researcher, order.session))
-                self._add(cell, {"type": "stream", "name": "stderr", "text": _IDLED})
+            if (why := self._ended.pop((researcher, order.session), "")) != "":
+                self._add(cell, {"type": "stream", "name": "stderr", "text": why})
+            session.leaving = False
             session.cells = [*(c for c in session.cells if c.state not in ENDED), cell]
             self._changed.notify_all()
         return cell
@@ -197,12 +199,26 @@ class Cells:
         return self._zygote.spawn(Limits())
 
     def _room(self, researcher: str) -> None:
-        if sum(key[0] == researcher and not s.over for key, s in self._sessions.items()) >= MAX_SESSIONS:
+        """Room for one more session: the researcher's own that was idle for longest makes it, never one with a job."""
+        mine = [s for key, s in self._sessions.items() if key[0] == researcher and not s.over]
+        if len(mine) < MAX_SESSIONS:
+            return
+        idle = [session for session in mine if all(cell.state in ENDED for cell in session.cells)]
+        if not idle:
             raise SiteError(
-                f"You have {MAX_SESSIONS} sessions open at this site.",
+                f"You have {MAX_SESSIONS} sessions open at this site, and a job in each.",
                 "That is the limit for one researcher.",
-                "Close a notebook, or call site.end_sessions().",
+                "Wait for one, cancel one (site.jobs(), site.cancel(id)), or call site.end_sessions().",
             )
+        longest = min(idle, key=lambda session: session.since)
+        self._note(longest, _CROWDED)
+        longest.kill()
+
+    def _note(self, session: _Session, why: str) -> None:
+        """Have the session's next cell told why there is nothing left of the earlier ones."""
+        self._ended[session.key] = why
+        while len(self._ended) > MAX_CELLS:
+            del self._ended[next(iter(self._ended))]
 
     def _session(self, researcher: str, name: str, worker: Worker | None) -> _Session:
         """The session, with the worker if it is new; one that is not needed is ended."""
@@ -276,11 +292,14 @@ class Cells:
             for session in mine:
                 session.interrupt()
 
-    def end(self, researcher: str, session: str | None = None) -> None:
-        """End one of the researcher's sessions, or all of them."""
+    def end(self, researcher: str, session: str | None = None, *, idle: bool = False) -> None:
+        """End one of the researcher's sessions, or all of them; `idle` ones only, a busy one once its cells are done."""
         with self._changed:
             mine = [s for k, s in self._sessions.items() if k[0] == researcher and session in (None, k[1])]
-        for each in mine:
+            for each in mine if idle else ():
+                each.leaving = True
+            self._changed.notify_all()
+        for each in () if idle else mine:
             each.kill()
 
     def decided(self) -> None:
@@ -441,8 +460,9 @@ class _Session:
 
     def __init__(self, cells: Cells, worker: Worker, key: tuple[str, str]) -> None:
         self.cells: list[Cell] = []
-        self.over = False
-        self._cells, self._worker, self._key = cells, worker, key
+        self.over = self.leaving = False
+        self.key, self.since = key, time.monotonic()
+        self._cells, self._worker = cells, worker
         self._lock = threading.Lock()
         self._ran = 0
         threading.Thread(target=self._serve, daemon=True).start()
@@ -464,16 +484,18 @@ class _Session:
     def _next(self) -> Cell | None:
         changed = self._cells._changed
         with changed:
+            self.since = time.monotonic()
             changed.wait_for(
-                lambda: self.over or any(c.state == "queued" for c in self.cells), self._cells.idle
+                lambda: self.over or self.leaving or any(c.state == "queued" for c in self.cells),
+                self._cells.idle,
             )
             cell = next((c for c in self.cells if c.state == "queued"), None)
             if cell is not None and not self.over:
                 cell.state, cell.started = "running", time.time()
                 changed.notify_all()
                 return cell
-            if not self.over:
-                self._cells._idled.add(self._key)
+            if not self.over and not self.leaving:
+                self._cells._note(self, _IDLED)
             self.over = True
         return None
 
@@ -565,6 +587,10 @@ class _Said(msgspec.Struct, forbid_unknown_fields=True):
 
 
 _IDLED = "The session had been idle for long and was ended: what earlier cells defined is gone.\n"
+_CROWDED = (
+    f"Your session was ended because another notebook of yours needed room, and you may have {MAX_SESSIONS} at this site. "
+    "It had been idle for longest: what earlier cells defined is gone.\n"
+)
 
 _OUTCOMES = {
     "ended": "Its process ended.",

@@ -58,9 +58,16 @@ class Watch(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Name(msgspec.Struct, forbid_unknown_fields=True):
-    """Names a cell or a session."""
+    """Names a cell."""
 
     id: str = ""
+
+
+class End(msgspec.Struct, forbid_unknown_fields=True):
+    """Names a session, or all of them, to end: now, or once it has no job."""
+
+    id: str = ""
+    idle: bool = False
 
 
 class Text(msgspec.Struct, forbid_unknown_fields=True):
@@ -250,7 +257,8 @@ class Gateway:
         return cell.summary(), b""
 
     def _end(self, who: str, header: bytes, blob: bytes) -> tuple[Any, bytes]:
-        self._cells.end(who, _read(header, Name).id or None)
+        asked = _read(header, End)
+        self._cells.end(who, asked.id or None, idle=asked.idle)
         return {}, b""
 
 

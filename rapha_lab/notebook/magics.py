@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import re
 import shlex
 import time
@@ -79,6 +80,13 @@ class EnclaveMagics(Magics):
 
         self._session = uuid.uuid4().hex
         self._rehearsal = Rehearsal()
+        self._sites: set[Site] = set()
+        atexit.register(self._leave)  # else the sessions of kernels that are gone would count for an hour
+
+    def _leave(self) -> None:
+        """Give up this notebook's session; jobs that run go on, and their values are kept."""
+        for site in self._sites:
+            site.leave(self._session)
 
     @cell_magic
     def enclave(self, line: str, cell: str) -> None:
@@ -114,6 +122,7 @@ class EnclaveMagics(Magics):
         self, dataset: Dataset, cell: str, args: argparse.Namespace, sent: tuple[dict[str, Any], bytes]
     ) -> Job:
         site: Site = dataset.site
+        self._sites.add(site)
         job = site.run(
             cell,
             dataset.name,

@@ -8,6 +8,7 @@ import time
 import hospital
 import pytest
 import ward
+from jupyter_client.manager import start_new_kernel
 
 from rapha_lab.enclave import cells
 from rapha_lab.protocol.errors import CellError, RequestError, SiteError
@@ -71,6 +72,69 @@ def test_a_researcher_has_a_few_sessions_and_no_more(place):
     theirs.run("1", "ward").wait()
 
 
+def test_the_session_idle_for_longest_makes_room(place, monkeypatch):
+    """Of one's own, and never one that works; whoever comes back to it is told why it is empty."""
+    site, mine, theirs = place
+    monkeypatch.setattr(site.cells, "idle", 60.0)
+    other = theirs.run("kept = 1", "ward").wait()
+    busy = mine.run("import time; time.sleep(3); print('worked')", "ward", session="s0")
+    for number in range(1, cells.MAX_SESSIONS):
+        mine.run("kept = 1", "ward", session=f"s{number}").wait()
+    mine.run("kept = 1", "ward", session="s1").wait()
+    mine.run("1", "ward", session="one more").wait()
+    assert len([key for key, s in site.cells._sessions.items() if not s.over]) == 1 + cells.MAX_SESSIONS
+    back = mine.run("print('kept' in dir())", "ward", session="s2").wait()
+    assert "another notebook of yours needed room" in text(back)
+    assert "False" in text(back)
+    still = mine.run("print(kept)", "ward", session="s1").wait()
+    assert text(still) == "1"
+    assert "worked" in text(busy.wait())
+    assert text(theirs.run("print(kept)", "ward").wait()) == "1"
+    assert other.state == "done"
+
+
+def test_a_session_that_is_left_ends_once_its_jobs_are_done(place):
+    """At once if it has none; else with the last, whose values are kept for whoever asks."""
+    site, mine, _ = place
+    mine.run("1", "ward", session="idle").wait()
+    busy = mine.run("import time; time.sleep(1); found = 7", "ward", session="busy", outputs=["found"])
+    mine.run("print(found)", "ward", session="busy")
+    for session in ("idle", "busy"):
+        site.cells.end(str(mine._channel.key.public), session, idle=True)
+    assert busy.bring() == {"found": 7}
+    _no_worker(site)
+    assert "idle" not in text(mine.run("print(1)", "ward", session="idle").wait())
+
+
+def test_a_kernel_that_ends_takes_its_session_with_it(place, tmp_path, monkeypatch):
+    """When it is shut down or restarted, as its exit tells the site; not the one of another notebook."""
+    site, mine, _ = place
+    monkeypatch.setattr(site.cells, "idle", 60.0)
+    key = tmp_path / "me.key"
+    mine._channel.key.save(key, "a passphrase")
+    home = {"RAPHA_LAB_HOME": str(tmp_path), "RAPHA_LAB_PASSPHRASE": "a passphrase"}
+    manager, client = start_new_kernel(env={**os.environ, **home})
+    told = []
+    try:
+        for code in (
+            "import rapha_lab as rapha\n%load_ext rapha_lab",
+            f"rapha.connect({mine.url!r}, key={str(key)!r}, allow_simulated=True)",
+            "%%enclave ward\nkept = 1",
+        ):
+            told.append(client.execute_interactive(code, timeout=120)["content"]["status"])
+        assert told == ["ok"] * 3
+        mine.run("kept = 1", "ward", session="another").wait()
+        assert len(site._zygote._workers) == 2
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel()
+    until = time.monotonic() + 20
+    while len(site._zygote._workers) > 1 and time.monotonic() < until:
+        time.sleep(0.1)
+    assert text(mine.run("print(kept)", "ward", session="another").wait()) == "1"
+    assert len(site._zygote._workers) == 1
+
+
 def test_a_session_takes_a_few_cells_and_no_more(place):
     """Those beyond are refused, not lost."""
     _, mine, _ = place
@@ -105,10 +169,7 @@ def test_an_idle_session_ends_and_the_next_cell_says_so(place):
     """Its process is gone; what it had defined too."""
     site, mine, _ = place
     mine.run("kept = 1", "ward").wait()
-    until = time.monotonic() + 30
-    while site._zygote._workers and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not site._zygote._workers
+    _no_worker(site)
     job = mine.run("print('kept' in dir())", "ward").wait()
     assert "idle for long" in text(job)
     assert "False" in text(job)
@@ -178,6 +239,14 @@ def test_many_sessions_opened_and_closed_leave_nothing(place):
         time.sleep(0.1)
     assert not site._zygote._workers
     assert _held() <= before
+
+
+def _no_worker(site):
+    """Wait until no session has a process."""
+    until = time.monotonic() + 30
+    while site._zygote._workers and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not site._zygote._workers
 
 
 def _held():
