@@ -404,8 +404,11 @@ class Cells:
     def _asked(self, asked: tuple[Any, ...]) -> tuple[dict[str, Any], bytes]:
         try:
             return self._curator.ask(*asked)
-        except CuratorLost as lost:
-            return self._again(asked, lost)
+        except CuratorLost:
+            # if it was settled before the curator died it is paid for, and asking for it again is free
+            with contextlib.suppress(RaphaError):
+                return self._curator.ask(*asked)
+            raise
 
     def _wait(self, cell: Cell, waits: WaitingError, seen: int) -> None:
         """Wait until a custodian decides on something; the cell is cancelled or its session ends before, perhaps."""
@@ -417,13 +420,6 @@ class Cells:
             self._changed.notify_all()
             if cell.cancelled or cell.orphaned:
                 raise _Stopped("The cell was stopped while it waited.", waits.why, _COLLECT)
-
-    def _again(self, asked: tuple[Any, ...], lost: CuratorLost) -> tuple[dict[str, Any], bytes]:
-        """The answer if it was settled before the curator died: it is paid for, and asking for it again is free."""
-        try:
-            return self._curator.ask(*asked)
-        except RaphaError:
-            raise lost from None
 
 
 _COLLECT = "What waited is still in the airlock: site.airlock() lists it, site.collect(subject) brings it."
