@@ -20,6 +20,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from rapha_lab.curator.accounting import BandedGaussian, noise_for
+from rapha_lab.curator.mapped import with_absent
 from rapha_lab.curator.mechanisms import banded, train
 from rapha_lab.curator.noise import SeededNoise
 from rapha_lab.protocol.messages import Fit, Optimizer
@@ -68,8 +69,11 @@ class Records:
     def __len__(self) -> int:
         return len(self.x)
 
-    def tensor(self, columns: Any) -> Tensor:
-        return self.x if isinstance(columns, list) else self.y
+    def of(self, which: Tensor) -> Records:
+        return Records(self.x[which], self.y[which])
+
+    def rows(self, inputs: Any) -> dict[str, Tensor]:
+        return with_absent({name: self.x if isinstance(c, list) else self.y for name, c in inputs.items()})
 
     def known(self, column: str) -> Tensor:
         return torch.ones(len(self.x), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Other engines on the same workloads, each with its own noise: Opacus in its four modes, and JAX's jit(vmap(grad))."""
+"""Other engines on the same workloads, each with its own noise: Opacus in four modes, torch.compile(vmap(grad)), and JAX."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from workloads import Recurrent, Series, Text, Workload
 
 Step = Callable[[], Any]
@@ -53,40 +53,15 @@ def opacus(workload: Workload, mode: str) -> Step:
 
 
 def jax_step(workload: Workload) -> Step:
-    """One step of jit(vmap(grad)) with clipping, noise and update, for models of linear layers, ReLU and a GRU."""
+    """One step of jit(vmap(grad)) with clipping, noise and update."""
     import jax
     import jax.numpy as jnp
+    from jaxed import forward_of
 
-    if workload.make is Recurrent:
-        weights = _arrays(Recurrent())
-
-        def logits(p: Any, x: Any) -> Any:
-            h = x
-            for layer in (0, 1):
-                wi, wh, bi, bh = (
-                    p[f"layers.{n}_l{layer}"] for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-                )
-
-                def cell(state: Any, given: Any, wh: Any = wh, bh: Any = bh) -> Any:
-                    (r, z, n), (hr, hz, hn) = jnp.split(given, 3), jnp.split(wh @ state + bh, 3)
-                    z, n = jax.nn.sigmoid(z + hz), jnp.tanh(n + jax.nn.sigmoid(r + hr) * hn)
-                    new = (1 - z) * n + z * state
-                    return new, new
-
-                _, h = jax.lax.scan(cell, jnp.zeros(wh.shape[1]), h @ wi.T + bi)
-            return p["head.weight"] @ h[-1] + p["head.bias"]
-    else:
-        model = workload.make()
-        if not all(isinstance(layer, nn.Linear | nn.ReLU) for layer in model.children()):
-            raise NotImplementedError("not written for JAX")
-        weights = _arrays(model)
-
-        def logits(p: Any, x: Any) -> Any:
-            last = max(int(name.split(".")[0]) for name in p)
-            for k in range(0, last + 1, 2):
-                x = p[f"{k}.weight"] @ x + p[f"{k}.bias"]
-                x = jax.nn.relu(x) if k < last else x
-            return x
+    torch.manual_seed(0)
+    model = workload.make()
+    weights = {name: jnp.asarray(t.detach().numpy()) for name, t in model.named_parameters()}
+    logits = forward_of(model)
 
     def loss(p: Any, x: Any, y: Any) -> Any:
         return -jax.nn.log_softmax(logits(p, x))[y]
@@ -114,17 +89,49 @@ def jax_step(workload: Workload) -> Step:
     return step
 
 
-def _arrays(model: nn.Module) -> dict[str, Any]:
-    import jax.numpy as jnp
+def vmapped(workload: Workload) -> Step:
+    """One step of torch.compile(vmap(grad)), clipping in the compiled part, with torch's own noise."""
+    from torch.func import functional_call, grad, vmap
 
-    return {name: jnp.asarray(t.detach().numpy()) for name, t in model.named_parameters()}
+    torch.manual_seed(0)
+    model, (x, y) = workload.make(), workload.data()
+    weights = {name: t.detach().clone() for name, t in model.named_parameters()}
+
+    def loss(p: dict[str, Tensor], one: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(functional_call(model, p, (one[None],)), target[None])
+
+    def clipped(p: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        rows = vmap(grad(loss), (None, 0, 0))(p, x, y)
+        square = torch.stack([g.flatten(1).square().sum(1) for g in rows.values()]).sum(0)
+        scale = (CLIP / square.sqrt()).clamp(max=1)
+        return {name: torch.tensordot(scale, g, 1) for name, g in rows.items()}
+
+    fast = torch.compile(clipped, fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def step() -> None:
+        for name, total in fast(weights, x, y).items():
+            total.add_(torch.randn_like(total), alpha=CLIP)
+            weights[name].add_(total, alpha=-RATE / workload.batch)
+
+    return step
 
 
 PEERS: dict[str, Callable[[Workload], Step]] = {
-    **{f"opacus {mode}": (lambda w, m=mode: opacus(w, m)) for mode in ("hooks", "ew", "functorch", "ghost")},
+    **{f"opacus {mode}": (lambda w, m=mode: opacus(w, m)) for mode in ("hooks", "ew", "ghost")},
     "jax": jax_step,
+    "vmap": vmapped,
+    "opacus functorch": lambda w: opacus(w, "functorch"),
 }
-# per-sample gradients of 9.5 M parameters at batch 4,096 would take 150 GB
-TOO_LARGE = {("wide4096", name) for name in PEERS if name != "opacus ghost"}
-# more than twenty times the plain step where tried
-TOO_SLOW = {(name, "opacus functorch") for name in ("gru", "transformer", "text", "bag")}
+NOT_RUN = {
+    **{
+        ("wide4096", name): "per-patient gradients would take 150 GB"
+        for name in PEERS
+        if name != "opacus ghost"
+    },
+    **{(name, "opacus functorch"): "minutes a step" for name in ("gru", "transformer", "text", "bag")},
+    ("gru", "vmap"): "torch has no rule for a GRU under vmap",
+    **{
+        (name, "vmap"): "unrolls attention by patient: minutes to compile" for name in ("transformer", "text")
+    },
+}

@@ -13,7 +13,8 @@ PAGE = Path(__file__).parent / "README.md"
 SCALING = Path("build/bench/scaling.json")
 COLUMNS = {
     "compiled": "**ours, compiled**", "eager": "ours, no compiler", "opacus hooks": "Opacus hooks",
-    "opacus ew": "Opacus ew", "opacus functorch": "Opacus functorch", "opacus ghost": "Opacus ghost", "jax": "JAX",
+    "opacus ew": "Opacus ew", "opacus functorch": "Opacus functorch", "opacus ghost": "Opacus ghost", "vmap": "vmap",
+    "jax": "JAX",
 }  # fmt: skip
 
 
@@ -24,17 +25,17 @@ are included on the private side; our noise is from AES-256 in counter mode, the
 process a workload, engines interleaved in rounds, median of the rounds' ratios; the same allocator settings for all.
 The aim is at most 1.2 on every row and 1.3 on bags; what is above it is not there yet.
 
-Machine: {machine}. **It was shared with other work while this ran**: expect 10 to 30 % either way, and more on
-steps below a millisecond. `make bench` measures anew; `build/bench/trainer.json` has the rows.
+Machine: {machine} `make bench` measures anew; `build/bench/trainer.json` has the rows.
 
 {times}
 
 {mean}
 
-Empty cells were not run: per-patient gradients of 9.5 million parameters take 150 GB at that batch (hooks, ew, JAX),
-functorch takes minutes a step on all but the smallest, JAX is written for the MLPs and the GRU only, and where time was
-short some peers were left out. fast-DP is in no package registry and was not run here. Bags are compared with plain
-training on packed records; ours computes all 48 places of each.
+Bags are compared with plain training on packed records; ours computes all 48 places of each. vmap is
+`torch.compile(vmap(grad))` and JAX `jit(vmap(grad))`, each clipped and noised by hand. fast-DP is in no package registry and was
+not run here.
+
+{notes}
 
 ## Memory, and what is left to say
 
@@ -56,7 +57,7 @@ Poisson draw and the padding. Patients are held in memory; what grows with them 
 """
 
 
-def write(rows: list[dict[str, Any]], machine: str) -> None:
+def write(rows: list[dict[str, Any]], notes: dict[str, str], machine: str) -> None:
     """The page: ratios, memory, what was not run and why, and how cost grows."""
     by = {(row["workload"], row["engine"]): row for row in rows}
     names = [name for name in WORKLOADS if (name, "plain") in by]
@@ -73,9 +74,22 @@ def write(rows: list[dict[str, Any]], machine: str) -> None:
         machine=machine,
         times=_table(["workload", "plain, ms", *COLUMNS.values()], times),
         mean=_mean(by, names),
+        notes=_notes(notes),
         memory=_table(["workload", "plain, MB", *COLUMNS.values(), "slots a patient", "compile, s"], memory),
     )
     PAGE.write_text(page + (_scaling(json.loads(SCALING.read_text())) if SCALING.exists() else ""))
+
+
+def _notes(notes: dict[str, str]) -> str:
+    """Why cells are empty, cells of one reason together."""
+    by: dict[str, list[str]] = {}
+    for cell, note in notes.items():
+        by.setdefault(note, []).append(cell)
+    return (
+        "\n".join(["Not run:", "", *(f"- {'; '.join(cells)}: {note}." for note, cells in by.items())])
+        if by
+        else ""
+    )
 
 
 def _about(by: dict[Any, Any], name: str) -> list[str]:

@@ -28,6 +28,7 @@ from trainer import CLIP, RATE, cpu, memory
 
 from rapha_lab.curator.lift import lift
 from rapha_lab.curator.lift.compiling import keep_pages
+from rapha_lab.curator.mapped import with_absent
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.curator.noise import SystemNoise
 from rapha_lab.session.tracing import loss_program
@@ -47,7 +48,7 @@ def step_of(patients: int, width: int, batch: int) -> Callable[[], None]:
     it, noise, rate = lift(traced.program), SystemNoise(), batch / patients
     slots = it.for_batches_of(train.capacity(batch, 1)) * it.microbatch
     weights, constants = it.tensors(traced.blob)
-    rows = train.with_absent({"x": x, "target": y})
+    rows = with_absent({"x": x, "target": y})
     optimizer = torch.optim.SGD(list(weights.values()), lr=RATE)
 
     def step() -> None:

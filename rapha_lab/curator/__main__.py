@@ -100,7 +100,8 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
         schema = Schema.load(source.schema)
         served.append(schema.name)
         admits(policy)
-        cohorts[schema.name] = Cohort.open(schema, source.folder, bytes.fromhex(config.salt))
+        scratch = Path(config.ledger).parent
+        cohorts[schema.name] = Cohort.open(schema, source.folder, bytes.fromhex(config.salt), scratch=scratch)
         _advise(policy, cohorts[schema.name])
         for column, found in cohorts[schema.name].findings.items():
             if found != Findings():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
@@ -19,7 +20,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from rapha_lab.curator import mapped
 from rapha_lab.curator.columns import Findings, Values, bounded, identifiers, present
+from rapha_lab.curator.mapped import OnDisk, filled, on_disk, with_absent
 from rapha_lab.curator.sources import Reader
 from rapha_lab.curator.tables import Rows
 from rapha_lab.protocol.errors import RequestError
@@ -58,6 +61,7 @@ class Cohort:
         salt: the secret key of the split; the same for every snapshot of the same patients.
         opt_outs: identifiers of patients who are left out before anything else.
         tables: the rows of each of the schema's tables, by name.
+        scratch: a folder of the site's own, for what is too large for memory; everything is held there without one.
 
     Attributes:
         findings: by column or table, what the custodian should know of it.
@@ -77,12 +81,13 @@ class Cohort:
         salt: bytes,
         opt_outs: Collection[str] = (),
         tables: Mapping[str, pl.DataFrame] = MappingProxyType({}),
+        scratch: Path | None = None,
     ) -> None:
         if len(salt) < 16:
             raise RequestError(
                 "The salt is too short.", instead="Give 16 random bytes or more.", field="salt"
             )
-        self.schema = schema
+        self.schema, self.scratch = schema, scratch
         self.digest, self.snapshot = b"", os.urandom(16)
         self.findings: dict[str, Findings] = {}
         left = [str(patient) for patient in opt_outs]
@@ -114,7 +119,14 @@ class Cohort:
         self.present = torch.ones(len(patients), dtype=torch.bool)
 
     @classmethod
-    def open(cls, schema: Schema, folder: str | Path, salt: bytes, opt_outs: Collection[str] = ()) -> Cohort:
+    def open(
+        cls,
+        schema: Schema,
+        folder: str | Path,
+        salt: bytes,
+        opt_outs: Collection[str] = (),
+        scratch: Path | None = None,
+    ) -> Cohort:
         """Read the schema's sources out of `folder`.
 
         Raises:
@@ -127,7 +139,7 @@ class Cohort:
             t.name: reader.read(t.source, t.patient, t.columns, time=t.time, table=t.name)
             for t in schema.tables
         }
-        cohort = cls(schema, frame, salt, opt_outs, tables)
+        cohort = cls(schema, frame, salt, opt_outs, tables, scratch)
         cohort.digest = reader.digest
         for name, count in reader.unreadable.items():
             cohort.findings[name] = replace(cohort.findings[name], unreadable=count)
@@ -221,6 +233,30 @@ class View:
         encoded = self._encoded(columns, lambda name: rows.values(name, index), len(index))
         return rows.padded(encoded, owner, self._rows)
 
+    def rows(self, inputs: Mapping[str, str | Iterable[str]]) -> dict[str, Tensor]:
+        """The columns as programs see them by input, `(n + 1, *shape)`, the last row zeros; on disk where large."""
+        found = {name: self._with_nobody(columns) for name, columns in inputs.items()}
+        return OnDisk(found) if any(self._large(columns) for columns in inputs.values()) else found
+
+    def _with_nobody(self, columns: str | Iterable[str]) -> Tensor:
+        if not self._large(columns):
+            return with_absent({"": self.tensor(columns)})[""]
+        assert self._cohort.scratch is not None
+        shape, dtype = self.schema.layout(columns)
+        room = max(math.ceil(_most(self.schema, self.split)), len(self)) + 1
+        out = on_disk(self._cohort.scratch, (room, *shape), getattr(torch, dtype))
+        return filled(out, len(self), lambda start, end: self.of(slice(start, end)).tensor(columns))
+
+    def _large(self, columns: str | Iterable[str]) -> bool:
+        """Whether the columns are held on disk: by the declared number of patients, never by how many there are."""
+        shape, dtype = self.schema.layout(columns)
+        size = _most(self.schema, self.split) * math.prod(shape) * getattr(torch, dtype).itemsize
+        return self._cohort.scratch is not None and size > mapped.MEMORY
+
+    def of(self, which: Tensor | slice) -> View:
+        """Some of its patients."""
+        return View(self._cohort, self.split, self._rows[which])
+
     def _encoded(self, columns: str | list[str], of: Callable[[str], Values], count: int) -> Tensor:
         """The columns of `count` rows, whose values `of` gives by a column's name in its table."""
 
@@ -247,12 +283,18 @@ def _unique(schema: Schema, patients: pl.Series) -> pl.Series:
     return patients
 
 
+def _most(schema: Schema, split: str) -> float:
+    """How many patients a split may hold by the declared figure."""
+    several = len(SPLITS) if split == "all" else 1
+    return (schema.expected(split) or 0) * EXCESS + BESIDES * several
+
+
 def _check_size(cohort: Cohort) -> None:
     """Sampling rates and the room for a step rest on the declared figure; a wrong one spoils model and proof."""
     schema = cohort.schema
     if schema.patients is None:
         return
-    most = {split: (schema.expected(split) or 0) * EXCESS + BESIDES for split in SPLITS}
+    most = {split: _most(schema, split) for split in SPLITS}
     if 2 * len(cohort.view("all")) < schema.patients or any(len(cohort.view(s)) > most[s] for s in SPLITS):
         what = f"The schema declares {schema.patients} patients, which is far from what the records hold."
         raise RequestError(what, instead="Correct `patients`, or leave it out.", field="patients")

@@ -58,7 +58,7 @@ class Chosen(Cohort):
         self.schema = extended(cohort.schema, derive, where)
         self.findings = cohort.findings
         self._of, self._derive, self._where = cohort, derive, where
-        self._tables, self._points = cohort._tables, cohort._points
+        self._tables, self._points, self.scratch = cohort._tables, cohort._points, cohort.scratch
         self.knows = cohort.knows
 
     @property

@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rapha_lab.curator.lift import lift
+from rapha_lab.curator.mapped import with_absent
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.curator.noise import SeededNoise, SystemNoise, on_grid
 from rapha_lab.protocol.errors import ProgramError, RefusedError, RequestError
@@ -28,8 +29,11 @@ class Records:
     def __init__(self, values: Tensor) -> None:
         self.values = values
 
-    def tensor(self, columns: Any) -> Tensor:
-        return self.values
+    def of(self, which: Tensor) -> Records:
+        return Records(self.values[which])
+
+    def rows(self, inputs: Any) -> dict[str, Tensor]:
+        return with_absent(dict.fromkeys(inputs, self.values))
 
     def __len__(self) -> int:
         return len(self.values)

@@ -23,9 +23,10 @@ from torch import Tensor
 from rapha_lab.curator.accounting import Pure
 from rapha_lab.curator.cohort import View
 from rapha_lab.curator.lift import lift
+from rapha_lab.curator.mapped import taken
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress, metrics
 from rapha_lab.curator.mechanisms.question import Keys, laplace, touched
-from rapha_lab.curator.mechanisms.train import fits, with_absent
+from rapha_lab.curator.mechanisms.train import fits
 from rapha_lab.protocol.errors import ProgramError, RequestError
 from rapha_lab.protocol.messages import Evaluate
 from rapha_lab.protocol.schema import Schema
@@ -216,13 +217,13 @@ def logits(ask: Evaluate, tensors: bytes, schema: Schema) -> Callable[[View], Te
 
     def score(view: View) -> Tensor:
         width = lifted.microbatch
-        inputs = with_absent({name: view.tensor(columns) for name, columns in ask.inputs.items()})
+        inputs = view.rows(ask.inputs)
         places = view.slots(width)
         slots, turns = torch.tensor(places), torch.tensor(turns_of(places))
         most = max(_public_turns(expected, width), int(np.bincount(places, minlength=1).max()))
         held = torch.full((most, width), len(view))
         held[turns, slots] = torch.arange(len(view))
-        rows = ({name: t[row] for name, t in inputs.items()} for row in held)
+        rows = (taken(inputs, row, len(view)) for row in held)
         parts = [lifted.scores(parameters, constants, each).reshape(-1) for each in rows]
         return torch.stack(parts)[turns, slots] if parts else torch.zeros(0)
 

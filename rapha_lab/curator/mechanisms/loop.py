@@ -109,9 +109,7 @@ class Loop:
     def _inputs(self, inputs: dict[str, Columns], view: View) -> dict[str, Tensor]:
         key = repr(sorted(inputs.items()))
         if key not in self._rows:
-            self._rows = {
-                key: train.with_absent({name: view.tensor(columns) for name, columns in inputs.items()})
-            }
+            self._rows = {key: view.rows(inputs)}
         return self._rows[key]
 
 

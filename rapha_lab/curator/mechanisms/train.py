@@ -20,6 +20,7 @@ from rapha_lab.curator.cohort import BESIDES, EXCESS, View
 from rapha_lab.curator.lift import Lifted, Totals, lift
 from rapha_lab.curator.lift.compiling import assembled
 from rapha_lab.curator.lift.taps import GROUP
+from rapha_lab.curator.mapped import taken
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress, banded
 from rapha_lab.curator.mechanisms.adam import CorrectedAdam
 from rapha_lab.curator.noise import Noise, compile_noise, noisy
@@ -41,7 +42,6 @@ __all__ = [
     "private",
     "rate_of",
     "slack",
-    "with_absent",
 ]
 
 Tensors = dict[str, Tensor]
@@ -84,13 +84,9 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
     updates(ask, {name: t.clone() for name, t in parameters.items()}, sigma)
 
     def run(view: View, progress: Progress) -> Answer:
-        known = with_target(view, ask.inputs)
-        inputs = {name: view.tensor(columns)[known] for name, columns in ask.inputs.items()}
-
-        def present() -> Tensor:
-            return view.present()[known]
-
-        weights = train(lifted, parameters, constants, inputs, ask, rate, sigma, noise, progress, present)
+        those = view.of(with_target(view, ask.inputs))
+        rows = those.rows(ask.inputs)
+        weights = train(lifted, parameters, constants, rows, ask, rate, sigma, noise, progress, those.present)
         values = {"steps": ask.steps, "noise": sigma, "clip": ask.clip, "rate": rate, "batch": ask.batch}
         options = {"bands": ask.bands > 1 and ask.bands, "average": ask.average, "corrected": ask.corrected}
         values |= {name: value for name, value in options.items() if value}
@@ -104,7 +100,7 @@ def train(
     lifted: Lifted,
     parameters: Tensors,
     constants: Tensors,
-    inputs: Tensors,
+    rows: Tensors,
     ask: Fit,
     rate: float,
     sigma: float,
@@ -112,7 +108,7 @@ def train(
     progress: Progress,
     present: Callable[[], Tensor] | None = None,
 ) -> Tensors:
-    """The parameters after `ask.steps` steps on the patients' `inputs`, each `(n, *shape)`.
+    """The parameters after `ask.steps` steps on the patients' rows, each `(n + 1, *shape)`, the last of zeros.
 
     Who is no longer `present`, bool (n,), takes no part in the next step.
     """
@@ -124,8 +120,7 @@ def train(
     slots = parts * lifted.microbatch
     sensitivity = ask.clip * (1 + slack(lifted.microbatch))
     prepare(lifted, parameters, constants, ask.steps * parts)
-    rows = with_absent(inputs)
-    count = len(next(iter(inputs.values())))
+    count = len(next(iter(rows.values()))) - 1
     turn = banded.turns(count, ask.bands, noise)
     for step in range(ask.steps):
         if step % block(ask.steps) == 0:
@@ -208,11 +203,6 @@ def rate_of(batch: int, expected: float | None) -> float:
     return batch / expected
 
 
-def with_absent(inputs: Tensors) -> Tensors:
-    """The patients' rows with one of zeros below, which fills the slots that no patient was drawn for."""
-    return {name: torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for name, t in inputs.items()}
-
-
 def draw(count: int, rate: float, slots: int, noise: Noise, turn: Tensor | None = None) -> Tensor:
     """A Poisson sample of patients as `slots` row numbers, `count` (the row of zeros) where there is none.
 
@@ -255,7 +245,7 @@ def clipped_sum(
     total = lifted.zeros()
     absent = len(next(iter(rows.values()))) - 1
     for part in drawn.split(lifted.microbatch):
-        batch = {name: t.index_select(0, part) for name, t in rows.items()}
+        batch = taken(rows, part, absent)
         lifted.clipped_sum(weights, constants, batch, part != absent, clip, total)
     return total
 
