@@ -284,6 +284,7 @@ def _check_entry(args: argparse.Namespace) -> None:
 
 def _witness(args: argparse.Namespace) -> None:
     from rapha_lab.client import witness
+    from rapha_lab.client.cosignatures import verifier_keys, witness_name
     from rapha_lab.client.logs import cosign_bundle
 
     if Path(args.what).is_file():
@@ -296,8 +297,9 @@ def _witness(args: argparse.Namespace) -> None:
         key, head = channel.key, witness.witness(channel, args.name)
         note = str(witness.last_seen(head.origin, str(channel.site_key)))
     (args.out.write_text if args.out else print)(note)
-    name = args.name or witness.witness_name(key.public)
-    print(f"Others check your cosignature with --witness {witness.verifier_key(name, key.public)}")
+    first, second = verifier_keys(args.name or witness_name(key.public), key)
+    print(f"Others check your cosignature with --witness {first}")
+    print(f"or, against quantum computers too (ML-DSA-44), with --witness {second}")
 
 
 def _build_demo(args: argparse.Namespace) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from rapha_lab.client.bundles import REPORT, Bundle, first_bad, read, roots
+from rapha_lab.client.cosignatures import cosigned_at
 from rapha_lab.client.site import Site
-from rapha_lab.client.witness import cosigned_at, last_seen, remember
+from rapha_lab.client.witness import last_seen, remember
 from rapha_lab.protocol.builds import KIND, Build
 from rapha_lab.protocol.checkpoint import (
     Checkpoint,
@@ -79,7 +80,7 @@ def verify(
         key: the site's public key as it is known from elsewhere; without it the bundle's own is taken, which
             shows that the bundle is whole but not whose it is.
         against: files with earlier checkpoints or bundles of this log, as held by witnesses, clients or receipts.
-        witnesses: verifier keys; each must have cosigned one of the checkpoints in `against`.
+        witnesses: verifier keys, of Ed25519 or ML-DSA-44; each must have cosigned one of the checkpoints in `against`.
         seen: further checkpoints, by where they were seen.
 
     Raises:

@@ -29,8 +29,9 @@ from rapha_lab.client import site as client
 from rapha_lab.client import witness as witnessing
 from rapha_lab.client.appraisal import AppraisalPolicy
 from rapha_lab.client.channel import Channel
+from rapha_lab.client.cosignatures import cosigned_at, verifier_keys, witness_name
 from rapha_lab.client.logs import fetch, verify
-from rapha_lab.client.witness import cosigned_at, last_seen, verifier_key, witness, witness_name
+from rapha_lab.client.witness import last_seen, witness
 from rapha_lab.enclave.attester import measure
 from rapha_lab.enclave.site import Config
 from rapha_lab.protocol.builds import Build
@@ -152,8 +153,8 @@ class TestWitness:
         head = witness(site._channel)
         note = last_seen(head.origin, str(site.key))
         assert note is not None
-        public = serving.key.public
-        assert cosigned_at(note, verifier_key(witness_name(public), public)) <= time.time()
+        for vkey in verifier_keys(witness_name(serving.key.public), serving.key):
+            assert cosigned_at(note, vkey) <= time.time()
         fetch(site, tmp_path / "log.jsonl")
         (tmp_path / "note").write_text(note)
         assert (

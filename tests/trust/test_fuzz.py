@@ -21,8 +21,8 @@ from trust_material import DEEP, VECTORS, fixed
 from rapha_lab.client import bundles, logs
 from rapha_lab.client.appraisal import Verifier
 from rapha_lab.client.builds import logged_build
+from rapha_lab.client.cosignatures import cosign, cosigned_at, verifier_keys
 from rapha_lab.client.proofs import open_proof, write_proof
-from rapha_lab.client.witness import cosign, cosigned_at, verifier_key
 from rapha_lab.enclave.attester import SimulatedAttester, launch_measurement
 from rapha_lab.protocol import messages, sealing
 from rapha_lab.protocol.builds import Build
@@ -67,7 +67,7 @@ ENVELOPE = sealing.seal_request(
     researcher=RESEARCHER,
     reply_to=MAILBOX.public,
 )
-VKEY = verifier_key("w.example", WITNESS.public)
+VKEYS = verifier_keys("w.example", WITNESS)
 
 
 def frame() -> bytes:
@@ -166,10 +166,11 @@ class TestProtocol:
         only(LogError, lambda: open_checkpoint(note.decode("utf-8", "replace"), KEY.public_key()))
 
     @examples
-    @given(of(cosign(NOTE, "w.example", WITNESS).encode()), of(VKEY.encode()))
+    @given(of(cosign(NOTE, "w.example", WITNESS).encode()), of(VKEYS[0].encode()))
     def test_cosignatures(self, note: bytes, vkey: bytes) -> None:
         """The note's, and the witness's key as it was typed in."""
-        only(LogError, lambda: cosigned_at(note.decode("utf-8", "replace"), VKEY))
+        for known in VKEYS:
+            only(LogError, lambda known=known: cosigned_at(note.decode("utf-8", "replace"), known))  # type: ignore[misc]
         only(LogError, lambda: cosigned_at(NOTE, vkey.decode("utf-8", "replace")))
 
     @examples

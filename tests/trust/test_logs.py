@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import random
@@ -13,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PublicKey
 from trust_material import DEEP
 
 from rapha_lab.cli import main
 from rapha_lab.client import bundles, logs
 from rapha_lab.client.bundles import prove
+from rapha_lab.client.cosignatures import cosign, cosigned_at, verifier_keys, witness_name
 from rapha_lab.client.logs import cosign_bundle, verify
 from rapha_lab.client.proofs import open_proof, write_proof
-from rapha_lab.client.witness import cosign, cosigned_at, verifier_key, witness_name
 from rapha_lab.curator.accounting import Gaussian, Thresholded
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.protocol.builds import KIND, Build
@@ -363,11 +366,62 @@ class TestWitness:
     NAME = "ethics.hospital.example"
 
     def test_a_cosignature_is_as_published(self, bundle: Path) -> None:
-        """Key id with the 4 for Ed25519, time, and a signature over header, time and the note's body."""
-        note = cosign(bundles.read(bundle).note, self.NAME, WITNESS, now=1679315147)
-        line = note.splitlines()[-1]
-        assert line.startswith(f"— {self.NAME} ")
-        assert cosigned_at(note, verifier_key(self.NAME, WITNESS.public)) == 1679315147
+        """Key ids with the 4 for Ed25519 and the 6 for ML-DSA-44, time, and a signature over what C2SP says, byte by byte."""
+        plain = bundles.read(bundle).note
+        note = cosign(plain, self.NAME, WITNESS, now=1679315147)
+        assert note.startswith(plain)
+        text, lines = plain.rpartition("\n\n")[0] + "\n", note.removeprefix(plain).splitlines()
+        assert [line.startswith(f"— {self.NAME} ") for line in lines] == [True, True]
+        first, second = (base64.b64decode(line.split(" ")[2]) for line in lines)
+        assert first[4:12] == second[4:12] == (1679315147).to_bytes(8, "big")
+        keys = [base64.b64decode(vkey.split("+", 2)[2]) for vkey in verifier_keys(self.NAME, WITNESS)]
+        for told, key, kind in ((first, keys[0], b"\x04"), (second, keys[1], b"\x06")):
+            assert key[:1] == kind
+            assert told[:4] == hashlib.sha256(self.NAME.encode() + b"\n" + key).digest()[:4]
+        message = f"cosignature/v1\ntime 1679315147\n{text}".encode()
+        Ed25519PublicKey.from_public_bytes(keys[0][1:]).verify(first[12:], message)
+        origin, size, root = text.split("\n")[:3]
+        message = b"subtree/v1\n\0" + bytes([len(self.NAME)]) + self.NAME.encode() + second[4:12]
+        message += (
+            bytes([len(origin)])
+            + origin.encode()
+            + bytes(8)
+            + int(size).to_bytes(8, "big")
+            + base64.b64decode(root)
+        )
+        MLDSA44PublicKey.from_public_bytes(keys[1][1:]).verify(second[12:], message)
+        for vkey in verifier_keys(self.NAME, WITNESS):
+            assert cosigned_at(note, vkey) == 1679315147
+
+    def test_either_stands_alone(self, bundle: Path) -> None:
+        """A note that lacks one kind is not confirmed by it; a signature of one kind is none of the other."""
+        plain = bundles.read(bundle).note
+        note, vkeys = cosign(plain, self.NAME, WITNESS), verifier_keys(self.NAME, WITNESS)
+        lines = note.removeprefix(plain).splitlines(keepends=True)
+        for mine, other in ((0, 1), (1, 0)):
+            assert cosigned_at(plain + lines[mine], vkeys[mine])
+            with pytest.raises(LogError, match="not cosigned"):
+                cosigned_at(plain + lines[mine], vkeys[other])
+
+    def test_the_second_key_is_not_to_be_had_from_the_first(self) -> None:
+        """It is of the seed, the same each time, and another for another witness."""
+        assert verifier_keys("a", WITNESS) == verifier_keys("a", WITNESS)
+        assert verifier_keys("a", WITNESS)[1] != verifier_keys("a", PrivateKey.create())[1]
+        assert str(WITNESS.public) not in verifier_keys("a", WITNESS)[1]
+
+    def test_the_name_is_signed_by_the_second_kind(self, bundle: Path) -> None:
+        """One key under two names is one witness to Ed25519 and two to ML-DSA-44."""
+        plain = bundles.read(bundle).note
+        mine, renamed = cosign(plain, "a", WITNESS), list[str]()
+        for line, vkey in zip(
+            mine.removeprefix(plain).splitlines(), verifier_keys("b", WITNESS), strict=True
+        ):
+            told = base64.b64decode(line.split(" ")[2])
+            identifier = bytes.fromhex(vkey.split("+")[1])
+            renamed.append(f"{plain}— b {base64.b64encode(identifier + told[4:]).decode()}\n")
+        assert cosigned_at(renamed[0], verifier_keys("b", WITNESS)[0])
+        with pytest.raises(LogError, match="does not hold"):
+            cosigned_at(renamed[1], verifier_keys("b", WITNESS)[1])
 
     def test_the_log_still_opens_its_own_note(self, bundle: Path, pairs: Pairs) -> None:
         """A cosigned checkpoint is the checkpoint."""
@@ -375,14 +429,13 @@ class TestWitness:
         path = bundle.with_name("cosigned.jsonl")
         assert verify(write(path, pairs, note), PUBLIC).checkpoint.size == len(pairs)
 
-    def test_no_altered_cosignature_counts(self, bundle: Path) -> None:
-        """Another time, another size, another key, another name."""
-        note, vkey = (
-            cosign(bundles.read(bundle).note, self.NAME, WITNESS),
-            verifier_key(self.NAME, WITNESS.public),
-        )
+    @pytest.mark.parametrize("kind", [0, 1])
+    def test_no_altered_cosignature_counts(self, bundle: Path, kind: int) -> None:
+        """Another time, another size, another key, another name; of either kind."""
+        plain, vkey = bundles.read(bundle).note, verifier_keys(self.NAME, WITNESS)[kind]
+        note = plain + cosign(plain, self.NAME, WITNESS).removeprefix(plain).splitlines(keepends=True)[kind]
         rng = random.Random(2)
-        for at in range(len(note)):
+        for at in range(0, len(note), 1 if len(note) < 1000 else 7):
             changed = note[:at] + rng.choice("abcXYZ019") + note[at + 1 :]
             body, mine = (text.splitlines() for text in (note, changed))
             same = body[:3] == mine[:3] and body[-1] == mine[-1] and len(body) == len(mine) and mine[3] == ""
@@ -392,8 +445,8 @@ class TestWitness:
                 cosigned_at(changed, vkey)
         other = PrivateKey.create()
         for wrong in (
-            verifier_key(self.NAME, other.public),
-            verifier_key("x", WITNESS.public),
+            verifier_keys(self.NAME, other)[kind],
+            verifier_keys("x", WITNESS)[kind],
             vkey[:-1],
             "",
             "a+b+c",
@@ -425,9 +478,10 @@ class TestWitness:
         cosign_bundle(bundle(bodies), WITNESS, self.NAME)
         note = tmp_path / "note"
         note.write_text(first)
-        vkey = verifier_key(self.NAME, WITNESS.public)
-        assert verify(bundle(bodies), PUBLIC, against=[note], witnesses=[vkey]).checkpoint.size == len(bodies)
-        stranger = verifier_key("someone", PrivateKey.create().public)
+        vkey, quantum = verifier_keys(self.NAME, WITNESS)
+        told = verify(bundle(bodies), PUBLIC, against=[note], witnesses=[vkey, quantum])
+        assert told.checkpoint.size == len(bodies)
+        stranger = verifier_keys("someone", PrivateKey.create())[1]
         with pytest.raises(LogError, match="someone does not confirm"):
             verify(bundle(bodies), PUBLIC, against=[note], witnesses=[vkey, stranger])
         with pytest.raises(LogError, match="does not confirm"):
@@ -442,9 +496,10 @@ class TestWitness:
         note, entry = tmp_path / "note", tmp_path / "entry.json"
         arguments = ["witness", str(bundle), "--key", str(tmp_path / "w.key"), "--out", str(note)]
         assert main(arguments) == 0
-        vkey = verifier_key(witness_name(WITNESS.public), WITNESS.public)
-        assert vkey in capsys.readouterr().out
-        check = ["log", "verify", str(bundle), "--key", PUBLIC, "--against", str(note), "--witness", vkey]
+        vkeys = verifier_keys(witness_name(WITNESS.public), WITNESS)
+        told = capsys.readouterr().out
+        assert all(vkey in told for vkey in vkeys)
+        check = ["log", "verify", str(bundle), "--key", PUBLIC, "--against", str(note), "--witness", *vkeys]
         assert main(check) == 0
         assert main(["log", "prove", str(bundle), "3", str(entry)]) == 0
         assert main(["log", "check", str(entry), "--key", PUBLIC]) == 0
