@@ -45,9 +45,9 @@ test: .venv/test  ## Run every test.
 	@bash scripts/system-packages
 	$(BIN)/pytest
 
-bench: .venv/test  ## Measure the trainer against its peers; writes benchmarks/README.md.
+bench: .venv/test  ## Measure the trainer against its peers, in some 25 minutes; writes benchmarks/README.md.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 --editable '.[lab,demo,demos,hospital,test,bench]'
-	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/scaling.py || echo "Without the figures of growth, then."
 	$(BIN)/python benchmarks/trainer.py --write
 
 screenshots: .venv/test  ## Take the README's pictures anew.

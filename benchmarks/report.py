@@ -53,7 +53,9 @@ GROWTH = """
 ![CPU time of a step by patients, parameters, batch and sessions](pictures/scaling.png)
 
 An MLP 30-128-128-2 at an expected batch of 256 unless the axis says otherwise, without a compiler; the step includes the
-Poisson draw and the padding. Patients are held in memory; what grows with them is one random number each, a step.
+Poisson draw and the padding. Patients are read from disk, as the curator maps inputs of more than a gigabyte (31 numbers a
+patient, 1.3 GB at ten million): what a step takes of memory for each patient is a byte, and of time a random number. Sessions are
+trainings at once in one process on this machine's cores; a site's curator runs four at a time and lets others wait.
 """
 
 
@@ -128,7 +130,8 @@ def _mean(by: dict[Any, Any], names: list[str]) -> str:
 def _scaling(found: dict[str, list[Any]]) -> str:
     parts = [GROWTH]
     for what, rows in found.items():
-        head = [what, "steps a second"] if what == "sessions" else [what, "CPU ms a step", "MB"]
+        own = ["steps a second, all", "CPU ms a step"]
+        head = [what, *(own if what == "sessions" else ["CPU ms a step", "MB a step", "MB held"])]
         body = [[f"{v:,.0f}" if k == 0 else f"{v:.3g}" for k, v in enumerate(row)] for row in rows]
         parts.append(_table(head, body) + "\n")
     return "\n".join(parts)

@@ -1,15 +1,20 @@
-"""How a step's cost grows: with patients, parameters, batch and sessions at once. Plots in benchmarks/pictures.
+"""How a step's cost grows: with patients on disk, parameters, batch and sessions at once. Plots in benchmarks/pictures.
 
-    python benchmarks/scaling.py
+    python benchmarks/scaling.py [--minutes 6]
 
-CPU milliseconds of a whole step: the Poisson draw, the padded clipped sum, noise and update, without a compiler.
+CPU milliseconds of a whole step: the Poisson draw, the padded clipped sum, noise and update, without a compiler. Patients
+are read from a file as the curator maps one; the others' axes hold them in memory. Points are kept as they come in
+build/bench/scaling.json; those for which no time is left are left out with a note.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
-import multiprocessing
+import math
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -23,36 +28,56 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
-from torch import nn
-from trainer import CLIP, RATE, cpu, memory
+from torch import Tensor, nn
+from trainer import CLIP, RATE, cpu, memory, status
 
 from rapha_lab.curator.lift import lift
 from rapha_lab.curator.lift.compiling import keep_pages
-from rapha_lab.curator.mapped import with_absent
+from rapha_lab.curator.mapped import OnDisk, filled, on_disk, with_absent
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.curator.noise import SystemNoise
 from rapha_lab.session.tracing import loss_program
 
 PICTURES = Path(__file__).parent / "pictures"
 TARGET = Path("build/bench/scaling.json")
+AXES: dict[str, tuple[int, ...]] = {
+    "patients": (10**3, 10**4, 10**5, 10**6, 10**7),
+    "parameters": (10**4, 10**5, 10**6, 10**7, 10**8),
+    "batch": (16, 64, 256, 1024, 4096, 16384),
+    "sessions": (1, 2, 4, 8, 16),
+}
+# about as long as a point takes on a calm machine, in seconds, where it is more than a few
+LONG = {("patients", 10**7): 30, ("parameters", 10**8): 75, ("parameters", 10**7): 10}
 
 
-def step_of(patients: int, width: int, batch: int) -> Callable[[], None]:
+def in_memory(patients: int) -> dict[str, Tensor]:
+    return with_absent({"x": torch.randn(patients, 30), "target": torch.randint(2, (patients,))})
+
+
+def from_disk(patients: int) -> dict[str, Tensor]:
+    """Made-up patients written part by part, as the curator writes a view's."""
+    x = on_disk(TARGET.parent, (patients + 1, 30), torch.float32)
+    y = on_disk(TARGET.parent, (patients + 1,), torch.int64)
+    filled(x, patients, lambda start, end: torch.randn(end - start, 30))
+    filled(y, patients, lambda start, end: torch.randint(2, (end - start,)))
+    return OnDisk(x=x, target=y)
+
+
+def step_of(rows: dict[str, Tensor], width: int, batch: int) -> Callable[[], None]:
     """A whole step of an MLP with two hidden layers, as `fit` takes it."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(30, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2)
     )
-    x, y = torch.randn(patients, 30), torch.randint(2, (patients,))
-    traced = loss_program(model, nn.CrossEntropyLoss(), {"x": x[0]}, y[0])
-    it, noise, rate = lift(traced.program), SystemNoise(), batch / patients
+    traced = loss_program(model, nn.CrossEntropyLoss(), {"x": rows["x"][0]}, rows["target"][0])
+    it, noise, patients = lift(traced.program), SystemNoise(), len(rows["x"]) - 1
     slots = it.for_batches_of(train.capacity(batch, 1)) * it.microbatch
     weights, constants = it.tensors(traced.blob)
-    rows = with_absent({"x": x, "target": y})
+    del model, traced
     optimizer = torch.optim.SGD(list(weights.values()), lr=RATE)
 
     def step() -> None:
-        drawn = train.draw(patients, rate, slots, noise)
+        drawn = train.draw(patients, batch / patients, slots, noise)
         total = train.clipped_sum(it, weights, constants, rows, drawn, CLIP)
         for name, grad in train.private(total, CLIP, batch, noise, weights).items():
             weights[name].grad = grad
@@ -61,75 +86,110 @@ def step_of(patients: int, width: int, batch: int) -> Callable[[], None]:
     return step
 
 
-def figures(step: Callable[[], None]) -> tuple[float, float]:
-    """CPU milliseconds and megabytes above what was there before, the least of three."""
-    step()
+def figures(made: Callable[[], Callable[[], None]]) -> tuple[float, float, float]:
+    """CPU milliseconds of a step, the least of a few; megabytes that it raises memory by; megabytes held before it."""
+    gc.collect()
+    before = status("RssAnon")
+    step = made()
+    first = cpu(step, 1)
+    gc.collect()
+    held = (status("RssAnon") - before) / 1000
     raised = memory(step)
-    return min(cpu(step, 1) for _ in range(3)) * 1e3, raised
+    times = 1 if first > 2 else max(3, round(0.3 / first))
+    return min(cpu(step, 1) for _ in range(times)) * 1e3, raised, held
 
 
-def session(seconds: float, start: Any, done: Any) -> None:
-    """Steps for so long, as one of several processes at once."""
-    torch.set_num_threads(1)
-    step, count = step_of(100_000, 128, 256), 0
-    step()
+def together(sessions: int, seconds: float = 4.0) -> tuple[float, float]:
+    """Steps a second of so many sessions' trainings at once in one curator, and CPU milliseconds of a step."""
+    rows = in_memory(100_000)
+    steps = [step_of(rows, 128, 256) for _ in range(sessions)]
+    counts, start = [0] * sessions, threading.Barrier(sessions + 1)
+
+    def session(mine: int) -> None:
+        torch.set_num_threads(1)
+        steps[mine]()
+        start.wait()
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            steps[mine]()
+            counts[mine] += 1
+
+    threads = [threading.Thread(target=session, args=(mine,)) for mine in range(sessions)]
+    for thread in threads:
+        thread.start()
     start.wait()
-    began = time.monotonic()
-    while time.monotonic() - began < seconds:
-        step()
-        count += 1
-    done.put(count / seconds)
+    began = time.monotonic(), time.process_time()
+    for thread in threads:
+        thread.join()
+    took = time.monotonic() - began[0], time.process_time() - began[1]
+    return sum(counts) / took[0], took[1] / sum(counts) * 1e3
 
 
-def together(sessions: int, seconds: float = 3.0) -> float:
-    """Steps a second of so many sessions at once, all together."""
-    context = multiprocessing.get_context("spawn")
-    start, done = context.Barrier(sessions), context.Queue()
-    workers = [context.Process(target=session, args=(seconds, start, done)) for _ in range(sessions)]
-    for worker in workers:
-        worker.start()
-    total = sum(done.get() for _ in workers)
-    for worker in workers:
-        worker.join()
-    return total
+def point(axis: str, value: int) -> tuple[float, ...]:
+    if axis == "patients":
+        return figures(lambda: step_of(from_disk(value), 128, 256))
+    if axis == "parameters":
+        width = round((17**2 + value) ** 0.5 - 17)  # width * (width + 34) + 2 in all
+        return figures(lambda: step_of(in_memory(10_000), width, 256))
+    if axis == "batch":
+        return figures(lambda: step_of(in_memory(20_000), 128, value))
+    return together(value)
 
 
 def main() -> None:
+    line = argparse.ArgumentParser()
+    line.add_argument("--minutes", type=float, default=6)
+    given = line.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     keep_pages()
-    found: dict[str, list[Any]] = {"patients": [], "parameters": [], "batch": [], "sessions": []}
-    for patients in (10**3, 10**4, 10**5, 10**6, 3 * 10**6):
-        found["patients"].append((patients, *figures(step_of(patients, 128, 256))))
-    for width in (64, 256, 1024, 3072):
-        found["parameters"].append((width * (width + 34) + 2, *figures(step_of(10_000, width, 256))))
-    for batch in (16, 64, 256, 1024, 4096, 16384):
-        found["batch"].append((batch, *figures(step_of(20_000, 128, batch))))
-    for sessions in (1, 2, 4, 8):
-        found["sessions"].append((sessions, together(sessions)))
     TARGET.parent.mkdir(parents=True, exist_ok=True)
-    TARGET.write_text(json.dumps(found, indent=1))
+    step_of(in_memory(100), 8, 8)()  # what is loaded once belongs to no point
+    until = time.monotonic() + 60 * given.minutes
+    found: dict[str, list[Any]] = {axis: [] for axis in AXES}
+    # the long points last, so that a slow machine leaves those out
+    for axis, value in sorted(
+        ((a, v) for a, values in AXES.items() for v in values), key=lambda p: LONG.get(p, 0)
+    ):
+        began = time.monotonic()
+        if until - began < LONG.get((axis, value), 5):
+            print(f"{axis:12} {value:12,} not run: no time was left", flush=True)
+            continue
+        found[axis].append((value, *(round(v, 3) for v in point(axis, value))))
+        TARGET.write_text(json.dumps(found, indent=1))
+        told = " ".join(f"{v:10.3g}" for v in found[axis][-1][1:])
+        print(f"{axis:12} {value:12,} {told}   in {time.monotonic() - began:.0f} s", flush=True)
     draw(found)
+
+
+def decades(values: Any) -> tuple[float, float]:
+    """Powers of ten around the values."""
+    return 10 ** math.floor(math.log10(max(min(values), 0.1))), 10 ** math.ceil(
+        math.log10(max(values)) + 0.01
+    )
 
 
 def draw(found: dict[str, list[Any]]) -> None:
     """One picture of four panels."""
-    _, axes = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
     for axis, (what, rows) in zip(axes, found.items(), strict=True):
+        if not rows:
+            continue
         x, y, *more = zip(*rows, strict=True)
         axis.plot(x, y, "o-", color="#1f5fa8")
         axis.set(
             xscale="log", xlabel=what, ylabel="steps a second" if what == "sessions" else "CPU ms a step"
         )
+        axis.grid(alpha=0.3)
         if what == "sessions":
-            axis.set(ylim=0)
-        else:
-            axis.set(yscale="log")
-            beside = axis.twinx()
-            beside.plot(x, [max(v, 0.1) for v in more[0]], "s--", color="#b5651d", markersize=3)
-            beside.set(yscale="log", ylabel="MB (dashed)")
+            axis.set(xscale="linear", ylim=(0, None), xticks=x)
+            continue
+        beside = axis.twinx()
+        beside.plot(x, [max(v, 0.1) for v in more[0]], "s--", color="#b5651d", markersize=3)
+        axis.set(yscale="log", ylim=decades(y))
+        beside.set(yscale="log", ylim=decades(more[0]), ylabel="MB a step (dashed)")
     PICTURES.mkdir(exist_ok=True)
-    plt.savefig(PICTURES / "scaling.png", dpi=110)
+    figure.savefig(PICTURES / "scaling.png", dpi=90)
 
 
 if __name__ == "__main__":

@@ -161,12 +161,13 @@ def memory(step: Step) -> float:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     step()
-    return (_status("VmHWM") - before) / 1000
+    return (status("VmHWM") - before) / 1000
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """A field of this process's memory, in KB."""
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 

@@ -62,7 +62,10 @@ class _Words:
 
     def bernoulli(self, n: int, rate: float) -> Tensor:
         """`n` independent booleans, each True with probability `rate` to within 2^-53."""
-        return self.uniform(n) < rate
+        out = torch.empty(n, dtype=torch.bool)
+        for part in out.split(_WORDS):
+            torch.lt(self.uniform(len(part)), rate, out=part)
+        return out
 
     def gaussian(self, n: int) -> Tensor:
         """`n` independent standard normal numbers, float64."""

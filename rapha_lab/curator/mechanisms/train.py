@@ -121,12 +121,12 @@ def train(
     sensitivity = ask.clip * (1 + slack(lifted.microbatch))
     prepare(lifted, parameters, constants, ask.steps * parts)
     count = len(next(iter(rows.values()))) - 1
-    turn = banded.turns(count, ask.bands, noise)
+    turn = banded.turns(count, ask.bands, noise) if ask.bands > 1 else None
     for step in range(ask.steps):
         if step % block(ask.steps) == 0:
             _finite(weights, step)
             progress(min(block(ask.steps), ask.steps - step))
-        drawn = draw(count, rate, slots, noise, turn == step % ask.bands)
+        drawn = draw(count, rate, slots, noise, None if turn is None else turn == step % ask.bands)
         if present is not None:
             drawn = staying(drawn, present())
         total = clipped_sum(lifted, weights, constants, rows, drawn, ask.clip)
