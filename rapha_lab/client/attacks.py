@@ -1,4 +1,4 @@
-"""Attacks on a training's recipe, for the dossier: on made-up patients, since only a custodian may attack on real ones.
+"""Attacks on a training's recipe, for the dossier: on made-up patients, or on public records that the researcher holds.
 
 Two questions. Does the noise carry the ε that is claimed (a one-run audit with canaries, Steinke, Nasr and Jagielski
 2023)? Could somebody tell who was among the patients (the likelihood-ratio attack, LiRA, Carlini et al. 2022)? Both
@@ -20,6 +20,7 @@ from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
 
 if TYPE_CHECKING:
+    import polars
     import torch
 
 __all__ = ["attack", "canaries", "lira"]
@@ -35,6 +36,8 @@ def attack(
     inputs: Sequence[str],
     target: str,
     seed: int = 0,
+    *,
+    records: polars.DataFrame | None = None,
 ) -> dict[str, Any]:
     """Both attacks on the recipe of `release`.
 
@@ -45,11 +48,14 @@ def attack(
         inputs: the columns it was given as one tensor.
         target: a boolean column.
         seed: of all that is drawn.
+        records: of patients that everybody may see, such as those of a demonstration dataset, to tell the membership of
+            instead of made-up ones; what is reported of them is no private answer. Never a hospital's.
     """
+    whose = "made-up patients" if records is None else "public records that the researcher holds"
     return {
         "canaries": canaries(release, seed),
-        "membership": lira(model, release, schema, inputs, target, seed),
-        "on": "made-up patients, with the recipe's own noise, clip, rate and steps",
+        "membership": lira(model, release, schema, inputs, target, seed, records=records),
+        "on": f"{whose}, with the recipe's own noise, clip, rate and steps",
     }
 
 
@@ -82,17 +88,23 @@ def lira(
     inputs: Sequence[str],
     target: str,
     seed: int = 0,
+    *,
+    records: polars.DataFrame | None = None,
 ) -> dict[str, Any]:
     """How well membership can be told: with the recipe's clip and noise, and in plain training, where the attack bites.
 
-    Shadow models are trained side by side, each on its own half of made-up patients. An AUC of 0.5 is a guess.
+    Shadow models are trained side by side, each on its own half of the patients. An AUC of 0.5 is a guess.
+
+    Raises:
+        RequestError: the target is no boolean column, or the records do not suffice.
     """
     told = _recipe(release)
     if schema.column(target).type != "boolean":
         raise RequestError(
             f"{target} is no boolean column.", "The attack is on a classifier.", field="target"
         )
-    xs, ys = _made_up(schema, list(inputs), target, seed)
+    frame = mock(schema, PATIENTS, seed) if records is None else _drawn(records, target, seed)
+    xs, ys = _encoded(schema, frame, list(inputs), target)
     members = np.random.default_rng(seed).random((SHADOWS, len(ys))) < 0.5
     report: dict[str, Any] = {"shadows": SHADOWS, "patients": len(ys), "steps": min(STEPS, told["steps"])}
     plain = {"noise": 0.0, "clip": 1e6, "rate": 1.0, "steps": PLAIN}
@@ -113,13 +125,23 @@ def _recipe(release: Release) -> dict[str, Any]:
     return told
 
 
-def _made_up(schema: Schema, inputs: list[str], target: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _drawn(records: polars.DataFrame, target: str, seed: int) -> polars.DataFrame:
+    """As many of the records as there would be made-up patients, of those whose target is known."""
+    known = records.drop_nulls(target) if target in records.columns else records.clear()
+    if len(known) < PATIENTS:
+        why = f"There are {len(known)} with {target}; {PATIENTS} are drawn."
+        raise RequestError("The records are too few for the attack.", why, field="records")
+    return known.sample(PATIENTS, shuffle=True, seed=seed)
+
+
+def _encoded(
+    schema: Schema, frame: polars.DataFrame, inputs: list[str], target: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs (n, *shape) and targets (n,); made-up targets follow nothing, so all that is learned is learned by heart."""
     import torch
 
     from rapha_lab.client.rehearsal import encoded
 
-    frame = mock(schema, PATIENTS, seed)
     ys = torch.tensor([float(value or 0) for value in frame[target].to_list()])
     return encoded(schema, frame, inputs), ys
 

@@ -361,7 +361,7 @@ def _criteria(told: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "canaries do not refute epsilon", attacks and attacks["canaries"]["holds"], "attacks.canaries"
     )
     near = attacks and attacks["membership"]["private"]["auc"] < 0.6
-    yield outcome("membership cannot be told on made-up patients", near, "attacks.membership")
+    yield outcome("membership cannot be told by an attack on the recipe", near, "attacks.membership")
 
 
 def _time(seconds: int) -> str:
