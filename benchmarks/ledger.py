@@ -48,7 +48,7 @@ def fill(path: Path, entries: int) -> None:
                     "charged": price,
                     "spent": spent[account.label],
                 }
-                db.execute("INSERT INTO charge VALUES (?, ?, ?)", (account.number, job, price))
+                db.execute("INSERT INTO charge VALUES (?, ?, ?, 0)", (account.number, job, price))
             told = {"job": job, "accounts": heads, "loss": text}
             ledger.log.append(db, "reserve", told | {"request": "0" * 64})
             ledger.log.append(db, "charge", told | {"release": "0" * 64, "steps": 1})

@@ -56,6 +56,28 @@ CREATE TRIGGER IF NOT EXISTS charge_fell AFTER UPDATE ON charge
     BEGIN UPDATE account SET spent = spent + new.units - old.units WHERE number = new.account; END;
 """
 
+TALLY = """
+CREATE TABLE tally (
+    account INTEGER NOT NULL, loss TEXT NOT NULL, ran INTEGER NOT NULL, times INTEGER NOT NULL,
+    PRIMARY KEY (account, loss, ran)
+) STRICT, WITHOUT ROWID;
+INSERT INTO tally SELECT account, loss, CASE state WHEN 'reserved' THEN -1 ELSE touched END AS ran, count(*)
+    FROM charge JOIN job ON name = job WHERE state <> 'void' GROUP BY account, loss, ran;
+CREATE TRIGGER tallied AFTER INSERT ON charge BEGIN
+    INSERT INTO tally SELECT new.account, loss, CASE state WHEN 'reserved' THEN -1 ELSE touched END, 1
+        FROM job WHERE name = new.job AND state <> 'void' ON CONFLICT DO UPDATE SET times = times + 1;
+END;
+CREATE TRIGGER tallied_ended AFTER UPDATE OF state ON job WHEN old.state = 'reserved' AND new.state <> 'reserved' BEGIN
+    UPDATE tally SET times = times - 1 WHERE loss = old.loss AND ran = -1
+        AND account IN (SELECT account FROM charge WHERE job = new.name);
+    DELETE FROM tally WHERE loss = old.loss AND ran = -1 AND times = 0
+        AND account IN (SELECT account FROM charge WHERE job = new.name);
+    INSERT INTO tally SELECT account, new.loss, new.touched, 1 FROM charge WHERE job = new.name AND new.state <> 'void'
+        ON CONFLICT DO UPDATE SET times = times + 1;
+END;
+"""
+"""How often an account paid for each loss and number of steps, -1 while they run: for statements, not for the filter."""
+
 COLUMNS = (("account", "delta_budget"), ("account", "delta_spent"), ("charge", "delta"))
 """The δ of discovered keys, in units of 10^-18; a ledger of before there was one gets them when it is opened."""
 
@@ -145,6 +167,8 @@ def connect(path: Path) -> sqlite3.Connection:
                     f"ALTER TABLE {table} ADD COLUMN {column} INTEGER NOT NULL DEFAULT 0 CHECK (0 <= {column})"
                 )
         db.executescript(f"BEGIN IMMEDIATE; {TRIGGERS} COMMIT;")
+        if not db.execute("SELECT 1 FROM pragma_table_list WHERE name = 'tally'").fetchone():
+            db.executescript(f"BEGIN IMMEDIATE; {TALLY} COMMIT;")
         return db
 
 

@@ -486,21 +486,15 @@ class Ledger:
 
     def _spent(self, account: Account, further: Loss | None = None) -> tuple[float, int]:
         """The account's composed guarantee as an ε, with a `further` loss if given, and how many jobs it paid for."""
-        rows = self._db.execute(
-            "SELECT loss, CASE state WHEN 'reserved' THEN NULL ELSE touched END AS ran, count(*) FROM charge"
-            " JOIN job ON name = job WHERE account = ? AND state <> 'void' GROUP BY loss, ran",
-            (account.number,),
-        ).fetchall()
-        losses = [(decode_loss(loss), ran, times) for loss, ran, times in rows]
+        rows = self._db.execute("SELECT loss, ran, times FROM tally WHERE account = ?", (account.number,))
+        paid = [(decode_loss(text), ran, times) for text, ran, times in rows.fetchall()]
+        losses = [(loss if ran < 0 else loss.part(ran), times) for loss, ran, times in paid]
         if further is not None:
-            losses.append((further, None, 1))
+            losses.append((further, 1))
         if not losses:
             return 0.0, 0
-        total = accounting.Sum(
-            [(loss if ran is None else loss.part(ran), times) for loss, ran, times in losses]
-        )
-        epsilon = accounting.epsilon_of(total, account.delta)
-        return min(account.epsilon, epsilon), sum(times for *_, times in losses)
+        epsilon = accounting.epsilon_of(accounting.Sum(losses), account.delta)
+        return min(account.epsilon, epsilon), sum(times for _, times in losses)
 
     def _of(self, column: str, job: str) -> Any:
         """One of a job's columns, None if there is no such job."""

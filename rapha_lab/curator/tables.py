@@ -9,7 +9,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from rapha_lab.curator.columns import Findings, Values, bounded, identifiers, present
+from rapha_lab.curator.columns import Findings, Values, bounded, identifiers, present, taken
 from rapha_lab.protocol.columns import TIME, Table
 from rapha_lab.protocol.errors import RequestError
 
@@ -77,10 +77,10 @@ class Rows:
 
     def of(self, patients: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of these patients, one patient after the other, and whose each is by position in `patients`."""
-        counts = self._counts[patients]
-        owner = torch.arange(len(patients)).repeat_interleave(counts)
-        within = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
-        return self._starts[patients][owner] + within, owner
+        counts, starts = (taken(each, patients).numpy() for each in (self._counts, self._starts))
+        owner = np.arange(len(patients)).repeat(counts)
+        first = (starts - (counts.cumsum() - counts)).repeat(counts)
+        return torch.from_numpy(first + np.arange(len(owner))), torch.from_numpy(owner)
 
     def frame(self, patients: Tensor) -> pl.DataFrame:
         """The rows of these patients with their positions, times and columns, null where not known."""

@@ -32,7 +32,7 @@ NOISE, STEPS = 37.0, 6
 LOSS = SampledGaussian(1.0, NOISE, STEPS)
 HUGE = Gaussian(4.6)
 ORDER = order_for(1.0, 1e-6)
-POINTS = 320  # more than a story with a mistake has
+POINTS = 640  # more than a story with a mistake has
 STRIDE = 1 if os.environ.get("RAPHA_LAB_DEEP") else 6
 
 

@@ -53,6 +53,24 @@ class TestCharging:
         ledger.settle("job", b"weights")
         assert spent(ledger) == units(TRAINING.part(3), ORDER.alpha)
 
+    def test_a_ledger_of_before_the_tally_says_the_same(self, tmp_path, key):
+        """Statements of settled, stopped and running jobs, once it is opened again."""
+        ledger = Ledger(tmp_path / "old", key)
+        ledger.open_account("risk", "flchain", "train", 1.0, 1e-6)
+        for job in ("settled", "stopped", "void"):
+            reserve(ledger, job, answer(0.05) if job == "settled" else TRAINING.part(3))
+            if job != "void":
+                ledger.touch(job, 1)
+            ledger.settle(job, b"x") if job == "settled" else ledger.abandon(job, "cancelled")
+        told = statement(ledger)
+        for kind, name in (("TRIGGER", "tallied"), ("TRIGGER", "tallied_ended"), ("TABLE", "tally")):
+            ledger._db.execute(f"DROP {kind} {name}")
+        ledger.close()
+        ledger = Ledger(tmp_path / "old", key)
+        assert statement(ledger) == told
+        assert told.jobs == 2
+        ledger.close()
+
     def test_abandoning_before_the_first_step_refunds_everything(self, ledger):
         """Nothing was looked at."""
         reserve(ledger, "job", TRAINING)

@@ -210,6 +210,14 @@ class Lives(RuleBasedStateMachine):
         assert all(spent == self.model.spent(project, split) for project, split, spent in rows)
 
     @invariant()
+    def the_tally_of_statements_is_that_of_the_charges(self):
+        ran = "CASE state WHEN 'reserved' THEN -1 ELSE touched END AS ran"
+        counted = f"SELECT account, loss, {ran}, count(*) FROM charge JOIN job ON name = job"
+        counted += " WHERE state <> 'void' GROUP BY account, loss, ran"
+        found = self.ledger._db.execute(counted).fetchall()
+        assert sorted(found) == sorted(self.ledger._db.execute("SELECT * FROM tally").fetchall())
+
+    @invariant()
     def what_was_asked_here_is_within_every_budget(self):
         for project, order in ORDERS.items():
             for split in SPLITS:

@@ -59,8 +59,8 @@ PLACING = 0.15
 UP = 1 + 1e-9
 """More than the rounding of the three parts of ε together."""
 
-BINS = 11
-"""Bins of a class: eight equal ones, two tails, and one more where the cut divides one."""
+BINS = 13
+"""Bins of a class: ten equal ones, two tails, and one more where the cut divides one."""
 
 GROUPS = 20
 """Groups at most, since each adds noise of its own to its metrics."""
@@ -166,7 +166,7 @@ def edges_between(low: float, high: float, cut: float = 0.0) -> np.ndarray:
     """The inner edges of the bins: an equally spaced grid about two quantiles, and the cut."""
     low, high = min(low, high), max(low, high)
     width = max(high - low, 0.05)
-    edges = np.linspace(low - 1.5 * width, high + 1.5 * width, BINS - 2)
+    edges = np.linspace(low - 2 * width, high + 2 * width, BINS - 2)
     return np.sort(np.append(edges, cut))
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from rapha_lab.curator.mechanisms.question import Z
+
 __all__ = ["METRICS", "RATES", "gap", "judge", "mend", "refine", "spread"]
 
 Counts = np.ndarray
@@ -52,11 +54,12 @@ def judge(
         names: of RATES and METRICS, "calibration", and "confusion".
         cut: the logit from which on a score counts as a yes.
     """
-    sd = spread(scale)
-    counts = mend(noisy.astype(float), sd)
-    draws = mend(_simulate(counts, scale), sd)
-    (fine, logits), (fine_draws, _) = refine(counts, edges, cut), refine(draws, edges, cut)
-    caution, ties = _caution(counts, sd), _ties(counts, edges, cut)
+    sd, raw = spread(scale), noisy.astype(float)
+    counts = mend(raw, sd)
+    moves = _simulate(counts, scale)
+    draws = mend(counts + moves, sd)
+    fine, logits = refine(counts, edges, cut)
+    few, ties = _few(counts, sd), _ties(counts, edges, cut)
     answer: dict[str, Any] = {"metrics": {}}
     for name in dict.fromkeys(names):
         if name == "calibration":
@@ -67,31 +70,48 @@ def judge(
             answer["metrics"][name] = _rate(counts, sd, name, edges, cut)
         else:
             metric, most = METRICS[name]
-            value, drawn = float(metric(fine, logits)), metric(fine_draws, logits)
-            slack = ties if name in ("auroc", "auprc") else 0.0
-            answer["metrics"][name] = _interval(value, drawn, most, caution, slack)
+            value = float(metric(fine, logits))
+            if few:
+                answer["metrics"][name] = _within(value, most, 0.0, most, most)
+            elif name == "auprc":
+                drawn = metric(refine(draws, edges, cut)[0], logits)
+                answer["metrics"][name] = _interval(value, value, drawn, most, _caution(counts, sd), ties)
+            else:
+                plain, drawn = (
+                    metric(refine(c, edges, cut, whole=False)[0], logits) for c in (raw, raw + moves)
+                )
+                slack = ties if name == "auroc" else 0.0
+                answer["metrics"][name] = _interval(value, float(plain), drawn, most, 1.0, slack)
         if name == "auroc":
             answer["roc"] = _roc(counts)
     return answer
 
 
 def _simulate(counts: Counts, scale: float) -> Counts:
-    """Counts as they might have come out: other patients from the same scores, other noise."""
+    """By how much counts might have come out otherwise: other patients from the same scores, other noise."""
     rng = np.random.default_rng()
     shape = (DRAWS, *counts.shape)
     p = -math.expm1(-1 / scale)
     # the difference of two geometric variables is discrete Laplace
-    return (rng.poisson(counts, shape) + rng.geometric(p, shape) - rng.geometric(p, shape)).astype(float)
+    return rng.poisson(counts, shape) - counts + rng.geometric(p, shape) - rng.geometric(p, shape)
+
+
+def _noise_of(counts: Counts, sd: float) -> float:
+    """The noise in a class's number of patients, as a part of the smaller class."""
+    return sd * math.sqrt(counts.shape[-1]) / max(float(counts.sum(-1).min()), _TINY)
+
+
+def _few(counts: Counts, sd: float) -> bool:
+    """Whether hardly any patient of a class is distinguished from noise, so that nothing is known."""
+    return _noise_of(counts, sd) >= 0.5
 
 
 def _caution(counts: Counts, sd: float) -> float:
-    """By how much to widen an interval: the simulation starts from counts that are noisy themselves.
+    """By how much to widen an interval whose simulation starts from mended counts, which are noisy themselves.
 
-    The factor was set by simulation over sizes, prevalences and ε, and a test of coverage holds it. Infinite
-    where hardly any patient of a class is distinguished from noise.
+    The factor was set by simulation over sizes, prevalences and ε, and a test of coverage holds it.
     """
-    noise = sd * math.sqrt(counts.shape[-1]) / max(float(counts.sum(-1).min()), _TINY)
-    return 1 + CAUTION * math.sqrt(noise) if noise < 0.5 else math.inf
+    return 1 + CAUTION * math.sqrt(_noise_of(counts, sd))
 
 
 def _ties(counts: Counts, edges: np.ndarray, cut: float) -> float:
@@ -100,13 +120,13 @@ def _ties(counts: Counts, edges: np.ndarray, cut: float) -> float:
     return float(_share(grid.prod(0).sum(), grid.sum(1).prod(), 1.0)) ** 3
 
 
-def _interval(value: float, drawn: np.ndarray, most: float, caution: float, slack: float) -> dict[str, Any]:
-    """The basic bootstrap: what the simulation adds to the value it started from is taken off again."""
-    if math.isinf(caution):
-        return _within(value, most, 0.0, most, most)
-    low, high = (value - np.quantile(drawn, [0.975, 0.025])) * caution
+def _interval(
+    value: float, plain: float, drawn: np.ndarray, most: float, caution: float, slack: float
+) -> dict[str, Any]:
+    """The basic bootstrap: what the simulation adds to the figure it started from is taken off again."""
+    low, high = (plain - np.quantile(drawn, [0.975, 0.025])) * caution
     error = min(float(np.std(drawn)) * caution, most)
-    return _within(value, error, value + low - slack, value + high + slack, most)
+    return _within(value, error, plain + low - slack, plain + high + slack, most)
 
 
 def _within(value: float, error: float, low: float, high: float, most: float = 1.0) -> dict[str, Any]:
@@ -121,7 +141,9 @@ def _without_cut(counts: Counts, edges: np.ndarray, cut: float) -> tuple[Counts,
     return np.concatenate([counts[..., :zero], joined, counts[..., zero + 2 :]], -1), np.delete(edges, zero)
 
 
-def refine(counts: Counts, edges: np.ndarray, cut: float = 0.0) -> tuple[Counts, np.ndarray]:
+def refine(
+    counts: Counts, edges: np.ndarray, cut: float = 0.0, whole: bool = True
+) -> tuple[Counts, np.ndarray]:
     """Counts and logits of finer bins, each class falling linearly within a bin as its neighbours suggest.
 
     Returns:
@@ -132,7 +154,8 @@ def refine(counts: Counts, edges: np.ndarray, cut: float = 0.0) -> tuple[Counts,
     starts = np.append(edges[0] - width, edges)
     x = (np.arange(PARTS) + 0.5) / PARTS
     padded = np.pad(counts, [(0, 0)] * (counts.ndim - 1) + [(1, 1)])
-    slope = ((padded[..., 2:] - padded[..., :-2]) / 2).clip(-2 * counts, 2 * counts)
+    slope = (padded[..., 2:] - padded[..., :-2]) / 2
+    slope = slope.clip(-2 * counts, 2 * counts) if whole else slope
     fine = (counts[..., None] + slope[..., None] * (x - 0.5)) / PARTS
     return fine.reshape(*counts.shape[:-1], -1), (starts[:, None] + width * x).ravel()
 
@@ -201,7 +224,7 @@ def _rate(counts: Counts, sd: float, name: str, edges: np.ndarray, cut: float) -
     centre, size = (part + 2) / (whole + 4), whole + 4
     noise = sd**2 * float((of * (right - value) ** 2).sum())
     error = min(math.sqrt(centre * (1 - centre) * size + noise) / size, 1.0)
-    return _within(value, error, centre - 2 * error, centre + 2 * error)
+    return _within(value, error, centre - Z * error, centre + Z * error)
 
 
 def _above(edges: np.ndarray, cut: float) -> np.ndarray:
