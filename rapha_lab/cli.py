@@ -170,8 +170,12 @@ def _dossier(args: argparse.Namespace) -> None:
     words = {True: "holds", False: "DOES NOT HOLD", None: "not tried"}
     for each in told["criteria"]:
         print(f"{words[each['holds']]:<14} {each['criterion']}")
+    policy, attested = told["policy"], told["attestation"]
+    signers = "; ".join(f"{each['name']}, {each['role']}, {each['key']}" for each in policy["signers"])
+    print(f"Policy {policy['name']}, version {policy['version']}, signed by {signers or 'nobody'}.")
+    print(f"Site {attested['site']}, {attested['site key']}.")
     for when in ("at training", "now"):
-        said = told["attestation"][when]
+        said = attested[when]
         print(f"Evidence {when}, {said['when']}: {said['status']}.", *said["reasons"])
     if not args.what.is_dir():
         print(f"Written to {folder}: dossier.json, dossier.html, ro-crate-metadata.json.")
@@ -316,7 +320,11 @@ def _serve(args: argparse.Namespace) -> None:
     site = Site(Config.load(args.config))
     if site.simulated:
         print("SIMULATED ENCLAVE: no hardware protects this site.", file=sys.stderr)
-    serve(site, lambda url: print(f"{site.config.name} answers at {url} (sandbox {site.tier}).", flush=True))
+    key = f"Publish its key, by which others check its log and dossiers: {site.signing_key.public}"
+    serve(
+        site,
+        lambda url: print(f"{site.config.name} answers at {url} (sandbox {site.tier}).\n{key}", flush=True),
+    )
 
 
 def _measure(args: argparse.Namespace) -> None:

@@ -150,7 +150,7 @@ def dossier(
         "written": when.isoformat(timespec="seconds"),
         "model": _model(kept),
         "privacy": _privacy(releases),
-        "policy": _policy(kept),
+        "policy": _policy(kept) | {"in force when charged": _charged_under(policy, training, entries)},
         "attestation": {"site": str(kept.told["site"])}
         | reappraise(
             proved, training, policy, entries, endorsements=endorsements, minimum_tcb=minimum_tcb, now=when
@@ -253,6 +253,20 @@ def _policy(kept: Kept) -> dict[str, Any]:
     }
 
 
+def _charged_under(policy: Policy, training: Release, entries: Sequence[Mapping[str, Any]]) -> bool | None:
+    """Whether by the log it was the page in force between the training's reservation and its charge; None without a log."""
+    charged = training.receipt.get("index")
+    if not entries or not isinstance(charged, int):
+        return None
+    kinds = [(n, entry.get("kind"), entry) for n, entry in enumerate(entries[:charged])]
+    reserved = next(
+        (n for n, kind, e in kinds if kind == "reserve" and e.get("job") == training.job), charged
+    )
+    pages = [(n, entry.get("hash")) for n, kind, entry in kinds if kind == "policy"]
+    earlier = [page for n, page in pages if n < reserved]
+    return policy.hash.hex() in {*earlier[-1:], *(page for n, page in pages if n > reserved)}
+
+
 def _evaluation(release: Release) -> dict[str, Any]:
     rows = [
         {"name": row.name, "value": row.value, "standard error": row.error, "95 % interval": row.interval}
@@ -343,6 +357,11 @@ def _criteria(told: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield outcome("nothing beside the parameters", not model["beside the parameters"], "model.tensors")
     yield outcome(
         "under a policy that its custodians signed", told["policy"]["in force when kept"], "policy.signers"
+    )
+    yield outcome(
+        "charged while that policy was in force",
+        told["policy"]["in force when charged"],
+        "policy.in force when charged",
     )
     yield outcome("every charge is in the site's log", all(r["holds"] for r in told["receipts"]), "receipts")
     yield outcome("the whole log verified", told["log"]["verified"], "log")

@@ -174,7 +174,8 @@ def _attacks(told: dict[str, Any] | None) -> str:
         axes.legend()
 
     return (
-        f"<p>On {escape(told['on'])}.</p><p>{canaries['correct']} of {canaries['guesses']} guesses about canaries were right: "
+        f"<p>Run by the researcher, on {escape(told['on'])}; not repeated here.</p>"
+        f"<p>{canaries['correct']} of {canaries['guesses']} guesses about canaries were right: "
         f"at {canaries['confidence']:.0%} confidence epsilon is {canaries['bound']:.3g} at least; claimed are "
         f"{canaries['epsilon']:.3g}. {_mark(canaries['holds'])}</p>"
         + _picture("Membership inference: the recipe against plain training", curves, 3.2)

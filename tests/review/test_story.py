@@ -24,7 +24,7 @@ from rapha_lab.client import bundles
 from rapha_lab.client.appraisal import Verifier
 from rapha_lab.client.attacks import canaries
 from rapha_lab.client.attestation import Attestation, reappraise
-from rapha_lab.client.dossier import check, write
+from rapha_lab.client.dossier import _charged_under, check, write
 from rapha_lab.client.kept import load
 from rapha_lab.enclave.attester import SimulatedAttester
 from rapha_lab.protocol.errors import EvidenceError, RequestError, TrustError
@@ -232,6 +232,24 @@ def test_evidence_from_before_another_build_was_started_is_refused(kept: Path) -
     entries[build] |= {"measurements": ["sha256:" + "ab" * 32]}
     with pytest.raises(EvidenceError, match="another build than the one that ran"):
         reappraise(proved, training, policy, entries)
+
+
+def test_a_page_from_after_the_training_was_charged_shows(kept: Path) -> None:
+    """Only what the log says was in force between reservation and charge counts; without a log nothing is said."""
+    found = load(kept)
+    training, policy = found.releases[0], Policy.parse(found.told["policy"]["text"])
+    entries = [msgspec.json.decode(body, type=dict) for body, _ in bundles.read(found.log).entries]
+    assert _charged_under(policy, training, entries) is True
+    assert _charged_under(policy, training, []) is None
+    other = {"kind": "policy", "hash": "ab" * 32}
+    charged = training.receipt["index"]
+    reserved = next(n for n, e in enumerate(entries) if e["kind"] == "reserve" and e["job"] == training.job)
+    assert reserved < charged
+    before = [*entries[:reserved], other, *entries[reserved + 1 :]]
+    assert _charged_under(policy, training, before) is False
+    renamed = [e | {"hash": "ab" * 32} if e["kind"] == "policy" else e for e in entries]
+    later = [*renamed, {"kind": "policy", "hash": policy.hash.hex()}]
+    assert _charged_under(policy, training, later) is False
 
 
 @pytest.mark.parametrize(
