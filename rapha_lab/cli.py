@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {said}", file=sys.stderr)
     except FileNotFoundError as error:
         print(f"There is no file {error.filename}.", file=sys.stderr)
+    except BrokenPipeError:  # whoever reads has read enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, UnicodeDecodeError) as error:
         told = error.strerror if isinstance(error, OSError) else "It is no text."
         print(f"{getattr(error, 'filename', None) or 'A file'}: {told}", file=sys.stderr)

@@ -59,14 +59,17 @@ def _review_parsers(review: argparse.ArgumentParser) -> None:
     for name, words in (
         ("list", "what waits for a decision"),
         ("show", "one thing: what it is, what it asks and costs, what changed, what the checks found"),
+        ("inputs", "write the tensors that a function is to be given to a file (safetensors)"),
         ("approve", "let a function run, or an answer leave"),
         ("refuse", "refuse it for good, with a reason"),
         ("veto", "end the policy at once"),
     ):
         act = acts.add_parser(name, help=words)
         act.add_argument("site", help="its address")
-        if name in ("show", "approve", "refuse"):
+        if name in ("show", "inputs", "approve", "refuse"):
             act.add_argument("subject", help="or its first letters")
+        if name == "inputs":
+            act.add_argument("file", type=Path, help="a new one")
         if name in ("refuse", "veto"):
             act.add_argument("--reason", required=True)
         act.add_argument("--key", type=Path, required=True, help="yours, as a custodian")
@@ -210,6 +213,11 @@ def _review(args: argparse.Namespace) -> None:
             print(f"{told['subject'][:16]}  {about}: {told['missing']} of {told['mode']} to approve")
     elif args.act == "show":
         print(in_words(custodian.show(args.subject)))
+    elif args.act == "inputs":
+        blob = custodian.inputs(args.subject)
+        with args.file.open("xb") as file:
+            file.write(blob)
+        print(f"Written: {args.file}, {len(blob):,} bytes, of the SHA-256 that the function names.")
     elif args.act == "veto":
         custodian.veto(args.reason)
         print("The policy is no longer in force.")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from safetensors.torch import load
 
 from rapha_lab.client.site import Site
 from rapha_lab.protocol.decision import Act, decide, signed_login, subject_of
@@ -15,7 +17,10 @@ from rapha_lab.protocol.errors import RequestError, TrustError
 from rapha_lab.protocol.keys import PrivateKey
 from rapha_lab.protocol.policy import state
 
-__all__ = ["Custodian", "changes", "countersign", "in_words"]
+__all__ = ["Custodian", "changes", "countersign", "described", "in_words"]
+
+FIRST = 8
+"""Values of a tensor that are shown at its beginning."""
 
 
 class Custodian:
@@ -40,12 +45,32 @@ class Custodian:
             subject: or its first letters, if no other thing that waits begins with them.
 
         Raises:
-            TrustError: the site showed another document than the one named.
+            TrustError: the site showed another document, or other inputs, than those named.
         """
+        told = self._item(subject)
+        if told["kind"] != "function":
+            return told
+        return told | {"tensors": described(self._inputs(told), json.loads(told["document"]))}
+
+    def inputs(self, subject: str) -> bytes:
+        """The tensors among a function's inputs, safetensors: all their values, as its researcher sent them."""
+        told = self._item(subject)
+        if told["kind"] != "function":
+            what = "It is an answer, and was given nothing."
+            raise RequestError(what, "Only functions have inputs.", "See review show.", field="subject")
+        return self._inputs(told)
+
+    def _item(self, subject: str) -> dict[str, Any]:
         told = self.site._channel.call("item", {"text": self._whole(subject)})[0]
         if subject_of(told["document"].encode()) != told["subject"]:
             raise TrustError("The site showed another document than the one that waits.", "", "Do not sign.")
         return dict(told)
+
+    def _inputs(self, told: dict[str, Any]) -> bytes:
+        blob = bytes(self.site._channel.call("inputs", {"text": told["subject"]})[1])
+        if hashlib.sha256(blob).hexdigest() != json.loads(told["document"])["asks"]["tensors"]:
+            raise TrustError("The site showed other inputs than those that wait.", "", "Do not sign.")
+        return blob
 
     def approve(self, subject: str) -> dict[str, Any]:
         """Approve it: a function may then run, an answer may leave, once enough custodians have."""
@@ -79,6 +104,42 @@ class Custodian:
             what = "There is nothing" if not found else "There is more than one thing"
             raise RequestError(f"{what} in the airlock that begins with {subject!r}.", field="subject")
         return str(found[0])
+
+
+def described(blob: bytes, document: dict[str, Any]) -> list[str]:
+    """A function's tensors, a line each: name, shape, kind, range and first values. Anything may have been sent."""
+    try:
+        tensors = load(blob) if blob else {}
+    except Exception:  # the library has errors of its own, and of others
+        return ["cannot be read as tensors: the function will get nothing that can, either"]
+    names: dict[str, list[str]] = {}
+    _places(document["asks"]["inputs"], "", names)
+    return [
+        f"{ascii(', '.join(names.get(key, ['named nowhere'])))[1:-1]} (tensor {ascii(key)[1:-1]}): {_tensor(tensors[key])}"
+        for key in sorted(tensors)
+    ]
+
+
+def _places(spec: Any, path: str, names: dict[str, list[str]]) -> None:
+    """By tensor, where in the inputs it is named."""
+    if isinstance(spec, dict) and isinstance(spec.get("tensor"), str):
+        names.setdefault(spec["tensor"], []).append(path or "it")
+    parts = spec.items() if isinstance(spec, dict) else enumerate(spec) if isinstance(spec, list) else ()
+    for name, part in parts:
+        within = path if name in ("values", "items", "state", "columns") else f"{path}.{name}".lstrip(".")
+        _places(part, within, names)
+
+
+def _tensor(tensor: Any) -> str:
+    about = f"{'x'.join(str(n) for n in tensor.shape) or 'one'} {str(tensor.dtype).removeprefix('torch.')}"
+    values = tensor.flatten().double()
+    if not len(values):
+        return f"{about}, empty"
+    known = values[values.isfinite()]
+    span = f"{float(known.min()):g} to {float(known.max()):g}" if len(known) else "nothing finite"
+    more = f"; {len(values) - len(known)} not finite" if len(known) < len(values) else ""
+    first = ", ".join(f"{value:g}" for value in values[:FIRST].tolist())
+    return f"{about}, {span}{more}; begins {first}{' ...' if len(values) > FIRST else ''}"
 
 
 def countersign(text: str, key: PrivateKey, show: Callable[[str], object] = print) -> str:
@@ -118,7 +179,10 @@ def in_words(told: dict[str, Any]) -> str:
         if told["state"] == "waiting"
         else told["state"],
     ]
-    lines += _function(document, told.get("before")) if told["kind"] == "function" else _answer(document)
+    if told["kind"] == "function":
+        lines += _function(document, told.get("before"), told.get("tensors") or _unseen(document))
+    else:
+        lines += _answer(document)
     lines += ["Automatic checks:", *(f"  {line}" for line in told["findings"] or ["nothing found"])]
     lines += [
         f"{d['act']} by {d['key']}" + (f": {d['reason']}" if d["reason"] else "") for d in told["decisions"]
@@ -135,13 +199,28 @@ def _answer(document: dict[str, Any]) -> list[str]:
     return [f"answer to {release['op']} on {release['split']}, {price}", *(f"  {line}" for line in values)]
 
 
-def _function(document: dict[str, Any], before: str | None) -> list[str]:
+def _unseen(document: dict[str, Any]) -> list[str]:
+    """What a console's file says of tensors: their hash alone, which is shown beside."""
+    none = document["asks"]["tensors"] == hashlib.sha256(b"").hexdigest()
+    return [] if none else ["see the console, or rapha-lab review show"]
+
+
+def _selection(asks: dict[str, Any]) -> list[str]:
+    """Of whom, and with which columns made from others, as it was asked."""
+    said = {"of the patients where": asks.get("where"), "with columns made from others": asks.get("derive")}
+    return [f"{words}: {json.dumps(value)}" for words, value in said.items() if value]
+
+
+def _function(document: dict[str, Any], before: str | None, tensors: list[str]) -> list[str]:
     asks = document["asks"]
     return [
         f"asks for the columns {', '.join(asks['columns'])} of the split {document['split']}, as they are",
         f"takes {asks['seconds']:g} s in a sandbox without network; costs no epsilon, because it has no guarantee",
         "its answer will wait here again before anybody sees it",
-        f"inputs: {json.dumps(asks['inputs'])}; tensors {asks['tensors'][:12]}",
+        *_selection(asks),
+        f"inputs: {json.dumps(asks['inputs'])}",
+        f"tensors among them, SHA-256 {asks['tensors']}:",
+        *(f"  {line}" for line in tensors or ["none"]),
         f"environment {document['environment']}",
         "source:",
         *(f"  {line}" for line in asks["source"].splitlines()),
@@ -163,4 +242,4 @@ def changes(document: dict[str, Any], before: dict[str, Any] | None) -> list[str
             lines.append(f"  {name}: was {before.get(name)}, is {document.get(name)}")
     told = difflib.unified_diff(old["source"].splitlines(), new["source"].splitlines(), lineterm="", n=2)
     lines += [f"  {line}" for line in list(told)[2:]]
-    return ["Since the last approved version:", *(lines or ["  nothing but its time"])]
+    return ["Since the version approved last in this project:", *(lines or ["  nothing"])]

@@ -176,13 +176,16 @@ def _more(before: Any, after: Any) -> str:
 
 
 def _dataset(part: Dataset) -> str:
-    where = " or ".join(part.measurements)
+    simulated = "any SIMULATED enclave, which protects from nobody who owns the machine"
+    where = " or ".join(
+        simulated if each == "any simulated" else f"an enclave measured {each}" for each in part.measurements
+    )
     together = (
         "No cap on what all projects together may learn of a patient"
         if part.epsilon is None
         else f"All projects together: per patient epsilon {part.epsilon:g} at most, delta {part.delta:g}{_keys(part)}"
     )
-    return f"Dataset {part.name} opens only in an enclave measured {where}; sandbox {part.sandbox} or better. {together}."
+    return f"Dataset {part.name} opens only in {where}; sandbox {part.sandbox} or better. {together}."
 
 
 def _keys(part: Dataset | Project) -> str:

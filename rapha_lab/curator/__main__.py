@@ -76,7 +76,7 @@ def main() -> None:
     try:
         server = _open(msgspec.json.decode(frame[0], type=Config), reader, writer)
     except (RaphaError, OSError, msgspec.DecodeError) as error:
-        wrong = error if isinstance(error, RaphaError) else RequestError(f"The site cannot start: {error}")
+        wrong = error if isinstance(error, RaphaError) else _unforeseen(error)
         messages.write_frame(writer, messages.encode({"error": wrong.to_wire()}))
         sys.exit(1)
     messages.write_frame(writer, messages.encode({"ready": os.getpid()}))
@@ -129,6 +129,15 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
     return Server(desk, free, reader, writer)
 
 
+def _unforeseen(error: Exception) -> RequestError:
+    """Why the site cannot start, for its operator."""
+    if isinstance(error, FileNotFoundError):
+        what = f"The site cannot start: there is no file {error.filename}."
+        instead = "A schema's source is looked for in the dataset's folder, the schema's own if site.toml names none."
+        return RequestError(what, "", instead, field="source")
+    return RequestError(f"The site cannot start: {error}")
+
+
 def _advise(policy: Policy, cohort: Cohort) -> None:
     """Tell the operator alone if a dataset of no declared size is under a project's smallest cohort."""
     schema, size = cohort.schema, len(cohort.view("all"))
@@ -155,6 +164,7 @@ def _custody(airlock: Airlock, policy: InForce) -> dict[str, Any]:
     return {
         "airlock": lambda call: airlock.listed(call.researcher, policy()),
         "item": item,
+        "inputs": lambda call: ({}, airlock.inputs(call.researcher, call.text, policy())),
         "decide": lambda call: airlock.decide(Decision.decode(call.text), policy()),
         "state": state,
     }

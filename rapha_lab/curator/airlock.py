@@ -36,11 +36,15 @@ CREATE TABLE IF NOT EXISTS decision (
     subject TEXT NOT NULL, key TEXT NOT NULL, act TEXT NOT NULL, policy TEXT NOT NULL, decision BLOB NOT NULL,
     PRIMARY KEY (subject, key, act, policy)
 ) STRICT, WITHOUT ROWID""",
+    "CREATE TABLE IF NOT EXISTS airlock_inputs (subject TEXT PRIMARY KEY, tensors BLOB NOT NULL) STRICT",
     "CREATE INDEX IF NOT EXISTS airlock_job ON airlock (job)",
     """
 CREATE TRIGGER IF NOT EXISTS airlock_refused BEFORE UPDATE ON airlock WHEN old.state = 'refused'
     BEGIN SELECT RAISE(ABORT, 'what was refused stays refused'); END""",
 )
+MOST_WAITING = 20
+"""Things of one researcher that may wait at once: more, and custodians would sign without reading."""
+
 NEEDED: dict[Release, int] = {"auto": 0, "one custodian": 1, "two custodians": 2}
 _NAMES = "subject kind job researcher project dataset lane mode document findings time state".split()
 _COLUMNS = ", ".join(_NAMES)
@@ -102,11 +106,33 @@ class Airlock:
         }
         self._ledger.log.append(db, "airlock", {"what": kind, "researcher": held.researcher, **labels})
 
-    def propose(self, document: bytes, **about: Any) -> None:
-        """Let a function wait, if this very one does not already."""
+    def propose(self, document: bytes, tensors: bytes, **about: Any) -> None:
+        """Let a function wait with its inputs, if this very one does not already.
+
+        Raises:
+            RequestError: too much of this researcher's waits already.
+        """
         with self._ledger.transaction() as db:
             if self._find(db, "subject = ?", subject_of(document)) == []:
+                self._hold_few(db, about["researcher"])
                 self.hold(db, "function", document, findings=[], **about)
+                if tensors:
+                    db.execute("INSERT INTO airlock_inputs VALUES (?, ?)", (subject_of(document), tensors))
+
+    def room(self, researcher: str) -> None:
+        """Raise RequestError if no further answer of this researcher's may come to wait."""
+        with self._ledger.reading() as db:
+            self._hold_few(db, researcher)
+
+    def _hold_few(self, db: sqlite3.Connection, researcher: str) -> None:
+        row = "SELECT count(*) FROM airlock WHERE state = 'waiting' AND researcher = ?", (researcher,)
+        if db.execute(*row).fetchone()[0] >= MOST_WAITING:
+            raise RequestError(
+                "Too much of yours waits for the custodians.",
+                f"{MOST_WAITING} things of one researcher may, so that each is read.",
+                "Wait until they have decided on some; site.airlock() shows what waits.",
+                field="op",
+            )
 
     def pass_answer(self, job: str) -> None:
         """Return if the answer of `job` may leave: it was approved, or never had to wait.
@@ -178,12 +204,26 @@ class Airlock:
         told = {"document": held.document.decode(), "findings": held.findings, "decisions": decided}
         return held.summary() | told | {"missing": self._missing(held), "policy": policy.hash.hex()}
 
+    def inputs(self, key: str, subject: str, policy: Policy) -> bytes:
+        """The tensors that a function was proposed with, safetensors, for a custodian: its researcher sent them.
+
+        Raises:
+            PolicyError: the key is no custodian's.
+        """
+        _only_custodians(policy, key)
+        with self._ledger.reading() as db:
+            row = db.execute("SELECT tensors FROM airlock_inputs WHERE subject = ?", (subject,)).fetchone()
+        return bytes(row[0]) if row else b""
+
     def approved_before(self, subject: str) -> bytes | None:
         """The document of the function last approved in that project, to compare a new one with."""
         held = self._known(subject)
         where = "kind = 'function' AND state = 'approved' AND project = ? AND dataset = ? AND subject <> ?"
         found = self._rows(where, held.project, held.dataset, held.subject)
-        return found[-1].document if found else None
+        when = {
+            each.subject: max((d.time for d in self._decisions(each.subject)), default=0) for each in found
+        }
+        return max(found, key=lambda each: when[each.subject]).document if found else None
 
     def decide(self, decision: Decision, policy: Policy) -> dict[str, Any]:
         """Take a custodian's decision; with it logged, the thing may be approved or refused.

@@ -168,6 +168,8 @@ class Desk:
         )
         if isinstance(ask, messages.Review):
             self._approved(caller, ask, tensors, mode, policy)
+        if mode != "auto":
+            self._airlock.room(caller.researcher)
         fund(self._ledger, policy, caller.project, ask.dataset, plan.touches)
         self._ledger.reserve(
             caller.job, caller.project, ask.dataset, plan.touches, plan.loss, question, basis
@@ -316,7 +318,7 @@ class Desk:
             "split": ask.split,
         }
         document = canonical({"kind": "function", "asks": asks, "mode": mode, **about, **where})
-        self._airlock.propose(document, job=caller.job, lane="review", mode=mode, **about)
+        self._airlock.propose(document, tensors, job=caller.job, lane="review", mode=mode, **about)
         self._airlock.pass_function(document)
 
     def _hold(self, caller: Caller, ask: Ask, mode: Mode, delta: float) -> Callable[[Answer, Any], None]:

@@ -45,7 +45,7 @@ class Server:
 
     Args:
         desk: answers requests.
-        free: what costs nothing because it holds nothing of a patient, by name: (call) -> JSON.
+        free: what costs nothing because it holds nothing of a patient, by name: (call) -> JSON, or JSON and tensors.
     """
 
     def __init__(
@@ -124,7 +124,9 @@ class Server:
 
     def _look_up(self, call: Call) -> None:
         try:
-            self._say({"id": call.id, "result": self._free[call.do](call)})
+            told = self._free[call.do](call)
+            result, blob = told if isinstance(told, tuple) else (told, b"")
+            self._say({"id": call.id, "result": result}, blob)
         except RaphaError as error:
             self._say({"id": call.id, "error": error.to_wire()})
         except Exception as error:

@@ -1,7 +1,7 @@
 'use strict';
 // Everything shown is put in as text, never as markup: sources and answers are foreign.
 const at = id => document.getElementById(id);
-let token = '', policy = '', shown = null, login = null;
+let token = '', policy = '', shown = null, login = null, held = null;
 
 async function ask(what, body) {
   const headers = { 'Content-Type': 'application/json', ...(token ? { Authorization: `Bearer ${token}` } : {}) };
@@ -20,7 +20,8 @@ function on(id, act) {
 
 function save(name, content) {
   const link = document.createElement('a');
-  link.href = URL.createObjectURL(new Blob([JSON.stringify(content)], { type: 'application/json' }));
+  const blob = content instanceof ArrayBuffer ? [content] : [JSON.stringify(content)];
+  link.href = URL.createObjectURL(new Blob(blob, { type: content instanceof ArrayBuffer ? 'application/octet-stream' : 'application/json' }));
   link.download = name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
@@ -55,35 +56,109 @@ async function list() {
   only('list');
 }
 
+// JSON with every character that is not plain ASCII written out: nothing in it is unseen.
+const plain = value => JSON.stringify(value).replace(/[^\x20-\x7e]/g, c => `\\u${c.charCodeAt(0).toString(16).padStart(4, '0')}`);
+
+const KINDS = { F64: Float64Array, F32: Float32Array, I64: BigInt64Array, I32: Int32Array, I16: Int16Array, I8: Int8Array, U8: Uint8Array, BOOL: Uint8Array };
+
+async function digest(bytes) {
+  const hash = await (crypto.subtle ? crypto.subtle.digest('SHA-256', bytes) : null);
+  return hash && Array.from(new Uint8Array(hash), byte => byte.toString(16).padStart(2, '0')).join('');
+}
+
+// By tensor, where in the inputs it is named.
+function places(spec, path, names) {
+  if (!spec || typeof spec !== 'object') { return names; }
+  if (typeof spec.tensor === 'string') { (names[spec.tensor] ??= []).push(path || 'it'); }
+  for (const [name, part] of Object.entries(spec)) {
+    places(part, ['values', 'items', 'state', 'columns'].includes(name) ? path : path ? `${path}.${name}` : name, names);
+  }
+  return names;
+}
+
+// A line for each tensor of a safetensors file: eight bytes of length, a header in JSON, then the values.
+function described(buffer, names) {
+  if (!buffer.byteLength) { return ['none']; }
+  try {
+    const length = Number(new DataView(buffer).getBigUint64(0, true));
+    const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)));
+    return Object.keys(header).filter(name => name !== '__metadata__').sort().map(name => {
+      const { dtype, shape, data_offsets: [from, to] } = header[name], kind = KINDS[dtype];
+      const about = `${plain((names[name] ?? ['named nowhere']).join(', ')).slice(1, -1)} (tensor ${plain(name).slice(1, -1)}): ${shape.join('x') || 'one'} ${dtype}`;
+      if (!kind) { return `${about}; save it to see its values`; }
+      const values = Array.from(new kind(buffer.slice(8 + length + from, 8 + length + to)), Number), known = values.filter(Number.isFinite);
+      if (!values.length) { return `${about}, empty`; }
+      const low = known.reduce((a, b) => Math.min(a, b), Infinity), high = known.reduce((a, b) => Math.max(a, b), -Infinity);
+      const span = known.length ? `${Number(low.toPrecision(6))} to ${Number(high.toPrecision(6))}` : 'nothing finite';
+      const more = known.length < values.length ? `; ${values.length - known.length} not finite` : '';
+      const first = values.slice(0, 8).map(v => Number(v.toPrecision(6))).join(', ');
+      return `${about}, ${span}${more}; begins ${first}${values.length > 8 ? ' ...' : ''}`;
+    });
+  } catch { return ['cannot be read as tensors: the function will get nothing that can, either']; }
+}
+
+async function inputs(subject, hash) {
+  const headers = { 'Content-Type': 'application/json', Authorization: `Bearer ${token}` };
+  const reply = await fetch('/console/inputs', { method: 'POST', headers, body: JSON.stringify({ text: subject }) });
+  if (!reply.ok) { throw new Error('The inputs were not shown.'); }
+  const buffer = await reply.arrayBuffer(), found = await digest(buffer);
+  if (found && found !== hash) { throw new Error('The site showed other inputs than those that wait. Do not sign.'); }
+  return buffer;
+}
+
 function facts(pairs) {
   at('facts').replaceChildren();
   for (const [name, value] of pairs) { element('dt', name, at('facts')); element('dd', String(value), at('facts')); }
 }
 
+// The changes of the source, line by line: the longest common part stays, as in a diff.
+function lines(old, now) {
+  if (old.length * now.length > 4e6) { return ['The source is another, and too long to compare here: read all of it.']; }
+  const best = Array.from({ length: old.length + 1 }, () => new Uint32Array(now.length + 1));
+  for (let i = old.length - 1; i >= 0; i--) {
+    for (let j = now.length - 1; j >= 0; j--) { best[i][j] = old[i] === now[j] ? best[i + 1][j + 1] + 1 : Math.max(best[i + 1][j], best[i][j + 1]); }
+  }
+  const told = [];
+  let i = 0, j = 0;
+  while (i < old.length || j < now.length) {
+    if (i < old.length && j < now.length && old[i] === now[j]) { i++; j++; }
+    else if (i < old.length && (j === now.length || best[i + 1][j] >= best[i][j + 1])) { told.push(`- line ${i + 1}: ${old[i++]}`); }
+    else { told.push(`+ line ${j + 1}: ${now[j++]}`); }
+  }
+  return told;
+}
+
 function changed(now, before) {
   if (!before) { return 'No function of this project was approved before.'; }
-  const told = Object.keys(now.asks).filter(name => name !== 'source' && JSON.stringify(now.asks[name]) !== JSON.stringify(before.asks[name]))
-    .map(name => `${name}: was ${JSON.stringify(before.asks[name])}, is ${JSON.stringify(now.asks[name])}`);
-  const old = before.asks.source.split('\n'), fresh = now.asks.source.split('\n');
-  told.push(...old.filter(line => !fresh.includes(line)).map(line => `- ${line}`), ...fresh.filter(line => !old.includes(line)).map(line => `+ ${line}`));
-  if (old.join('\n') !== fresh.join('\n')) { told.push('Lines that only moved or are there more often are not listed: read the whole source.'); }
+  const names = Object.keys({ ...before.asks, ...now.asks }).filter(name => name !== 'source');
+  const told = names.filter(name => plain(now.asks[name] ?? null) !== plain(before.asks[name] ?? null))
+    .map(name => `${name}: was ${plain(before.asks[name] ?? null)}, is ${plain(now.asks[name] ?? null)}`);
   for (const name of ['site', 'split', 'environment', 'policy', 'researcher']) {
     if (now[name] !== before[name]) { told.push(`${name}: was ${before[name]}, is ${now[name]}`); }
   }
-  return told.join('\n') || 'nothing';
+  told.push(...lines(before.asks.source.split('\n'), now.asks.source.split('\n')));
+  return told.join('\n') || 'Nothing changed.';
+}
+
+function made(asks) {
+  return [['of patients where', asks.where], ['columns made', asks.derive]].filter(([, value]) => value && Object.keys(value).length).map(([name, value]) => [name, plain(value)]);
 }
 
 async function show(subject) {
   const told = await ask('item', { text: subject });
-  const bytes = await (crypto.subtle ? crypto.subtle.digest('SHA-256', new TextEncoder().encode(told.document)) : null);
-  const hash = bytes && Array.from(new Uint8Array(bytes), byte => byte.toString(16).padStart(2, '0')).join('');
+  const hash = await digest(new TextEncoder().encode(told.document));
   if (hash && hash !== told.subject) { throw new Error('The site showed another document than the one that waits. Do not sign.'); }
   shown = told;
   const document_ = JSON.parse(told.document), isFunction = told.kind === 'function';
   at('item-title').textContent = isFunction ? 'A function asks to run' : 'An answer asks to leave';
   const common = [['subject', told.subject], ['project', told.project], ['dataset', told.dataset], ['researcher', told.researcher], ['released by', told.mode], ['still to approve', told.missing]];
   if (isFunction) {
-    facts([...common, ['columns', document_.asks.columns.join(', ')], ['split', document_.split], ['time', `${document_.asks.seconds} s`], ['costs', 'no epsilon: it has no privacy guarantee'], ['inputs', JSON.stringify(document_.asks.inputs)], ['environment', document_.environment]]);
+    facts([...common, ['columns', document_.asks.columns.join(', ')], ['split', document_.split], ['time', `${document_.asks.seconds} s`], ['costs', 'no epsilon: it has no privacy guarantee'], ...made(document_.asks), ['environment', document_.environment]]);
+    at('inputs').textContent = JSON.stringify(document_.asks.inputs, null, 1).replace(/[^\n\x20-\x7e]/g, c => plain(c).slice(1, -1));
+    const buffer = await inputs(told.subject, document_.asks.tensors);
+    at('tensors').textContent = [`SHA-256 ${document_.asks.tensors}`, ...described(buffer, places(document_.asks.inputs, '', Object.create(null)))].join('\n');
+    at('save-inputs').hidden = !buffer.byteLength;
+    held = buffer;
     at('source').textContent = document_.asks.source;
     at('changes').textContent = changed(document_, told.before ? JSON.parse(told.before) : null);
   } else {
@@ -114,6 +189,7 @@ on('enter', async () => {
   at('login-line').value = '';
   await list();
 });
+on('save-inputs', () => save('inputs.safetensors', held));
 on('approve', () => decide('approve'));
 on('refuse', () => decide('refuse'));
 on('send', async () => { await ask('decide', { text: at('decision-line').value.trim() }); await list(); });

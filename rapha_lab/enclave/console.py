@@ -9,6 +9,7 @@ outside of the enclave: who wants it sealed to the attested key uses `rapha-lab 
     POST /console/challenge  what to sign to be let in
     POST /console/login      the signed challenge; gives a token that is good for half an hour
     POST /console/items, /console/item, /console/decide, /console/state   with the token; as the sealed requests of that name
+    POST /console/inputs     with the token; the tensors of a function's inputs, as its researcher sent them
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Console:
 
     Args:
         site: the site's name, which is part of what is signed.
-        ask: (what, who, text) -> result: the curator's answers about the airlock, as for sealed requests.
+        ask: (what, who, text) -> result and tensors: the curator's answers about the airlock, as for sealed requests.
         policy: hash of the policy in force, in hex, for a veto.
         is_custodian: whether a public key is a custodian's of the policy in force.
         admit: raises SiteError if a stranger of that address asks too often.
@@ -81,7 +82,7 @@ class Console:
     def __init__(
         self,
         site: str,
-        ask: Callable[[str, str, str], Any],
+        ask: Callable[[str, str, str], tuple[Any, bytes]],
         policy: Callable[[], str],
         is_custodian: Callable[[str], bool],
         admit: Callable[[Request], None],
@@ -100,7 +101,7 @@ class Console:
             "challenge": self._challenge,
             "login": self._login,
         }
-        calls |= {name: self._call(name) for name in ("items", "item", "decide", "state")}
+        calls |= {name: self._call(name) for name in ("items", "item", "inputs", "decide", "state")}
         return pages + [
             Route(f"/console/{name}", self._answering(call), methods=["POST"]) for name, call in calls.items()
         ]
@@ -160,7 +161,8 @@ class Console:
                 raise PolicyError(
                     "This line is signed by another key than you logged in with.", "", "Log in with it."
                 )
-            return self._ask({"items": "airlock"}.get(name, name), who, text)
+            told, blob = self._ask({"items": "airlock"}.get(name, name), who, text)
+            return blob if name == "inputs" else told
 
         return call
 
@@ -179,6 +181,8 @@ class Console:
             try:
                 async with self._body(request, BODY) as body:
                     told = await run_in_threadpool(call, request, body)
+                if isinstance(told, bytes):
+                    return Response(told, media_type="application/octet-stream", headers=_HEADERS)
                 return Response(messages.encode(told), media_type="application/json", headers=_HEADERS)
             except ClientDisconnect:
                 return Response(status_code=400)

@@ -139,8 +139,12 @@ class Curator:
 
     def look_up(self, what: str, **fields: Any) -> Any:
         """Ask for something that costs nothing: the catalog, the log."""
+        return self.fetch(what, **fields)[0]
+
+    def fetch(self, what: str, **fields: Any) -> tuple[Any, bytes]:
+        """As `look_up`, with the tensors that come with it."""
         number = f"look-up-{next(self._numbers)}"
-        return self._call({"do": what, "id": number, **fields}, lambda *_: None)[0]
+        return self._call({"do": what, "id": number, **fields}, lambda *_: None)
 
     def _call(
         self, header: dict[str, Any], on_step: Progress, *request: bytes

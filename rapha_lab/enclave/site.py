@@ -41,10 +41,10 @@ __all__ = ["Config", "Site", "http", "serve"]
 
 
 class Dataset(msgspec.Struct, forbid_unknown_fields=True):
-    """A dataset of the site: its schema file, and the folder its records are in."""
+    """A dataset of the site: its schema file, and the folder its records are in, the schema's own if not given."""
 
     schema: str
-    folder: str = "."
+    folder: str = ""
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True):
@@ -115,7 +115,10 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
         if config.oidc is not None:
             config.oidc.jwks = str(base / config.oidc.jwks)
         for dataset in config.datasets:
-            dataset.schema, dataset.folder = str(base / dataset.schema), str(base / dataset.folder)
+            dataset.schema = str(base / dataset.schema)
+            dataset.folder = (
+                str(base / dataset.folder) if dataset.folder else str(Path(dataset.schema).parent)
+            )
         return config
 
 
@@ -161,7 +164,7 @@ class Site:
             custody=(custody := self._custody()),
             pages=lambda admit, body: Console(
                 config.name,
-                lambda what, who, text: custody[what](who, text)[0],
+                lambda what, who, text: custody[what](who, text),
                 lambda: self._policy().hash.hex(),
                 self._is_custodian,
                 admit,
@@ -203,7 +206,7 @@ class Site:
         """What custodians and researchers ask of the airlock; the curator judges who may."""
 
         def asks(what: str) -> Callable[[str, str], tuple[Any, bytes]]:
-            return lambda who, text: (self._curator.look_up(what, researcher=who, text=text), b"")
+            return lambda who, text: self._curator.fetch(what, researcher=who, text=text)
 
         def says(what: str) -> Callable[[str, str], tuple[Any, bytes]]:
             def say(who: str, text: str) -> tuple[Any, bytes]:
@@ -216,6 +219,7 @@ class Site:
         return {
             "airlock": asks("airlock"),
             "item": asks("item"),
+            "inputs": asks("inputs"),
             "decide": says("decide"),
             "state": says("state"),
             "collect": self._curator.collect,

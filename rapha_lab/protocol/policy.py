@@ -309,7 +309,13 @@ class Signed:
                 f"The policy {head.name!r} expired.", f"It ended on {head.expires}.", "Sign a new version."
             )
         if after is not None and after.hash != policy.hash:
-            if head.version <= after.head.version:
+            if head.version == after.head.version:
+                _refuse(
+                    f"The policy was changed and is still version {head.version}.",
+                    "Another page of that version was in force.",
+                    f"Write version = {head.version + 1}, and have it signed anew.",
+                )
+            if head.version < after.head.version:
                 _refuse("The policy is an older version.", f"Version {after.head.version} was in force.")
             self._quorum(policy, after, f"Version {after.head.version}")
         return self._quorum(policy, policy, "This version")

@@ -30,3 +30,14 @@ def test_what_is_wrong_is_said_with_the_file_and_the_way_out(
         Config.load(path)
     assert str(path) in str(raised.value)
     assert "docs/hospital.md" in raised.value.instead
+
+
+def test_a_dataset_without_a_folder_has_its_schemas(tmp_path: Path) -> None:
+    """And another where it names one; both from the configuration's own place."""
+    (tmp_path / "site.toml").write_text(
+        'name = "s"\nstate = "state"\npolicy = "policy.toml"\n'
+        'datasets = [{schema = "data/ward.toml"}, {schema = "data/b.toml", folder = "records"}]\n'
+    )
+    first, second = Config.load(tmp_path / "site.toml").datasets
+    assert Path(first.folder) == tmp_path / "data"
+    assert Path(second.folder) == tmp_path / "records"

@@ -19,10 +19,19 @@ from clinic import Clinic, newest, until
 from safetensors.torch import load
 
 from rapha_lab.client.releases import verify_release
+from rapha_lab.curator.airlock import MOST_WAITING, Airlock
 from rapha_lab.curator.desk import _blinded
+from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.mechanisms import Answer
 from rapha_lab.protocol.decision import Decision, decide, subject_of
-from rapha_lab.protocol.errors import LogError, PolicyError, RaphaError, RefusedError, WaitingError
+from rapha_lab.protocol.errors import (
+    LogError,
+    PolicyError,
+    RaphaError,
+    RefusedError,
+    RequestError,
+    WaitingError,
+)
 from rapha_lab.protocol.keys import PrivateKey
 from rapha_lab.protocol.release import Release, canonical, statement
 
@@ -251,3 +260,28 @@ def test_two_answers_alike_have_nonces_of_their_own() -> None:
     told = [_blinded(Answer({"kind": "count", "value": 7})).values for _ in range(50)]
     assert len({each["nonce"] for each in told}) == 50
     assert all(len(each["nonce"]) == 32 for each in told)
+
+
+class TestFlood:
+    def test_more_than_custodians_can_read_does_not_come_in(self, tmp_path: Path) -> None:
+        """Functions and answers together, by researcher; what they have decided on makes room; nothing is reserved."""
+        ledger = Ledger(tmp_path / "ledger.sqlite", PrivateKey.create().parts[0])
+        airlock = Airlock(ledger)
+        about = {"project": "p", "dataset": "ward", "lane": "review", "mode": "one custodian", "job": "1-1"}
+
+        def propose(number: int, who: str = "ann") -> None:
+            airlock.propose(b"%d" % number, b"", researcher=who, **about)
+
+        for number in range(MOST_WAITING):
+            airlock.room("ann")
+            propose(number)
+        propose(0)  # the same again is no more
+        for more in (lambda: propose(99), lambda: airlock.room("ann")):
+            with pytest.raises(RequestError, match="Too much of yours waits"):
+                more()
+        airlock.room("bob")
+        propose(100, "bob")
+        with ledger.transaction() as db:
+            db.execute("UPDATE airlock SET state = 'refused' WHERE subject = ?", (subject_of(b"3"),))
+        propose(99)
+        ledger.close()

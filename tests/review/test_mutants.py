@@ -10,7 +10,7 @@ import pytest
 from house import House, numbers
 
 from rapha_lab.curator.airlock import Airlock
-from rapha_lab.protocol.errors import WaitingError
+from rapha_lab.protocol.errors import RequestError, WaitingError
 from rapha_lab.protocol.policy import Policy
 
 
@@ -42,6 +42,22 @@ def test_a_desk_that_does_not_ask_the_airlock_lets_it_out(
     monkeypatch.setattr(Airlock, "pass_answer", lambda self, job: None)
     house.patients.mean("x0", epsilon=1.0)
     assert len(house.releases) == 1
+
+
+def test_an_answer_without_room_in_the_airlock_costs_nothing(
+    house: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything is reserved; one that waits already is still asked for."""
+    monkeypatch.setattr("rapha_lab.curator.airlock.MOST_WAITING", 2)
+    for epsilon in (1.0, 0.5):
+        with pytest.raises(WaitingError):
+            house.patients.mean("x0", epsilon=epsilon)
+    spent = house.spent()
+    with pytest.raises(RequestError, match="Too much of yours waits"):
+        house.patients.mean("x0", epsilon=0.25)
+    with pytest.raises(WaitingError):
+        house.patients.mean("x0", epsilon=1.0)
+    assert house.spent() == spent
 
 
 def test_what_cannot_be_made_to_wait_is_neither_settled_nor_given(

@@ -8,11 +8,13 @@ from typing import Any
 
 import clinic
 import pytest
+import torch
 from clinic import Clinic, newest, until
+from safetensors.torch import load, save
 
 from rapha_lab.cli import main
-from rapha_lab.client.custodian import in_words
-from rapha_lab.protocol.errors import CellError, PolicyError, RaphaError, RefusedError
+from rapha_lab.client.custodian import described, in_words
+from rapha_lab.protocol.errors import CellError, PolicyError, RaphaError, RefusedError, TrustError
 from rapha_lab.session import parcels
 
 MEDIANS = """
@@ -28,6 +30,16 @@ def leak(frame):
     return frame.head(3)
 
 rows = patients.review(leak, columns=["age", "potassium", "sex"])
+"""
+WEIGHED = """
+import torch
+
+def weighed(frame, w, n):
+    return float(w.sum()) + int(n)
+
+given = {"w": torch.arange(12.0).reshape(3, 4), "n": torch.tensor(7)}
+import polars as pl
+patients.where(pl.col("age") > 40).review(weighed, columns=["age"], inputs=given)
 """
 FAILS = """
 def fails(frame):
@@ -115,6 +127,52 @@ def test_the_same_function_needs_no_second_approval_and_any_change_does(shared: 
     before = shared.connect().airlock()
     assert until(shared.connect().run(MEDIANS, "ward", session=session), "done").releases
     assert shared.connect().airlock() == before
+
+
+def test_the_tensors_it_is_given_are_shown_and_are_those_of_the_hash(
+    shared: Clinic, session: str, tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """Name, shape, kind, range and first values; all of them in a file; other ones than those named are refused."""
+    job = until(shared.connect().run(WEIGHED, "ward", session=session), "waiting")
+    guardian = shared.custodian()
+    told = guardian.show(newest(guardian, job=job)["subject"])
+    words = in_words(told)
+    assert "w (tensor 0): 3x4 float32, 0 to 11; begins 0, 1, 2, 3, 4, 5, 6, 7 ..." in words
+    assert "n (tensor 1): one int64, 7 to 7; begins 7" in words
+    assert json.loads(told["document"])["asks"]["tensors"] in words
+    assert "of the patients where" in words  # the selection is part of what is approved
+    with pytest.raises(RaphaError, match="Only custodians"):
+        shared.connect()._channel.call("inputs", {"text": told["subject"]})
+
+    monkeypatch.setenv("RAPHA_LAB_PASSPHRASE", "a long passphrase")
+    monkeypatch.setenv("RAPHA_LAB_HOME", str(tmp_path))
+    shared.custodians[0].save(tmp_path / "guardian", "a long passphrase")
+    how = ["--allow-simulated", "--key", str(tmp_path / "guardian")]
+    command = ["review", "inputs", shared.url, told["subject"][:12], str(tmp_path / "w"), *how]
+    assert main(command) == 0
+    assert load((tmp_path / "w").read_bytes())["0"].tolist()[2] == [8.0, 9.0, 10.0, 11.0]
+    assert main(command) == 1
+    assert "exists" in capsys.readouterr().err
+
+    honest = guardian.site._channel.call
+
+    def other(kind: str, fields: Any, *rest: Any) -> Any:
+        found, blob = honest(kind, fields, *rest)
+        return (found, blob[:-1] + b"\0") if kind == "inputs" else (found, blob)
+
+    monkeypatch.setattr(guardian.site._channel, "call", other)
+    with pytest.raises(TrustError, match="other inputs than those that wait"):
+        guardian.show(told["subject"])
+    shared.custodian(1).refuse(told["subject"], "Enough.")
+    until(job, "failed")
+
+
+@pytest.mark.parametrize("blob", [b"", b"x", b"\xff" * 64, save({"a": torch.tensor([float("nan"), 1.0])})])
+def test_whatever_was_sent_as_tensors_can_be_described(blob: bytes) -> None:
+    """A line or none, and no error."""
+    assert all(
+        isinstance(line, str) for line in described(blob, {"asks": {"inputs": {"a": [{"tensor": "a"}]}}})
+    )
 
 
 def test_rows_that_leave_are_pointed_out(shared: Clinic, session: str) -> None:

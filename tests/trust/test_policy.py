@@ -206,6 +206,16 @@ class TestSuccession:
         with pytest.raises(PolicyError, match="older version"):
             Signed(PAGE, SIGNATURES).check(NOW, after=newer)
 
+    def test_a_page_changed_under_its_version_is_told_to_take_the_next(self) -> None:
+        """It is not older; its signatures alone do not let it in, either."""
+        first = Signed(PAGE, SIGNATURES).check(NOW)
+        changed = Policy.parse(
+            PAGE.replace("\n[policy]", "\n# another word\n[policy]", 1) + "\n# another word\n"
+        )
+        said = tuple(state("sign", changed, key) for key in CUSTODIANS)
+        with pytest.raises(PolicyError, match=rf"changed and is still version {first.head.version}"):
+            Signed(changed.text, said).check(NOW, after=first)
+
     def test_the_same_page_succeeds_itself(self, signed: Signed) -> None:
         """A restart changes nothing."""
         assert signed.check(NOW, after=POLICY).hash == POLICY.hash

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,20 @@ def hostile(frame):
     return frame["age"].mean()
 
 patients.review(hostile, columns=["age"])
+"""
+
+
+GIVEN = """
+import torch
+
+def given(frame, w, word):
+    total = 0
+    total = total + 1
+    total = total + 2
+    return total
+
+w = torch.tensor([[0.0, 1, 2], [3, 4, 5.0]])
+patients.review(given, columns=["age"], inputs={"w": w, "word": "a\\u202eb"})
 """
 
 
@@ -88,6 +103,40 @@ def test_a_refusal_needs_a_reason_and_foreign_source_is_only_text(page: Page, si
     page.wait_for_selector("#list:not([hidden])")
     assert page.title() == "Airlock"
     assert "Not this one." in json.dumps(until(job, "failed").told["error"])
+
+
+def test_what_changed_and_what_it_is_given_is_shown_in_full(page: Page, site: Clinic, tmp_path: Path) -> None:
+    """Since the version approved last: every line, added, gone or moved; tensors with all their values on demand."""
+    if site.site.tier != "S3":
+        pytest.skip("reviewed functions need the sandbox's tier S3")
+    guardian, session = site.custodian(), "versions"
+    job = until(site.connect().run(GIVEN, "ward", session=session), "waiting")
+    enter(page, site.custodians[0])
+    page.click("text=Look at it")
+    page.wait_for_selector("text=No function of this project was approved before")
+    guardian.approve(newest(guardian, job=job)["subject"])
+    guardian.refuse(newest(guardian, "answer", job)["subject"], "Seen.")
+    until(job, "failed")
+    other = GIVEN.replace("total + 1\n    total = total + 2", "total + 2\n    total = total + 1").replace(
+        "5.0", "6.0"
+    )
+    job = until(site.connect().run(other, "ward", session=session), "waiting")
+    page.click("#back")
+    page.click("text=Look at it")
+    page.wait_for_selector("text=since the version approved last in this project")
+    changes = page.inner_text("#changes")
+    assert "- line 5:     total = total + 1" in changes or "- line 3:     total = total + 1" in changes
+    assert "tensors: was" in changes
+    assert "source: was" not in changes
+    assert "w (tensor 0): 2x3 F32, 0 to 6; begins 0, 1, 2, 3, 4, 6" in page.inner_text("#tensors")
+    asks = json.loads(guardian.show(newest(guardian, job=job)["subject"])["document"])["asks"]
+    assert asks["tensors"] in page.inner_text("#tensors")
+    assert "\\u202e" in page.inner_text("#inputs")  # a character that turns what follows is written out
+    with page.expect_download() as waited:
+        page.click("#save-inputs")
+    assert hashlib.sha256(Path(waited.value.path()).read_bytes()).hexdigest() == asks["tensors"]
+    guardian.refuse(newest(guardian, job=job)["subject"], "Seen.")
+    until(job, "failed")
 
 
 @pytest.mark.parametrize("who", ["researcher", "replay", "nobody"])
