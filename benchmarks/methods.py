@@ -95,11 +95,14 @@ class Public:
         return ((WIDTH,) if isinstance(columns, list) else ()), "float32"
 
 
-def made(patients: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Inputs of very different use: a few matter, through a product too."""
+def made(patients: int, seed: int, elsewhere: bool = False) -> tuple[Tensor, Tensor]:
+    """Inputs of very different use: a few matter, through a product too; elsewhere, partly others and less so."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(patients, WIDTH, generator=generator) * 2 - 1
-    risk = 3 * x[:, 0] - 2 * x[:, 1] + 4 * x[:, 2] * x[:, 3] + 0.5 * x[:, 4:10].sum(1)
+    if elsewhere:
+        risk = 2 * x[:, 0] - x[:, 1] + 3 * x[:, 2] * x[:, 3] + 0.5 * x[:, 10:16].sum(1)
+    else:
+        risk = 3 * x[:, 0] - 2 * x[:, 1] + 4 * x[:, 2] * x[:, 3] + 0.5 * x[:, 4:10].sum(1)
     return x, (torch.rand(patients, generator=generator) < risk.sigmoid()).float()
 
 
@@ -112,7 +115,25 @@ METHODS: dict[str, dict[str, Any]] = {
     "SGD momentum, 4 bands": {"optimizer": ("sgd", {"lr": 0.3, "momentum": 0.9}), "bands": 4},
     "Adam": {"optimizer": ("adam", {"lr": 0.01})},
     "Adam, corrected": {"optimizer": ("adam", {"lr": 0.01}), "corrected": True},
+    "public weights, SGD lr 0.1": {"optimizer": ("sgd", {"lr": 0.1}), "public": True},
+    "public weights, Adam lr 0.001": {"optimizer": ("adam", {"lr": 0.001}), "public": True},
+    "public weights, Adam, corrected": {
+        "optimizer": ("adam", {"lr": 0.01}),
+        "corrected": True,
+        "public": True,
+    },
 }
+ALONE = "public weights alone"
+
+
+def pretrain(model: nn.Module, seed: int) -> None:
+    """Ordinary training on 2,000 public patients of another place."""
+    x, y = made(2000, seed + 2000, elsewhere=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=1e-3)
+    for _ in range(100):  # stopped before they are overfitted, which starts worse than nothing
+        optimizer.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(model(x)[:, 0], y).backward()
+        optimizer.step()
 
 
 def trained(method: dict[str, Any], patients: int, epsilon: float, seed: int) -> float:
@@ -120,20 +141,30 @@ def trained(method: dict[str, Any], patients: int, epsilon: float, seed: int) ->
     model = nn.Sequential(nn.Linear(WIDTH, 32), nn.Tanh(), nn.Linear(32, 1))
     (x, y), (others, outcomes) = made(patients, seed), made(4000, seed + 1000)
     loss = nn.BCEWithLogitsLoss()
+    if method.get("public"):
+        pretrain(model, seed)
+    if "optimizer" not in method:
+        return told(model, others, outcomes)
     traced = loss_program(model, loss, {"x": x[0]}, y[0])
     name, settings = method["optimizer"]
     batch = patients // 10
     ask = Fit(
         dataset="d", split="train", epsilon=epsilon, program=traced.program, steps=300, batch=batch, clip=1.0,
         inputs={"x": [f"x{k}" for k in range(WIDTH)], "target": "y"},
-        optimizer=Optimizer(name=name, settings=settings), **{k: v for k, v in method.items() if k != "optimizer"},
+        optimizer=Optimizer(name=name, settings=settings),
+        **{k: v for k, v in method.items() if k not in ("optimizer", "public")},
     )  # fmt: skip
     noise = SeededNoise(seed)
     plan = train.plan(ask, traced.blob, Public(patients), DELTA, noise)  # type: ignore[arg-type]
     weights = load(plan.run(Records(x, y), lambda steps: None).tensors)  # type: ignore[arg-type]
     model.load_state_dict(weights)
-    with torch.no_grad():
-        return float(loss(model(others)[:, 0], outcomes))
+    return told(model, others, outcomes)
+
+
+@torch.no_grad()
+def told(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The mean log loss."""
+    return float(nn.functional.binary_cross_entropy_with_logits(model(x)[:, 0], y))
 
 
 def main() -> None:
@@ -144,7 +175,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows, table = [], ratios()
     for epsilon in (0.5, 2.0, 8.0):
-        for name, method in METHODS.items():
+        for name, method in (METHODS | {ALONE: {"public": True}}).items():
             losses = [trained(method, given.patients, epsilon, seed) for seed in range(given.seeds)]
             mean, spread = statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else 0.0
             rows.append({"epsilon": epsilon, "method": name, "loss": round(mean, 4), "sd": round(spread, 4)})

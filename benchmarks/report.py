@@ -132,6 +132,8 @@ def _scaling(found: dict[str, list[Any]]) -> str:
     for what, rows in found.items():
         own = ["steps a second, all", "CPU ms a step"]
         head = [what, *(own if what == "sessions" else ["CPU ms a step", "MB a step", "MB held"])]
-        body = [[f"{v:,.0f}" if k == 0 else f"{v:.3g}" for k, v in enumerate(row)] for row in rows]
+        body = [
+            [f"{v:,.0f}" if k == 0 or v >= 100 else f"{v:.3g}" for k, v in enumerate(row)] for row in rows
+        ]
         parts.append(_table(head, body) + "\n")
     return "\n".join(parts)

@@ -105,26 +105,43 @@ def ours(workload: Workload, engine: str, facts: dict[str, Any]) -> Step:
 
 
 def steps_of(
-    name: str, engines: list[str], facts: dict[str, Any], until: float
-) -> tuple[dict[str, Step], dict[str, str]]:
-    """A step of each engine that takes the workload, and why the others do not."""
+    name: str, engines: list[str], facts: dict[str, Any], seconds: float
+) -> tuple[dict[str, Step], dict[str, str], float]:
+    """A step of each engine that takes the workload, why the others do not, and until when there is time.
+
+    Ours are made ready first, however long that takes; the seconds are for the peers and for all turns.
+    """
     workload, steps, notes = WORKLOADS[name], {"plain": plain(WORKLOADS[name])}, {}
+    first = [engine for engine in OURS if engine in engines]
+    for engine in first:
+        steps |= ready(lambda e=engine: ours(workload, e, facts), engine, None, notes)
+    until = time.monotonic() + seconds
     for engine in engines:
-        notes[engine] = NOT_RUN.get((name, engine), "")
-        left = until - time.monotonic() - TURNS * (2 + len(steps))
-        if not notes[engine] and left < 1:
-            notes[engine] = "no time was left"
-        if notes[engine]:
+        if engine in first:
             continue
-        try:
-            with alarm(left if engine in OURS else min(START, left)):
-                made = ours(workload, engine, facts) if engine in OURS else PEERS[engine](workload)
-                made()
-            steps[engine] = made
-        except Exception as error:
-            late = next((e for e in chain_of(error) if isinstance(e, TimeoutError)), error)
-            notes[engine] = (str(late).splitlines() or [repr(late)])[0][:120]
-    return steps, {engine: note for engine, note in notes.items() if note}
+        left = until - time.monotonic() - TURNS * (2 + len(steps))
+        if (name, engine) in NOT_RUN:
+            notes[engine] = NOT_RUN[name, engine]
+        elif left < 1:
+            notes[engine] = "no time was left"
+        else:
+            steps |= ready(lambda e=engine: PEERS[e](workload), engine, min(START, left), notes)
+    return steps, notes, until
+
+
+def ready(
+    make: Callable[[], Step], engine: str, seconds: float | None, notes: dict[str, str]
+) -> dict[str, Step]:
+    """The engine's step after its first run, or nothing and a note if that fails or takes longer."""
+    try:
+        with alarm(seconds or 0):
+            step = make()
+            step()
+    except Exception as error:
+        late = next((e for e in chain_of(error) if isinstance(e, TimeoutError)), error)
+        notes[engine] = (str(late).splitlines() or [repr(late)])[0][:120]
+        return {}
+    return {engine: step}
 
 
 def chain_of(error: BaseException | None) -> Iterator[BaseException]:
@@ -136,7 +153,7 @@ def chain_of(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in what takes longer."""
+    """Raise TimeoutError in what takes longer; 0 is no limit."""
 
     def late(*_: Any) -> None:
         raise TimeoutError(f"not ready after {seconds:.0f} s")
@@ -194,9 +211,8 @@ def turns(steps: dict[str, Step], rounds: int, until: float) -> list[dict[str, f
 
 def measure(name: str, engines: list[str], rounds: int, seconds: float) -> dict[str, Any]:
     """Rows of workload, engine, cpu_ratio and memory_ratio, and notes on engines that were not run."""
-    until = time.monotonic() + seconds
     facts: dict[str, Any] = {}
-    steps, notes = steps_of(name, engines, facts, until)
+    steps, notes, until = steps_of(name, engines, facts, seconds)
     memories = {engine: memory(step) for engine, step in steps.items()}
     keep_pages()
     for step in steps.values():
@@ -228,7 +244,7 @@ def apart(name: str, given: argparse.Namespace, seconds: float) -> dict[str, Any
     try:
         subprocess.run(
             [sys.executable, __file__, *line, "--seconds", str(seconds), "--part", str(part)],
-            timeout=2 * seconds + 60, check=True,
+            timeout=seconds + 150, check=True,
         )  # fmt: skip
         return json.loads(part.read_text())
     except (subprocess.SubprocessError, OSError) as error:
