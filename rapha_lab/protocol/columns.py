@@ -258,10 +258,16 @@ def check_correlations(columns: tuple[Column, ...], prefix: str = "") -> None:
         earlier |= {column.name} if column.type not in ("text", "image") else set()
 
 
+LARGEST = 1e100
+"""Bounds lie within this on either side of 0, so that no square of what is told overflows."""
+
+
 def _check_bounds(column: Column, bounds: tuple[float, float], fail: Callable[..., RequestError]) -> None:
     low, high = bounds
     if not (math.isfinite(low) and math.isfinite(high) and math.isfinite(high - low)):
         raise fail("bounds", "they are not finite.", "Write two ordinary numbers.")
+    if max(abs(low), abs(high)) > LARGEST:
+        raise fail("bounds", f"beyond {LARGEST:g} a variance overflows.", "Write bounds that make sense.")
     if low >= high:
         raise fail("bounds", f"{low:g} is not below {high:g}.", "Write the smallest first.")
     if column.scale == "log" and low <= 0:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Union
 import msgspec
 from msgspec import Meta
 
+from rapha_lab.protocol.columns import LARGEST
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.schema import Column, Schema, Table
 
@@ -33,9 +34,6 @@ MOST_NODES, MOST_DEPTH, MOST_CATEGORIES = 500, 40, 1000
 
 MOST_LOOKUPS = 200
 """How often the columns and the filter of one question may look through all rows of a table."""
-
-LARGEST = 1e100
-"""A derived column's bounds lie within this on either side of 0, so that no square of what is told overflows."""
 
 DAYS = (-25_567.0, 47_847.0)
 """A table's time as days since 1970: what is dated before 1900 or after 2100 is taken to be at these ends."""

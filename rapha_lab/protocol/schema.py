@@ -37,7 +37,7 @@ __all__ = ["MISSING", "SPLITS", "Column", "Dtype", "Schema", "Shares", "Table"]
 SPLITS = ("train", "validation", "test")
 
 ROOM = 1 << 30
-"""Numbers that one input may have over all patients: 4 GiB."""
+"""Numbers that the inputs of a question may have over all patients: 4 GiB."""
 
 
 class Shares(Public, frozen=True):
@@ -197,11 +197,15 @@ class Schema(Public, frozen=True):
         return self._held((*self.rows(*names), width)), "float32"
 
     def _held(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        entries = math.prod(shape) * (self.patients or 1)
+        self.held([shape])
+        return shape
+
+    def held(self, shapes: Iterable[tuple[int, ...]]) -> None:
+        """Raise RequestError if inputs of these shapes are more than the site's memory is sure to hold together."""
+        entries = sum(map(math.prod, shapes)) * (self.patients or 1)
         if entries > ROOM:
             what = f"These columns are {entries:,} numbers for the {self.patients or 1:,} patients declared."
             raise RequestError(what, f"At most {ROOM:,} are held at once.", "Name fewer.", field="inputs")
-        return shape
 
     def rows(self, *names: str) -> tuple[int, ...]:
         """How many rows `names` give one patient: (most,) if they are of a table, () if of the patients.

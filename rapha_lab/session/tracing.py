@@ -431,10 +431,16 @@ def _untraceable(error: Exception, patients: int = 1) -> ProgramError:
             "Use torch.where instead of if, and shapes that are the same for every patient.", line=line,
         )  # fmt: skip
     text = str(error).strip().split("\n")[0] or kind
+    instead = "Check the shapes and dtypes of inputs, target and layers."
+    if "'indices'" in text:
+        instead = (
+            'An embedding takes the codes of a category that is named alone, inputs="ward". An integer becomes one by '
+            'patients.with_columns(code=pl.col("visits").cut([0, 1, 2])), inputs="code".'
+        )
     count = "one made-up patient" if patients == 1 else f"{patients} made-up patients together"
     return ProgramError(
         f"The model or loss fails on {count}: {kind}: {text}", "It was tried before anything was sent.",
-        "Check the shapes and dtypes of inputs, target and layers.", field="model", line=line,
+        instead, field="model", line=line,
     )  # fmt: skip
 
 

@@ -70,6 +70,8 @@ class TestWire:
 BROKEN = [
     ("age.bounds", "smallest first", {"bounds": [100, 0]}),
     ("age.bounds", "smallest first", {"bounds": [5, 5]}),
+    ("age.bounds", "a variance overflows", {"bounds": [0, 1e160]}),
+    ("age.bounds", "a variance overflows", {"bounds": [-2e100, 0]}),
     ("age.bounds", "from public knowledge", {"bounds": None}),
     ("age.bounds", "above 0", {"scale": "log"}),
     ("age.bounds[0]", "Expected `float`", {"bounds": ["a", 1]}),

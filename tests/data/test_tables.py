@@ -18,8 +18,10 @@ from rapha_lab.client.rehearsal import encoded
 from rapha_lab.curator import tables as module
 from rapha_lab.curator.cohort import Cohort, View
 from rapha_lab.curator.mechanisms import aggregate
+from rapha_lab.curator.mechanisms.train import fits
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.messages import Histogram, Mean
+from rapha_lab.protocol.program import Program, TensorSpec
 from rapha_lab.protocol.schema import SPLITS
 from rapha_lab.protocol.tokenizer import token_ids
 
@@ -292,6 +294,20 @@ class TestErrors:
         with pytest.raises(RequestError, match="are held at once"):
             ward(tables=[wide], patients=10**6).layout("labs.value")
         assert ward(tables=[wide], patients=1000).layout("labs.value") == ((10_000,), "float32")
+
+    def test_inputs_that_are_too_much_together_are_refused_too(self):
+        """Each of a program's inputs would be held, however few numbers one of them has."""
+        wide = json.loads(hospital().to_json())["tables"][0] | {"most": 10_000}
+        schema = ward(tables=[wide], patients=50_000)
+        specs = [TensorSpec(f"x{n}", "float32", [10_000]) for n in range(3)]
+        for held in (specs[:2], specs):
+            program = Program(inputs=held, parameters=[], constants=[], nodes=[], output="x0")
+            inputs = {spec.name: "labs.value" for spec in held}
+            if len(held) == 2:
+                fits(program, inputs, schema)
+                continue
+            with pytest.raises(RequestError, match="are held at once"):
+                fits(program, inputs, schema)
 
     def test_names_of_several_tables_do_not_mix_in_a_list(self):
         """What would the shape be?"""

@@ -62,7 +62,7 @@ CELLS: dict[str, tuple[str, str | None, str]] = {
     'fit(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 1)), inputs="age")': (
         "ProgramError",
         "model",
-        "dtypes",
+        ".cut([0, 1, 2])",
     ),
     "fit(loss=lambda p, t: (p - t).repeat(1, 3))": ("ProgramError", "loss", ".mean()"),
     "fit(loss=lambda p, t: torch.log(-1 - p * p).mean())": ("ProgramError", "loss", "clamp"),
@@ -165,6 +165,18 @@ def test_a_cell_with_this_gets_a_typed_error_with_the_way_out(site, serving, sou
     assert error.what[-1] in ".?!" or kind in ("CellError", "ProgramError")
     assert serving.spent() == before
     assert site.run("print(alive)", "ward", session="bad").wait().outputs[0]["text"] == "still here\n"
+
+
+def test_an_integer_is_embedded_as_the_error_says(site):
+    """Its codes are those of the intervals it is cut into."""
+    site.run(
+        "import polars as pl\n"
+        'coded = patients.with_columns(code=pl.col("visits").cut([0, 1, 2]))\n'
+        "embedded = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 1))\n"
+        'coded.train.fit(embedded, nn.BCEWithLogitsLoss(), inputs="code", target="died", epsilon=1, epochs=0.05)',
+        "ward",
+        session="bad",
+    ).wait()
 
 
 ORDERS: dict[str, tuple[dict[str, Any], type[RaphaError], str]] = {

@@ -1,24 +1,15 @@
 """The custodians' tutorial runs from top to bottom, at a site of its own."""
 
 import json
-import os
-from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
-
-TUTORIAL = Path(__file__).parents[2] / "notebooks" / "05-for-custodians.ipynb"
+import tutorials
 
 
-def test_the_tutorial_plays_every_role(tmp_path):
+def test_the_tutorial_plays_every_role(installed, tmp_path):
     """Signing, releasing, refusing, dossier, verified log, opt-out and veto: each says what it should."""
     pytest.importorskip("sksurv")
-    notebook = nbformat.read(TUTORIAL, as_version=4)
-    client = NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}})
-    client.extra_arguments = ["--log-level=40"]
-    home = {"RAPHA_LAB_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    client.execute(env={**os.environ, **home})
+    notebook = tutorials.run(installed, "05-for-custodians.ipynb", tmp_path)
     shown = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
     for said in (
         "Missing: Cy Roe (General Counsel)",

@@ -21,7 +21,7 @@ from rapha_lab.protocol.errors import BudgetError, PolicyError, RequestError
 WHERE = ("risk", "flchain")
 TENTH = 10**11  # of δ = 1e-6
 LOSS = Thresholded(40.0, TENTH)
-POINTS = 260  # more than the story has
+POINTS = 400  # more than the story has
 STRIDE = 1 if os.environ.get("RAPHA_LAB_DEEP") else 5
 
 

@@ -273,7 +273,7 @@ def fits(program: Program, inputs: dict[str, Columns], schema: Schema) -> None:
 
     Raises:
         ProgramError: naming the input that does not fit.
-        RequestError: naming an unknown column.
+        RequestError: naming an unknown column, or if all of them are too much to hold.
     """
     stated = {spec.name: (tuple(spec.shape), spec.dtype) for spec in program.inputs}
     for name in {*stated} ^ {*inputs}:
@@ -285,6 +285,7 @@ def fits(program: Program, inputs: dict[str, Columns], schema: Schema) -> None:
             raise ProgramError(
                 f"The input {name} does not fit the program.", why, "Trace it again.", field=name
             )
+    schema.held(shape for shape, _ in stated.values())
 
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
