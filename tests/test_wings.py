@@ -33,7 +33,7 @@ NETWORK = {
     "starlette",
     "asyncio",
 }
-CODECS = {"msgspec", "cryptography", "rfc8785", "tomli_w"}
+CODECS = {"msgspec", "cryptography", "rfc8785", "safetensors", "tomli_w"}
 
 
 def imports(path: Path) -> set[str]:

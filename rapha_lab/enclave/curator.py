@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from rapha_lab.enclave.sandbox import widen
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RaphaError, SiteError, from_wire
 
@@ -65,9 +66,11 @@ class Curator:
         command = [sys.executable, "-I", "-m", "rapha_lab.curator"]
         with self._workers() as channel:
             self._channel = channel.fileno()
-            return subprocess.Popen(  # noqa: S603
+            process = subprocess.Popen(  # noqa: S603
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[channel.fileno()]
             )
+        widen(process.stdin.fileno(), process.stdout.fileno())  # type: ignore[union-attr]
+        return process
 
     def _configure(self, process: subprocess.Popen[bytes]) -> None:
         try:

@@ -15,7 +15,7 @@ from safetensors.torch import load
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import CellError, RequestError, SealedError
 from rapha_lab.protocol.messages import Columns, Split
-from rapha_lab.protocol.program import digest
+from rapha_lab.protocol.program import Program, digest
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
 from rapha_lab.session import parcels, recipe, shard, tracing
@@ -166,7 +166,7 @@ class Patients(Questions):
         chosen = recipe.steps(self._expected(), epochs=epochs, batch=size, clip=clip)
         opened = self._ask(made(messages.Open, **chosen, **self._common(epsilon)), b"")[0]
         noise = opened["noise"] * chosen["clip"] / chosen["batch"]
-        batch = Batch(self._made_up, _Gradients(self._ask, opened["loop"]), chosen["batch"], noise)
+        batch = Batch(_Examples(self._made_up), _Gradients(self._ask, opened["loop"]), chosen["batch"], noise)
         try:
             for _ in range(min(chosen["steps"], self._most_steps)):
                 yield replace(batch, _seen={})
@@ -436,16 +436,32 @@ class Patients(Questions):
         return f"<patients of {self.schema.name}{part}: sealed; ask for {_ANSWERS}>"
 
 
+class _Examples:
+    """Made-up values of columns, made once for all the batches of a loop."""
+
+    def __init__(self, make: Callable[[Columns], torch.Tensor]) -> None:
+        self._make, self._made = make, dict[str, torch.Tensor]()
+
+    def __call__(self, columns: Columns) -> torch.Tensor:
+        key = repr(columns)
+        if key not in self._made:
+            self._made[key] = self._make(columns)
+        return self._made[key]
+
+
 class _Gradients:
     """Asks for one private gradient of an open loop; a program travels once."""
 
     def __init__(self, ask: Ask, loop: str) -> None:
         self._ask, self._loop, self._sent = ask, loop, set[str]()
+        self._digests: dict[int, tuple[Program, str]] = {}
 
     def __call__(
         self, traced: tracing.Traced, columns: dict[str, Columns], reduction: Any
     ) -> dict[str, torch.Tensor]:
-        name = digest(traced.program)
+        if id(traced.program) not in self._digests:
+            self._digests[id(traced.program)] = traced.program, digest(traced.program)
+        name = self._digests[id(traced.program)][1]
         program = None if name in self._sent else traced.program
         request = messages.Gradient(
             loop=self._loop,

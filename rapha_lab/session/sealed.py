@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
@@ -158,8 +159,9 @@ class SealedTensor(Tensor):
         return iter(self.unbind(0)) if not _by_patient("__iter__", (self,)) else _refuse("__iter__")
 
 
+@lru_cache(4096)
 def _name(func: Any) -> str:
-    name = getattr(func, "__name__", str(func))
+    name = getattr(func, "__name__", None) or str(func)
     # properties arrive as the __get__ of their descriptor
     return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
 

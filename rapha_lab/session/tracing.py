@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.program import DTYPES, Arg, Node, Program, Ref, TensorSpec, check, refs
+from rapha_lab.protocol.tensors import pack
 
 __all__ = ["Traced", "loss_program", "score_program", "trace"]
 
@@ -51,7 +51,7 @@ class Traced:
     @property
     def blob(self) -> bytes:
         """The tensors as safetensors bytes, to travel beside the program."""
-        return save({name: t.detach().contiguous().clone() for name, t in self.tensors.items()})
+        return pack(self.tensors)
 
 
 def trace(
@@ -407,7 +407,12 @@ def _spec(name: str, tensor: Tensor) -> TensorSpec:
 
 def authors(file: str) -> bool:
     """Whether a frame's file is the author's, and of the cell that runs."""
-    return CELL.get() in (None, file) and not _OURS.search(file)
+    return CELL.get() in (None, file) and not _is_ours(file)
+
+
+@lru_cache(4096)
+def _is_ours(file: str) -> bool:
+    return _OURS.search(file) is not None
 
 
 def _place(meta: dict[str, Any]) -> tuple[int | None, str]:

@@ -10,11 +10,13 @@ import torch
 from conftest import node, program
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from rapha_lab.curator.lift import Limits, lift
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.program import Node, Program, Ref, TensorSpec, check, digest, structure
+from rapha_lab.protocol.tensors import pack
 from rapha_lab.session.tracing import loss_program, score_program
 
 SUM = node("loss", "sum.default", "@y")
@@ -270,3 +272,18 @@ def test_check_finds_what_decoding_cannot() -> None:
     spec = TensorSpec("x", "float32", [1 << 20, 1 << 20])
     with pytest.raises(ProgramError, match="too large"):
         check(msgspec.structs.replace(GOOD, inputs=[spec]))
+
+
+def test_tensors_of_any_layout_are_packed_as_they_read() -> None:
+    """Views, transposed, expanded and empty ones, each by its own numbers and nothing of its neighbours."""
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {"whole": base, "turned": base.t(), "part": base[:, 1:3], "many": torch.ones(1).expand(4)}
+    tensors |= {"none": torch.zeros(0), "rows": torch.zeros(3, 0), "one": torch.tensor(3.0)}
+    tensors |= {"flags": torch.tensor([True, False]), "codes": torch.arange(5)}
+    tensors["trained"] = torch.rand(2, 2, dtype=torch.float64, requires_grad=True)
+    read = load(pack(tensors))
+    assert {*read} == {*tensors}
+    for name, t in tensors.items():
+        assert (read[name].shape, read[name].dtype) == (t.shape, t.dtype)
+        assert torch.equal(read[name], t)
+    assert load(pack({})) == {}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from safetensors.torch import save
 from torch import Tensor
 
 from rapha_lab.curator.accounting import SampledGaussian
@@ -23,6 +22,7 @@ from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.messages import Columns, Gradient, Open
 from rapha_lab.protocol.program import digest
 from rapha_lab.protocol.schema import SPLITS, Schema
+from rapha_lab.protocol.tensors import pack
 
 __all__ = ["Loop", "plan"]
 
@@ -80,7 +80,7 @@ class Loop:
         total = train.clipped_sum(lifted, parameters, constants, rows, drawn, clip)
         deviation = self.sigma * clip * (1 + train.slack(lifted.microbatch))
         share = batch if ask.reduction == "mean" else 1
-        return Answer({}, save(train.private(total, deviation, share, noise, parameters)))
+        return Answer({}, pack(train.private(total, deviation, share, noise, parameters)))
 
     def _announce(self, progress: Progress) -> None:
         """One step of those announced is taken; at the first of a block the whole block is announced."""
