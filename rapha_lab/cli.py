@@ -403,7 +403,10 @@ def _state(args: argparse.Namespace) -> None:
         print(
             "It is the key of none of this page's custodians: it counts only if it is one of the page before."
         )
-    print(f"What is missing, if anything: rapha-lab policy check {args.policy}")
+    if args.act == "sign":
+        print(f"What is missing, if anything: rapha-lab policy check {args.policy}")
+    else:
+        print("It holds from the next step of whatever runs at the site that reads this file, and for good.")
 
 
 def _spend(args: argparse.Namespace) -> None:

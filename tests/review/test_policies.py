@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from pathlib import Path
@@ -48,6 +49,27 @@ EDITS = (
 )
 
 
+GROWN = (
+    ("epsilon = 900.0", "epsilon = 900.0000001"),
+    ("delta = 1e-5", "delta = 1.1e-5"),
+    ('lanes.train.release = "two custodians"', 'lanes.train.release = "one custodian"'),
+    ('lanes.aggregate.release = "one custodian"', 'lanes.aggregate.release = "auto"'),
+    ('lanes.review.release = "one custodian"\n', ""),
+    (f'["{RESEARCHER.public}"]', f'["{STRANGERS[0].public}"]'),
+    ("expires = 2099-01-01", "expires = 2099-01-02"),
+    ("smallest_cohort = 10", "smallest_cohort = 9"),
+    ('measurements = ["any simulated"]', f'measurements = ["any simulated", "sha256:{"0" * 64}"]'),
+    ("quorum = 2", "quorum = 1"),
+    (str(CUSTODIANS[0].public), str(STRANGERS[0].public)),
+)
+"""Changes of the page, most of which grant more than it did; the smallest that count."""
+
+
+def granted(policy: Policy) -> object:
+    """All that a page allows to anybody, and who judges the next one."""
+    return policy.head.expires, policy.head.quorum, policy.custodians, policy.datasets, policy.projects
+
+
 class TestSuccession:
     @settings(max_examples=DEEP, deadline=None)
     @given(
@@ -86,6 +108,28 @@ class TestSuccession:
             assert len(names & {c.key for c in found.custodians}) >= found.head.quorum
         judges = {c.key for c in (*FIRST.custodians, *found.custodians)}
         assert not {str(people[n].public) for n in veto} & judges
+
+    @pytest.mark.parametrize("grown", range(len(GROWN)))
+    def test_no_budget_grows_and_no_lane_opens_without_the_signatures_it_needs(self, grown: int) -> None:
+        """Whoever of five people signs, all 32 ways: what is granted is the old page's, or both quorums are there."""
+        old, new = GROWN[grown]
+        assert old in FIRST.text
+        page = Policy.parse(FIRST.text.replace("version = 1", "version = 2").replace(old, new))
+        assert granted(page) != granted(FIRST)
+        people = [*CUSTODIANS, *STRANGERS]
+        words = [(state("sign", page, key), state("sign", FIRST, key)) for key in people]
+        for chosen in itertools.product((False, True), repeat=len(people)):
+            said = tuple(both[0] for both, yes in zip(words, chosen, strict=True) if yes)
+            signers = {str(key.public) for key, yes in zip(people, chosen, strict=True) if yes}
+            enough = all(len(signers & {c.key for c in p.custodians}) >= p.head.quorum for p in (FIRST, page))
+            try:
+                # what was signed of the old page comes along, and is good for nothing
+                found = Signed(page.text, (*said, *(both[1] for both in words))).check(after=FIRST)
+            except PolicyError:
+                assert not enough
+                continue
+            assert enough
+            assert granted(found) == granted(page)
 
     def test_a_page_with_new_judges_does_not_put_itself_in_force(self, tmp_path: Path) -> None:
         """Not at the next request, not after a restart; with the old judges' signatures it does."""
