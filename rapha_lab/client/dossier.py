@@ -93,20 +93,28 @@ def check(
         )
     try:
         told = json.loads((folder / "dossier.json").read_bytes())
-        when = datetime.fromisoformat(told["written"])
-        made = json.loads(json.dumps(dossier(kept, when=when)))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise RequestError(f"{folder} holds no dossier.", str(error)[:200], field="folder") from None
+        made = json.loads(json.dumps(dossier(kept, when=datetime.fromisoformat(told["written"]))))
+        files = _policy_files(kept) | {"dossier.html": page(made)}
+        files |= {"ro-crate-metadata.json": json.dumps(crate(made, folder), indent=1) + "\n"}
+        found = {name: (folder / name).read_text() for name in files}
+    except (
+        OSError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise RequestError(f"{folder} holds no dossier.", why, field="folder") from None
     for name in {*made, *told}:
         if made.get(name) != told.get(name):
             raise TrustError(
                 f"The dossier's field {name!r} was changed.", "The model's file says another.", _ASK
             )
-    files = _policy_files(kept) | {"dossier.html": page(made)}
-    files |= {"ro-crate-metadata.json": json.dumps(crate(made, folder), indent=1) + "\n"}
     for name, text in files.items():
-        found = (folder / name).read_text()
-        if _without_pictures(found) != _without_pictures(text):
+        if _without_pictures(found[name]) != _without_pictures(text):
             raise TrustError(
                 f"The dossier's file {name} was changed.", "It says another than dossier.json.", _ASK
             )

@@ -27,7 +27,7 @@ from rapha_lab.client.attestation import Attestation, reappraise
 from rapha_lab.client.dossier import _charged_under, check, write
 from rapha_lab.client.kept import load
 from rapha_lab.enclave.attester import SimulatedAttester
-from rapha_lab.protocol.errors import EvidenceError, RequestError, TrustError
+from rapha_lab.protocol.errors import EvidenceError, RaphaError, RequestError, TrustError
 from rapha_lab.protocol.evidence import Evidence
 from rapha_lab.protocol.keys import PrivateKey
 from rapha_lab.protocol.policy import Policy
@@ -287,6 +287,32 @@ def test_what_is_no_dossier_is_refused(folder: Path, tmp_path: Path) -> None:
     for text in ("", "[]", "{}", "7", '{"written": 7}', "[" * 5000, "\0"):
         (tmp_path / "dossier" / "dossier.json").write_text(text)
         with pytest.raises(RequestError):
+            check(tmp_path / "dossier")
+
+
+def test_a_models_file_of_somebodys_making_is_refused_without_a_traceback(
+    kept: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Whatever it says of attacks, answers, receipts, policy and parameters."""
+    shutil.copytree(folder, tmp_path / "dossier")
+    changes: list[Callable[[dict[str, Any]], Any]] = [
+        lambda told: told.update(attack={"canaries": {}}),
+        lambda told: told.update(attack=7),
+        lambda told: told["releases"][1].update(values={"kind": "histogram"}),
+        lambda told: told["releases"][1].update(values={"metrics": 7}),
+        lambda told: told["releases"][0].update(receipt={"index": "x", "checkpoint": []}),
+        lambda told: told["releases"][0].update(dataset="another"),
+        lambda told: told["policy"].update(text="[policy]"),
+        lambda told: told["policy"].update(statements=["{}"]),
+        lambda told: told.update(kept=10**30),
+        lambda told: told.update(parameters=[[]]),
+        lambda told: told.pop("site"),
+        lambda told: told.update(releases=[]),
+    ]
+    for change in changes:
+        path = changed(kept, tmp_path, change)
+        shutil.copy(path, tmp_path / "dossier" / "model.safetensors")
+        with pytest.raises(RaphaError):
             check(tmp_path / "dossier")
 
 
