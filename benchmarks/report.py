@@ -54,7 +54,8 @@ GROWTH = """
 
 An MLP 30-128-128-2 at an expected batch of 256 unless the axis says otherwise, without a compiler; the step includes the
 Poisson draw and the padding. Patients are read from disk, as the curator maps inputs of more than a gigabyte (31 numbers a
-patient, 1.3 GB at ten million): what a step takes of memory for each patient is a byte, and of time a random number. Sessions are
+patient, 1.3 GB at ten million): what a step takes of memory for each patient is a byte, and of time a random number. (The columns
+themselves a site holds in memory, some 9 bytes a value.) Sessions are
 trainings at once in one process on this machine's cores; a site's curator runs four at a time and lets others wait.
 """
 
