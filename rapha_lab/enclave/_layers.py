@@ -26,6 +26,7 @@ __all__ = [
     "NAMESPACES",
     "deadline",
     "drop_privileges",
+    "give_way",
     "landlock",
     "limit",
     "seccomp",
@@ -36,6 +37,16 @@ NAMESPACES = ("user", "pid", "net", "mnt", "ipc", "uts")
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _GIB = 1 << 30
+
+
+def give_way() -> None:
+    """Weigh this process and all it forks, together, at a tenth of another session of the kernel's.
+
+    Where processes are in no control group for the processor, the kernel weighs sessions (setsid) first and niceness
+    only within each; a machine that does not has no such file, and niceness alone holds.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as file:
+        file.write("10")
 
 
 def drop_privileges(parent: int) -> bool:

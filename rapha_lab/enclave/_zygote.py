@@ -65,6 +65,8 @@ class _Zygote:
         gc.collect()
         gc.freeze()
         _preload.assert_alone()
+        if config["gives_way"]:
+            _layers.give_way()
         self._silence()
         self._say({"is": "ready", "layers": self.layers})
 
@@ -148,6 +150,8 @@ class _Zygote:
         _preload.reseed()
         if limits["core"] is not None:
             os.sched_setaffinity(0, {limits["core"]})
+        if limits["share"] < 100:
+            os.nice(19)  # its threads inherit it, and nothing that is left to it raises it again
         layers = dict(self.layers)
         layers["deadline"] = _layers.deadline(limits["wall_seconds"])
         layers["privileges"] = _layers.drop_privileges(parent)

@@ -60,16 +60,17 @@ class Limits:
     """What one worker may use: bytes, seconds, threads, bytes it may send out. Defaults suit a session.
 
     Attributes:
-        share: weight of all its threads together where the processor is short; a process beside it has 100.
+        share: weight of all its threads together where the processor is short; a process beside it has 100. Where no
+            control group weighs them, below 100 each has the least priority there is.
         core: the only processor core it may run on.
     """
 
     memory: int = 2 << 30
     cpu_seconds: float = 4 * 3600
     wall_seconds: float = 6 * 3600
-    threads: int = 256
+    threads: int = 64
     output: int = 8 << 30
-    share: int = 25
+    share: int = 10
     core: int | None = None
 
     @classmethod
@@ -194,13 +195,20 @@ class Zygote:
         preload: modules a worker may import besides the standard and the scientific libraries.
         tier: at most this tier ("S1", "S2", "S3"); None for the highest this machine has.
         bare: load no libraries (for probing).
+        gives_way: all its workers together yield to the site's other processes where the processor is short.
 
     Raises:
         SiteError: not on Linux; the modules cannot be loaded; or no tier above S0 can be proved.
     """
 
     def __init__(
-        self, entry: str, preload: Sequence[str] = (), tier: str | None = None, *, bare: bool = False
+        self,
+        entry: str,
+        preload: Sequence[str] = (),
+        tier: str | None = None,
+        *,
+        bare: bool = False,
+        gives_way: bool = True,
     ) -> None:
         self._lock, self._workers, self._count = threading.Lock(), dict[int, Worker](), 0
         self._gate, self._still, self._closed = threading.Lock(), threading.Event(), False
@@ -210,6 +218,7 @@ class Zygote:
             "entry": entry,
             "preload": self._preload,
             "bare": bare,
+            "gives_way": gives_way,
             "filter": _filter().hex(),
             "landlock": tier != "S1",
             "namespaces": {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in _layers.NAMESPACES},

@@ -79,7 +79,7 @@ class ShardWorkers:
     def _ready(self) -> Zygote:
         """The shards' own zygote, started when first asked for: most sites' days pass without."""
         if self._zygote is None:
-            self._zygote = Zygote("rapha_lab.session.shard:main", tier=self._tier)
+            self._zygote = Zygote("rapha_lab.session.shard:main", tier=self._tier, gives_way=False)
         self._zygote.revive()
         return self._zygote
 

@@ -63,6 +63,55 @@ result = [r.getrlimit(which)[1] for which in (r.RLIMIT_FSIZE, r.RLIMIT_CORE, r.R
 """)
         assert limits == [0, 0, 64, 77]
 
+    def test_a_session_gives_way_to_the_site(self, zygote, cell):
+        """Every thread has the least priority and cannot raise it; all of them weigh a tenth of the site together."""
+        cell.run(
+            "import threading\ngate = threading.Event()\nthreading.Thread(target=gate.wait, daemon=True).start()"
+        )
+        pid = cell.worker.pid
+        tasks = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+        assert len(tasks) >= 2
+        assert {os.getpriority(os.PRIO_PROCESS, task) for task in tasks} == {19}
+        for raising in (
+            "os.setpriority(0, 0, 0)",
+            "os.nice(-19)",
+            "os.sched_setscheduler(0, 0, os.sched_param(0))",
+        ):
+            assert cell.error(f"import os\n{raising}")[0] == "PermissionError"
+        if (together := Path(f"/proc/{zygote._process.pid}/autogroup")).exists() and _own(zygote):
+            assert together.read_text().split()[-2:] == ["nice", "10"]
+
+    def test_a_session_has_a_tenth_of_a_processs_weight_where_it_is_counted_apart(self, cell):
+        """And threads and memory of its own, in a control group."""
+        found = {
+            path.parent.parent: path.parent
+            for path in Path("/sys/fs/cgroup").glob("**/rapha-*/cgroup.procs")
+            if str(cell.worker.pid) in path.read_text().split()
+        }
+        if not found:
+            pytest.skip("no control groups here")
+        said = {
+            path.name: path.read_text().strip()
+            for group in found.values()
+            for path in group.iterdir()
+            if path.name in ("cpu.shares", "cpu.weight", "pids.max", "memory.max", "memory.limit_in_bytes")
+        }
+        assert said["pids.max"] == str(Limits().threads)
+        assert {said.get("cpu.shares", "102"), said.get("cpu.weight", "10")} == {"102", "10"}
+        assert int(said.get("memory.max") or said["memory.limit_in_bytes"]) <= Limits().memory + (256 << 20)
+
+    def test_a_shard_does_not_give_way(self):
+        """Its time is counted by the clock, and all sessions stand still meanwhile."""
+        waiting = Zygote("sandbox_cell:main", (), bare=True, gives_way=False)
+        with waiting as zygote, zygote.spawn(Limits.shard()) as worker:
+            assert os.getpriority(os.PRIO_PROCESS, worker.pid) == os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def _own(zygote):
+    """Whether its processes are weighed by sessions of the kernel's: they are in no control group for the processor."""
+    lines = Path(f"/proc/{zygote._process.pid}/cgroup").read_text().splitlines()
+    return not any("cpu" in line.split(":")[1].split(",") and line.split(":")[2] != "/" for line in lines)
+
 
 def _set_by_torch():
     return {
