@@ -40,13 +40,13 @@ _GIB = 1 << 30
 
 
 def give_way() -> None:
-    """Weigh this process and all it forks, together, at a tenth of another session of the kernel's.
+    """Weigh this process and all it forks, together, at a quarter of another session of the kernel's.
 
     Where processes are in no control group for the processor, the kernel weighs sessions (setsid) first and niceness
     only within each; a machine that does not has no such file, and niceness alone holds.
     """
     with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as file:
-        file.write("10")
+        file.write("6")  # 1024 / 1.25^6: a quarter of a process at niceness 0
 
 
 def drop_privileges(parent: int) -> bool:

@@ -70,7 +70,7 @@ class Limits:
     wall_seconds: float = 6 * 3600
     threads: int = 64
     output: int = 8 << 30
-    share: int = 10
+    share: int = 25
     core: int | None = None
 
     @classmethod
@@ -472,7 +472,9 @@ def _filter() -> bytes:
         return source.compile_filter()
     except (ImportError, OSError, RuntimeError) as error:
         raise SiteError(
-            "The system-call filter could not be built.", f"libseccomp says: {error}.", "Install libseccomp2."
+            "The system-call filter could not be built.",
+            f"libseccomp says: {error}.",
+            "Let programs set seccomp filters, as Docker's default profile does; install libseccomp2 if it is missing.",
         ) from error
 
 

@@ -6,8 +6,12 @@ the victim alive until its standard input closes. Started by root, both become a
 
 import contextlib
 import ctypes
+import encodings.idna
+import http.server
+import importlib
 import json
 import os
+import re
 import secrets
 import select
 import shutil
@@ -19,10 +23,13 @@ import threading
 from typing import Any
 
 import attacks
+import polars
+import site_attacks
 from attacks import ATTACKS, call, hash_of
 
 MARK = "RAPHA-CANARY"
 USER = 12345
+PATH = re.compile(r"[<(]?/[^ ]+")  # of this machine, or a random name
 
 
 def become_ordinary() -> None:
@@ -32,6 +39,14 @@ def become_ordinary() -> None:
         os.setresgid(USER, USER, USER)
         os.setresuid(USER, USER, USER)
     call(157, 4, 1, 0, 0, 0)
+
+
+def load() -> None:
+    """Import what attacks use while one may still read root's Python."""
+    for name in ("duckdb", "pyarrow.parquet", "idna", "multiprocessing.popen_fork"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    assert encodings.idna
 
 
 class Victim:
@@ -52,7 +67,10 @@ class Victim:
         ]
         self.datagrams[0].bind(("127.0.0.1", 0))
         self.datagrams[1].bind("\0" + (name := f"rapha-{secrets.token_hex(4)}"))
+        self.web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _page(self.canary))
         self.facts: dict[str, Any] = {
+            "site": site_attacks.lay_out(self.folder, canary),
+            "web": self.web.server_address[1],
             "pid": os.getpid(),
             "address": ctypes.addressof(self.memory),
             "size": len(self.canary),
@@ -87,6 +105,7 @@ class Victim:
         """Answer with the canary until the parent goes."""
         for sock in self.streams:
             threading.Thread(target=self._stream, args=(sock,), daemon=True).start()
+        threading.Thread(target=self.web.serve_forever, daemon=True).start()
         while select.select(self.datagrams, [], []):
             _, sender = self.datagrams[0].recvfrom(100)
             self.datagrams[0].sendto(self.canary, sender)
@@ -98,15 +117,40 @@ class Victim:
             guest.close()
 
 
+def _page(canary: bytes) -> type[http.server.BaseHTTPRequestHandler]:
+    """Answers everything with the canary as a table of one column."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b"note\n" + canary + b"\n"
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_HEAD = do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+    return Page
+
+
 def attempt(name: str, facts: dict[str, Any]) -> dict[str, Any]:
     """One attack: whether it came to its end, and what it got or what stopped it."""
     try:
         return {"open": True, "how": repr(ATTACKS[name][1](facts))[:2000]}
     except OSError as error:
         return {"open": False, "how": attacks.errno.errorcode.get(error.errno or 0, type(error).__name__)}
+    except ModuleNotFoundError as error:
+        return {"open": False, "how": f"no module {error.name} is loaded"}
     except (attacks.RefusedError, ImportError, MemoryError, RuntimeError) as error:
-        return {"open": False, "how": str(error) or type(error).__name__}
-    except Exception as error:
+        return {"open": False, "how": PATH.sub("…", str(error)) or type(error).__name__}
+    except polars.exceptions.PolarsError as error:
+        return {"open": False, "how": type(error).__name__}
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # polars, where it may start no runtime
+            return {"open": False, "how": "panic"}
         return {"open": False, "how": f"mistake in the attack: {error!r}"}
 
 
@@ -128,6 +172,7 @@ def in_a_child(name: str, facts: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Victim, attacks, report, wait."""
+    load()
     secret = {"secret": sys.argv[1]}
     os.environ["SECRET"] = secret["secret"]
     ours, theirs = os.pipe()
@@ -135,9 +180,11 @@ def main() -> None:
         call(157, 1, signal.SIGKILL, 0, 0, 0)
         become_ordinary()
         call(157, 1, signal.SIGKILL, 0, 0, 0)
+        os.close(ours)
         victim = Victim(secret["secret"])
         os.write(theirs, json.dumps(victim.facts).encode())
         victim.serve()
+    os.close(theirs)
     facts = json.loads(os.read(ours, 1 << 16))
     results = in_order(facts)
     print(json.dumps({"facts": facts, "outside": results}), flush=True)

@@ -180,9 +180,13 @@ def main() -> None:
     """Run all and write both files."""
     with battlefield() as results:
         for tier in ("S3", "S2", "S1"):
-            with Zygote("attack_cell:main", ("attacks", "outside"), tier, bare=True) as zygote:
+            with Zygote(
+                "attack_cell:main", ("attacks", "site_attacks", "outside"), tier, bare=True
+            ) as zygote:
                 assault(results, zygote)
-        with Zygote("rapha_lab.session.shard:main", ("attacks", "outside"), "S3", bare=True) as zygote:
+        with Zygote(
+            "rapha_lab.session.shard:main", ("attacks", "site_attacks", "outside"), "S3", bare=True
+        ) as zygote:
             assault_from_a_shard(results, zygote)
     assert results.canary.encode() not in results.left
     save(results)

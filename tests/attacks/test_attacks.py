@@ -15,12 +15,16 @@ def results() -> Results:
     with suite.battlefield() as battle:
         for tier in ("S3", "S2", "S1"):
             try:
-                with Zygote("attack_cell:main", ("attacks", "outside"), tier, bare=True) as zygote:
+                with Zygote(
+                    "attack_cell:main", ("attacks", "site_attacks", "outside"), tier, bare=True
+                ) as zygote:
                     suite.assault(battle, zygote)
             except SiteError:
                 assert tier == "S3"  # the others need nothing that a container lacks
         try:
-            with Zygote("rapha_lab.session.shard:main", ("attacks", "outside"), "S3", bare=True) as zygote:
+            with Zygote(
+                "rapha_lab.session.shard:main", ("attacks", "site_attacks", "outside"), "S3", bare=True
+            ) as zygote:
                 suite.assault_from_a_shard(battle, zygote)
         except SiteError:
             assert "S3" not in battle.tiers

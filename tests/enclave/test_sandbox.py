@@ -64,7 +64,7 @@ result = [r.getrlimit(which)[1] for which in (r.RLIMIT_FSIZE, r.RLIMIT_CORE, r.R
         assert limits == [0, 0, 64, 77]
 
     def test_a_session_gives_way_to_the_site(self, zygote, cell):
-        """Every thread has the least priority and cannot raise it; all of them weigh a tenth of the site together."""
+        """Every thread has the least priority and cannot raise it; all of them weigh a quarter of the site together."""
         cell.run(
             "import threading\ngate = threading.Event()\nthreading.Thread(target=gate.wait, daemon=True).start()"
         )
@@ -79,9 +79,9 @@ result = [r.getrlimit(which)[1] for which in (r.RLIMIT_FSIZE, r.RLIMIT_CORE, r.R
         ):
             assert cell.error(f"import os\n{raising}")[0] == "PermissionError"
         if (together := Path(f"/proc/{zygote._process.pid}/autogroup")).exists() and _own(zygote):
-            assert together.read_text().split()[-2:] == ["nice", "10"]
+            assert together.read_text().split()[-2:] == ["nice", "6"]
 
-    def test_a_session_has_a_tenth_of_a_processs_weight_where_it_is_counted_apart(self, cell):
+    def test_a_session_has_a_quarter_of_a_processs_weight_where_it_is_counted_apart(self, cell):
         """And threads and memory of its own, in a control group."""
         found = {
             path.parent.parent: path.parent
@@ -97,7 +97,7 @@ result = [r.getrlimit(which)[1] for which in (r.RLIMIT_FSIZE, r.RLIMIT_CORE, r.R
             if path.name in ("cpu.shares", "cpu.weight", "pids.max", "memory.max", "memory.limit_in_bytes")
         }
         assert said["pids.max"] == str(Limits().threads)
-        assert {said.get("cpu.shares", "102"), said.get("cpu.weight", "10")} == {"102", "10"}
+        assert {said.get("cpu.shares", "256"), said.get("cpu.weight", "25")} == {"256", "25"}
         assert int(said.get("memory.max") or said["memory.limit_in_bytes"]) <= Limits().memory + (256 << 20)
 
     def test_a_shard_does_not_give_way(self):
