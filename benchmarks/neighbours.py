@@ -68,8 +68,9 @@ def bombs(site: Any, sessions: int) -> Iterator[None]:
             pass
     time.sleep(1)
     yield
-    for job in lit:
-        print(job.poll(), job.state, job.told.get("error"), file=sys.stderr)
+    burnt = [job.state for job in lit if job.poll() is not None and job.state != "running"]
+    if burnt:
+        print(f"{len(burnt)} of {sessions} bombs had ended before the training did", file=sys.stderr)
     site.end_sessions()
 
 
@@ -98,7 +99,6 @@ def main() -> None:
                 for sessions, times in found.items():
                     with bombs(theirs, sessions) if sessions else contextlib.nullcontext():
                         times.append(trained(mine, 1 + len(found) * round + sessions))
-                        print(sessions, times, file=sys.stderr)
             grouped = {"control groups": site._zygote.report.layers["cgroup"]}
     told: dict[str, Any] = {"tier": site.tier, **grouped}
     for sessions, times in found.items():
