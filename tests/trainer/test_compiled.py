@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import random
 import stat
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import lifted
+from test_clipping import CLIP, norm, random_program
 from test_models import MODELS
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from rapha_lab.curator import noise
-from rapha_lab.curator.lift import compiling
+from rapha_lab.curator.lift import compiling, gradients, lift
+from rapha_lab.curator.lift.stored import KEPT
+from rapha_lab.curator.mechanisms import train
 
 
 @pytest.fixture
@@ -74,6 +78,50 @@ def test_machine_code_gives_the_same_sums(name: str, monkeypatch: pytest.MonkeyP
     for parameter, t in it.clipped_sum(parameters, constants, batch, mask, 0.3).items():
         torch.testing.assert_close(t, eager[parameter], rtol=1e-5, atol=1e-7)
     it.selftest(parameters, constants)
+
+
+@pytest.mark.parametrize("name", ["mlp", "1-d cnn", "embedding and mlp", "attention"])
+def test_norms_and_sums_read_the_same_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler may compute a number twice, rounded otherwise; what it keeps in memory it must not."""
+    seen = []
+    monkeypatch.setattr(
+        compiling,
+        "_machine_code",
+        lambda graph, example: seen.append(graph) or (lambda tensors: graph(*tensors)),
+    )
+    monkeypatch.setattr(compiling, "_steps", {})
+    make, loss, xs, ys = MODELS[name]
+    x, y = xs(), ys()
+    model = make()
+    model(x)
+    it, parameters, constants = lifted(model, loss, x, y)
+    assert it.compile(parameters, constants) is not None
+    kept = [n for n in seen[0].graph.nodes if n.target is KEPT]
+    found = gradients.parts(it.graph, it.routes, parameters, constants, {"x": x, "target": y})
+    held = [v for part in found.values() for v in vars(part).values() if isinstance(v, torch.Tensor)]
+    assert len(kept) >= len(held) + 2  # the gradients as they are stored, the scales, and who counts
+
+
+@pytest.mark.parametrize("seed", range(40 if os.environ.get("RAPHA_LAB_DEEP") else 3))
+def test_machine_code_holds_hostile_graphs_to_the_norm(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random hostile graphs on random records: alone or added, a patient moves the compiled sum by at most C."""
+    monkeypatch.setattr(compiling, "_steps", {})
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    it = lift(random_program([(rng.randrange(100), rng.randrange(2)) for _ in range(rng.randint(1, 8))]))
+    it.microbatch = 8
+    parameters = {s.name: torch.randn(s.shape, generator=generator) for s in it.program.parameters}
+    assert it.compile(parameters, {}) is not None
+    it.selftest(parameters, {})
+    everyone, bound = torch.ones(8, dtype=torch.bool), CLIP * (1 + train.slack(8))
+    for scale in (1.0, 1e-20, 1e10, 1e30):
+        x = {"x": torch.randn(8, 3, generator=generator) * scale}
+        x["x"][3, 1] = float("nan")
+        whole = it.clipped_sum(parameters, {}, x, everyone, CLIP)
+        for i in range(8):
+            only = it.clipped_sum(parameters, {}, x, torch.arange(8) == i, CLIP)
+            rest = it.clipped_sum(parameters, {}, x, torch.arange(8) != i, CLIP)
+            assert norm(only) <= bound
+            assert norm({n: whole[n] - rest[n] for n in whole}) <= bound
 
 
 def test_compiled_noise_is_the_same_noise() -> None:

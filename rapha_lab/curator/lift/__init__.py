@@ -23,7 +23,7 @@ from rapha_lab.curator.lift import gradients, layers, losses, recurrent, reducti
 from rapha_lab.curator.lift.compiling import Step, compiled
 from rapha_lab.curator.lift.graph import Graph, refused
 from rapha_lab.curator.lift.table import TABLE
-from rapha_lab.curator.lift.taps import GROUP
+from rapha_lab.curator.lift.taps import GROUP, Stored
 from rapha_lab.protocol.errors import ProgramError, RefusedError
 from rapha_lab.protocol.program import DTYPES, Node, Program, TensorSpec, at, check, refs, structure
 
@@ -34,6 +34,9 @@ Tensors = Mapping[str, Tensor]
 SMALLEST, LARGEST = 8, 512
 CHUNK = 1 << 27
 """Bytes that a microbatch may allocate in all its operations together, if that is enough for the smallest one."""
+STORED, TOGETHER = 1 << 22, 32
+"""Bytes of materialised gradients that a microbatch may hold, so that they stay in the processor's cache until they
+are added; so many patients in any case. Recurrent layers take more: each of their steps is a few small operations."""
 LARGE = 1 << 20
 """Parameters from which on a sum of one group's gradients is held at a time."""
 
@@ -288,6 +291,10 @@ def lift(program: Program, *, loss: bool = True, limits: Limits = Limits()) -> L
             "The model is too large.", why, "Make its layers or inputs smaller.", field="program"
         )
     room = min(CHUNK, limits.memory) // max(cost, 1) // SMALLEST * SMALLEST
+    if not any(node.op.split(".")[1:2] == [name] for node in program.nodes for name in recurrent.CELLS):
+        weights = [part.rows for part in found.values() if isinstance(part, Stored) and part.rows.dim() > 2]
+        stored = sum(t.numel() * t.element_size() for t in weights) // SMALLEST
+        room = min(room, max(TOGETHER, STORED // max(stored, 1) // SMALLEST * SMALLEST))
     most = LARGEST if program.size < LARGE else GROUP
     return Lifted(graph, routes, min(most, max(SMALLEST, room)), output, routes.explain(found))
 

@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph_module import GraphModule
 
+from rapha_lab.curator.lift.stored import KEPT
+
 __all__ = ["NODES", "Compiled", "Step", "assembled", "compiled", "keep_pages"]
 
 Step = Callable[..., None]
@@ -128,7 +130,11 @@ def _machine_code(graph: GraphModule, example: list[Tensor]) -> Callable[[list[T
     from torch._inductor.compile_fx import compile_fx_inner
 
     # no pool of worker processes beside the one that holds records, and torch's own random numbers in dropout
-    with inductor.patch(compile_threads=1, fallback_random=True), _called_as_it_is(_LINEAR):
+    with (
+        inductor.patch(compile_threads=1, fallback_random=True),
+        _called_as_it_is(_LINEAR),
+        _held_in_memory(KEPT),
+    ):
         return compile_fx_inner(graph, example)
 
 
@@ -137,6 +143,14 @@ def _called_as_it_is(operation: Any) -> Any:
     from torch._inductor.lowering import fallback_handler, lowerings
 
     return patch.dict(lowerings, {operation: fallback_handler(operation)})
+
+
+def _held_in_memory(operation: Any) -> Any:
+    """Has the compiler write an operation's argument to memory, from where all that use it read it."""
+    from torch._inductor.ir import ExternKernel
+    from torch._inductor.lowering import lowerings
+
+    return patch.dict(lowerings, {operation: ExternKernel.require_contiguous})
 
 
 def keep_pages() -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rapha_lab.curator.lift.graph import Checked, Graph
+from rapha_lab.curator.lift.stored import in_memory, kept
 from rapha_lab.curator.lift.taps import HUGE, TAPS, Part, Stored, Use, names_of
 from rapha_lab.protocol.program import Node, Ref
 
@@ -156,9 +157,10 @@ def clipped_sum(found: Mapping[str, Part], mask: Tensor, clip: float | Tensor) -
 
     A patient whose mask is False, or whose gradient is not finite or is huge, adds nothing.
     """
+    found = {name: in_memory(part) for name, part in found.items()}
     square = reduce(torch.add, (part.square() for part in found.values()))
-    counts = mask & (square <= HUGE**2)
-    scale = torch.where(counts, (clip / square.sqrt()).clamp(max=1.0), 0.0)
+    counts = kept(mask & (square <= HUGE**2))
+    scale = kept(torch.where(counts, (clip / square.sqrt()).clamp(max=1.0), 0.0))
     return {name: part.total(scale, counts) for name, part in found.items()}
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapha_lab.curator.lift.shapes import clamped
+from rapha_lab.curator.lift.stored import kept, products, weighted
 from rapha_lab.protocol.program import Ref
 
 __all__ = ["GROUP", "HUGE", "TAPS", "Outer", "Part", "Rows", "Stored", "Use", "squared"]
@@ -74,10 +75,17 @@ def in_groups(add: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Te
 
 @dataclass(frozen=True)
 class Stored:
-    """Materialised gradients, `(patients, *shape)`."""
+    """Materialised gradients, `(patients, *shape)`, or in another order of dimensions.
+
+    Attributes:
+        order: which of the rows' dimensions make the parameter's, in order; some may be parts of one.
+        shape: the parameter's, if an order is given.
+    """
 
     name: str
     rows: Tensor
+    order: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
 
     def square(self) -> Tensor:
         """Of the rows."""
@@ -86,11 +94,14 @@ class Stored:
     def total(self, scale: Tensor, counts: Tensor) -> Tensor:
         """One vector by matrix product."""
         rows = flat(counting(self.rows, counts))
-        return in_groups(torch.matmul, scale.to(rows.dtype), rows).reshape(self.rows.shape[1:])
+        return self._ordered(in_groups(weighted, scale.to(rows.dtype), rows).view(1, *self.rows.shape[1:]))[0]
 
     def dense(self) -> Tensor:
         """Themselves."""
-        return self.rows
+        return self._ordered(self.rows)
+
+    def _ordered(self, rows: Tensor) -> Tensor:
+        return rows.permute(0, *self.order).reshape(-1, *self.shape) if self.order else rows
 
 
 @dataclass(frozen=True)
@@ -198,12 +209,12 @@ class Product:
 
     def parts(self, grads: Sequence[Tensor]) -> list[Part]:
         """An outer product at one position, materialised at several."""
-        a = self.inputs
-        g = torch.cat([g.reshape(len(a), -1, g.shape[-1]) for g in grads], dim=1)
+        a = kept(self.inputs)
+        g = kept(torch.cat([g.reshape(len(a), -1, g.shape[-1]) for g in grads], dim=1))
         bias: list[Part] = [] if self.bias is None else [Stored(self.bias, g.sum(1))]
         if a.shape[1] == 1:
             return [Outer(self.weight, g[:, 0], a[:, 0]), *bias]
-        return [Stored(self.weight, torch.bmm(g.transpose(1, 2), a)), *bias]
+        return [Stored(self.weight, products(g.mT, a)), *bias]
 
 
 @tap(lambda args: args[1:3], "linear.default")
@@ -228,11 +239,10 @@ class Convolution:
     def parts(self, grads: Sequence[Tensor]) -> list[Part]:
         """Materialised."""
         (g,) = grads
-        rows = self._side_by_side(g) if self.setting[3] else self._by_windows(g)
         bias: list[Part] = [] if self.bias is None else [Stored(self.bias, g.flatten(3).sum((1, 3)))]
-        return [Stored(self.weight, rows), *bias]
+        return [self._side_by_side(g) if self.setting[3] else self._by_windows(g), *bias]
 
-    def _side_by_side(self, g: Tensor) -> Tensor:
+    def _side_by_side(self, g: Tensor) -> Part:
         """Patients' channels side by side are groups of channels, whose weights' gradients do not mix."""
         stride, padding, dilation, transposed, more, groups = self.setting
         x, size = self.inputs, len(self.inputs)
@@ -240,23 +250,27 @@ class Convolution:
         weight = x.new_empty(size * self.shape[0], *self.shape[1:])  # only its shape is read
         wanted = (stride, padding, dilation, transposed, more, size * groups, [False, True, False])
         rows = torch.ops.aten.convolution_backward(*beside, weight, None, *wanted)[1]
-        return rows.reshape(size, *self.shape)
+        return Stored(self.weight, rows.reshape(size, *self.shape))
 
-    def _by_windows(self, g: Tensor) -> Tensor:
-        """As products of windows `(patients, groups, positions, channels * kernel)` of the input and of `g`."""
+    def _by_windows(self, g: Tensor) -> Part:
+        """As products of windows `(patients, groups, positions, kernel * channels)` of the input and of `g`."""
         stride, padding, dilation, _, _, groups = self.setting
         kernel, x, rank, size = self.shape[2:], self.inputs, len(self.shape) - 2, len(g)
-        x = F.pad(x.flatten(0, 1), [p for pair in padding[::-1] for p in (pair, pair)])
+        x = kept(F.pad(x.flatten(0, 1), [p for pair in padding[::-1] for p in (pair, pair)]).movedim(1, -1))
         for d in range(rank):
-            x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
-        # (images, channels, *positions, *kernel)
-        x = x.unflatten(1, (groups, -1)).unflatten(0, (size, -1))
-        order = [0, 2, 1, *range(4, 4 + rank), 3, *range(4 + rank, 4 + 2 * rank)]
+            x = x.unfold(1 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
+        # (images, *positions, channels, *kernel)
+        x = x.unflatten(1 + rank, (groups, -1)).unflatten(0, (size, -1))
+        order = [0, 2 + rank, *range(1, 2 + rank), *range(4 + rank, 4 + 2 * rank), 3 + rank]
         x = x.permute(order).reshape(size, groups, -1, math.prod(self.shape[1:]))
         g = g.flatten(3).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+        g = kept(g.mT).mT
+        inner = [*kernel, self.shape[1]]
         if x.shape[-1] < g.shape[2]:  # the longer rows last
-            return (x.mT @ g.mT).mT.reshape(size, *self.shape)
-        return (g @ x).reshape(size, *self.shape)
+            rows = products(x.mT, g.mT).unflatten(2, inner)
+            return Stored(self.weight, rows, (1, 3 + rank, 2 + rank, *range(2, 2 + rank)), self.shape)
+        rows = products(g, x).unflatten(3, inner)
+        return Stored(self.weight, rows, (1, 2, 3 + rank, *range(3, 3 + rank)), self.shape)
 
 
 def _images(x: Tensor, size: int, rank: int) -> Tensor:
