@@ -215,6 +215,11 @@ def _function(document: dict[str, Any], before: str | None, tensors: list[str]) 
     asks = document["asks"]
     return [
         f"asks for the columns {', '.join(asks['columns'])} of the split {document['split']}, as they are",
+        *(
+            [f"and for all rows of the tables {', '.join(asks['tables'])}, as they are"]
+            if asks.get("tables")
+            else []
+        ),
         f"takes {asks['seconds']:g} s in a sandbox without network; costs no epsilon, because it has no guarantee",
         "its answer will wait here again before anybody sees it",
         *_selection(asks),

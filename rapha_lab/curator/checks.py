@@ -8,7 +8,7 @@ things end the matter: a kind of value we have no word for, more than can be loo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -18,6 +18,8 @@ import polars as pl
 from safetensors.numpy import load, save
 
 from rapha_lab.curator.cohort import View
+from rapha_lab.curator.tables import PATIENT
+from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.policy import unseen
 
 __all__ = ["Found", "result", "tensors"]
@@ -48,16 +50,22 @@ class _StoppedError(Exception):
     pass
 
 
-def result(parcel: Any, blob: bytes, view: View) -> Found:
+def result(parcel: Any, blob: bytes, view: View, tables: Sequence[str] = ()) -> Found:
     """Check what a reviewed function returned; total, whatever it is.
 
     Args:
         parcel: its description, as JSON.
         blob: its tensors, safetensors.
         view: the patients it saw.
+        tables: the tables with many rows a patient that it saw.
     """
     found = Found()
     try:
+        shown = [c for c in view.schema.columns if c.type != "image"]
+        seen = [(shown, view.frame([c.name for c in shown]).with_row_index(PATIENT))]
+        seen += [
+            ([c for c in view.schema.table(t).columns if c.type != "image"], view.table(t)) for t in tables
+        ]
         arrays = load(blob) if blob else {}
         spec = parcel["values"]["result"]
         leaves = list(islice(_leaves(spec, "result", arrays, 0), MOST + 1))
@@ -76,8 +84,8 @@ def result(parcel: Any, blob: bytes, view: View) -> Found:
             *_counts(numbers),
             *_rounding(numbers),
             *_strings(leaves),
-            *_singled(numbers, view),
-            *_tables(spec, "result", view),
+            *(line for columns, rows in seen for line in _singled(numbers, columns, rows)),
+            *(line for columns, rows in seen for line in _tables(spec, "result", columns, rows)),
         ]
         kept: dict[str, np.ndarray] = {}
         found.parcel = {"values": {"result": _restated(spec, arrays, kept)}}
@@ -198,41 +206,37 @@ def _strings(leaves: list[Leaf]) -> Iterator[str]:
     yield from _listed("Text, which may say anything", texts)
 
 
-def _singled(numbers: list[Leaf], view: View) -> Iterator[str]:
+def _singled(numbers: list[Leaf], columns: Sequence[Column], rows: pl.DataFrame) -> Iterator[str]:
     """Numbers that are some few patients' very own: a minimum, a maximum, a record."""
-    seen: dict[str, list[str]] = {}
-    for column in view.schema.columns:
+    for column in columns:
         if column.numeric:
-            values, counts = np.unique(
-                view.numbers(column.name)[view.known(column.name)].numpy(), return_counts=True
-            )
-            rare = set(values[counts < THRESHOLD].tolist())
-            seen[column.name] = [w for w, v in numbers if v in rare and v != int(v)]
-    for name, places in seen.items():
-        yield from _listed(f"Equal to the {name} of fewer than {THRESHOLD} patients", places)
+            of = rows.group_by(column.name).agg(pl.col(PATIENT).n_unique())
+            rare = set(of.filter(pl.col(PATIENT) < THRESHOLD)[column.name].drop_nulls().cast(pl.Float64))
+            places = [w for w, v in numbers if v in rare and v != int(v)]
+            yield from _listed(f"Equal to the {column.name} of fewer than {THRESHOLD} patients", places)
 
 
-def _tables(spec: Any, where: str, view: View) -> Iterator[str]:
+def _tables(spec: Any, where: str, columns: Sequence[Column], rows: pl.DataFrame) -> Iterator[str]:
     """For tables by categories of the schema: how many patients stand behind each row, and whether one rules it."""
     if spec["kind"] in ("dict", "list", "tuple"):
         parts = spec["items"].items() if spec["kind"] == "dict" else enumerate(spec["items"])
         for name, item in parts:
-            yield from _tables(item, f"{where}.{name}", view)
+            yield from _tables(item, f"{where}.{name}", columns, rows)
     if spec["kind"] != "table":
         return
-    known = {c.name: c for c in view.schema.columns}
+    known = {c.name: c for c in columns}
     keys = [name for name in spec["columns"] if name in known and not known[name].numeric]
     values = [c.name for c in known.values() if c.numeric and any(_about(n, c.name) for n in spec["columns"])]
     if not keys:
         return
-    groups = view.frame([*keys, *values]).group_by(keys)
+    # what each patient adds to each row, from however many rows of theirs
+    each = rows.group_by(*keys, PATIENT).agg(pl.col(name).abs().sum() for name in values)
+    groups = each.group_by(keys)
     sizes = groups.len().filter(pl.col("len") < THRESHOLD)
     if len(sizes):
         yield f"Threshold: {len(sizes)} row(s) of {where} stand for fewer than {THRESHOLD} patients."
     for name in values:
-        ruled = [
-            str(key) for key, part in groups if _ruled(part[name].drop_nulls().abs().sort(descending=True))
-        ]
+        ruled = [str(key) for key, part in groups if _ruled(part[name].sort(descending=True))]
         yield from _listed(f"Dominance: few patients make up most of {name} in these rows of {where}", ruled)
 
 

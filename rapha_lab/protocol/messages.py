@@ -320,6 +320,7 @@ class Review(Ask, kw_only=True, frozen=True, tag="review"):
     source: Annotated[str, Meta(min_length=1, max_length=100_000)]
     name: Name
     columns: Annotated[list[Name], Meta(min_length=1, max_length=4096)]
+    tables: Annotated[list[Name], Meta(max_length=100)] = []
     inputs: dict[str, Any] = {}
     seconds: Annotated[float, Meta(gt=0.0, le=60.0)] = 10.0
 

@@ -293,6 +293,7 @@ class Patients(Questions):
         function: Callable[..., Any],
         *,
         columns: str | Sequence[str] | None = None,
+        tables: str | Sequence[str] = (),
         inputs: Mapping[str, Any] | None = None,
         seconds: float = 10.0,
     ) -> Any:
@@ -302,9 +303,11 @@ class Patients(Questions):
         have seen and released what it returned. Any change of either is a new function to approve.
 
         Args:
-            function: of a polars frame of these patients, and of `inputs` by name. Its source travels, so it imports
+            function: of a polars frame of these patients, and of `tables` and `inputs` by name. Its source travels, so it imports
                 what it needs inside and uses nothing else from outside.
             columns: what the frame holds; all columns if not given.
+            tables: those with many rows a patient: each is a frame of the rows that count, whose column `__patient` is the
+                place of the row's patient in the first frame, as in `frame.with_row_index("__patient")`.
             inputs: further arguments: numbers, strings, arrays, tensors, frames, modules as their weights.
             seconds: the time it has.
 
@@ -319,9 +322,15 @@ class Patients(Questions):
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
             self.schema.column(name)
+        rows = [tables] if isinstance(tables, str) else list(tables)
+        for name in rows:
+            self.schema.table(name)
+            if name in (inputs or {}):
+                what = f"{name} is both a table and an input."
+                raise RequestError(what, "", "Name the input differently.", field=name)
         given, blob = parcels.pack(inputs or {}, list(inputs or {}))
         asked: dict[str, Any] = {"source": shard.source_of(function), "name": function.__name__}
-        asked |= {"columns": names, "inputs": given, "seconds": float(seconds)}
+        asked |= {"columns": names, "tables": rows, "inputs": given, "seconds": float(seconds)}
         about = {
             "dataset": self.schema.name,
             "split": self._split,

@@ -54,10 +54,10 @@ def reviewed(header: bytes, blob: bytes) -> tuple[dict[str, Any], bytes]:
         Exception: whatever the function raises.
     """
     told = msgspec.json.decode(header)
-    size = told["records"]
-    function = _function(told["source"], told["name"])
-    inputs = parcels.unpack(told["inputs"], blob[size:])
-    result = function(polars.read_ipc(io.BytesIO(blob[:size])), **inputs)
+    function, data = _function(told["source"], told["name"]), io.BytesIO(blob)
+    frame, *rows = (polars.read_ipc(io.BytesIO(data.read(size))) for size in told["records"])
+    inputs = parcels.unpack(told["inputs"], data.read())
+    result = function(frame, **dict(zip(told["tables"], rows, strict=True)), **inputs)
     parcel, tensors = parcels.pack({"result": result}, ["result"])
     return {"parcel": parcel}, tensors
 

@@ -8,15 +8,18 @@ import math
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import wards
 from safetensors.numpy import load, save
 
+from rapha_lab.client.mock import mock, mock_tables
 from rapha_lab.curator import checks
-from rapha_lab.curator.cohort import View
+from rapha_lab.curator.cohort import Cohort, View
 from rapha_lab.curator.mechanisms import review
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RequestError
+from rapha_lab.session import parcels, shard
 
 PATIENT = {"age": 50.0, "crp": 1.0, "visits": 3.0, "smoker": True, "died": False, "sex": "F", "site": "North"}
 
@@ -115,6 +118,61 @@ def test_a_forged_frame_is_read_like_any(view: View) -> None:
     frame = io.BytesIO()
     blob = save({"0": np.array([1 + 1j], np.complex64)})
     messages.write_frame(frame, messages.encode({"parcel": parcel(array())}), blob)
-    answer = review._answer("f", frame.getvalue().ljust(messages.REVIEWED, b"\0"), view)
+    ask = messages.Review(dataset="ward", split="all", source="pass", name="f", columns=["age"])
+    answer = review._answer(ask, frame.getvalue().ljust(messages.REVIEWED, b"\0"), view)
     assert "cannot be checked" in answer.values["failed"]
     assert not answer.tensors
+
+
+class TestRows:
+    """Tables with many rows a patient, in a reviewed function."""
+
+    LABS = """
+def labs_of(frame, labs, least):
+    import polars as pl
+    rows = frame.with_row_index("__patient").join(labs, on="__patient")
+    return {"mean": rows["value"].mean(), "people": rows["__patient"].n_unique(), "rows": len(labs), "least": least}
+"""
+
+    @pytest.fixture
+    def labs(self) -> View:
+        """Fifty patients and their tables."""
+        schema = wards.hospital()
+        made = mock_tables(schema, 50)
+        return Cohort(schema, mock(schema, 50), bytes(16), tables=made).view("all")
+
+    def test_a_function_gets_the_rows_that_count_by_patient(self, labs: View) -> None:
+        """Each with the place of its patient in the first frame, and its inputs beside."""
+        asked = {
+            "dataset": "ward",
+            "split": "all",
+            "source": self.LABS,
+            "name": "labs_of",
+            "columns": ["age"],
+        }
+        given, blob = parcels.pack({"least": 3}, ["least"])
+        ask = messages.Review(**asked, tables=["labs"], inputs=given)
+        header, tensors = messages.read_frame(io.BytesIO(review._job(ask, blob, labs))) or (b"", b"")
+        told, arrays = shard.reviewed(header, tensors)
+        result = parcels.unpack(told["parcel"], arrays)["result"]
+        rows = labs.table("labs")
+        assert (result["rows"], result["least"]) == (len(rows), 3)
+        assert result["people"] == rows["__patient"].n_unique()
+        assert result["mean"] == pytest.approx(rows["value"].mean())
+        with pytest.raises(RequestError, match="no table 'lab'"):
+            review.plan(messages.Review(**asked, tables=["lab"]), b"", labs.schema, None)  # type: ignore[arg-type]
+
+    def test_the_checks_see_the_rows_it_saw(self, labs: View) -> None:
+        """A row's own value is a few patients' own; how many rows a patient has does not make them many."""
+        own = float(next(v for v in labs.table("labs")["value"].drop_nulls() if v != int(v)))
+        told = checks.result(parcel(plain(own)), b"", labs, ["labs"])
+        assert any("Equal to the value of fewer than 10 patients" in line for line in told.prompts)
+        assert not any(
+            "Equal to the value" in line for line in checks.result(parcel(plain(own)), b"", labs).prompts
+        )
+        key = next(c.name for c in labs.schema.table("labs").columns if c.type in ("category", "boolean"))
+        few = labs.table("labs").filter(pl.col("__patient") < 9)
+        rows = pl.concat([few] * 40)  # many rows of nine patients
+        spec = {"kind": "table", "columns": {key: plain(1), "value_mean": plain(1.0)}}
+        found = list(checks._tables(spec, "result", labs.schema.table("labs").columns, rows))
+        assert any("stand for fewer than 10 patients" in line for line in found)

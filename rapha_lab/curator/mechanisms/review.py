@@ -39,6 +39,8 @@ def plan(ask: Review, tensors: bytes, schema: Schema, workers: Workers) -> Plan:
     """
     for name in ask.columns:
         schema.column(name)
+    for name in ask.tables:
+        schema.table(name)
     if strange := unseen(ask.source):
         raise RequestError(
             f"The source has an invisible character, U+{ord(strange[0]):04X}.",
@@ -54,21 +56,30 @@ def plan(ask: Review, tensors: bytes, schema: Schema, workers: Workers) -> Plan:
     def run(view: View, progress: Progress) -> Answer:
         jobs = [_job(ask, tensors, view)]
         told = workers.answers(jobs, 1, REVIEWED, ask.seconds, lambda: progress(1), lambda: progress(0))
-        return _answer(ask.name, told[0], view)
+        return _answer(ask, told[0], view)
 
     return Plan(Reviewed(), 1, touched(ask.split), run, workers.waves(1))
 
 
 def _job(ask: Review, tensors: bytes, view: View) -> bytes:
     """All that the worker is given: source, inputs, and the columns asked for."""
-    records, frame = io.BytesIO(), io.BytesIO()
-    view.frame(ask.columns).write_ipc(records)
-    header = {"source": ask.source, "name": ask.name, "inputs": ask.inputs, "records": records.tell()}
+    records, sizes, frame = io.BytesIO(), list[int](), io.BytesIO()
+    for part in (view.frame(ask.columns), *map(view.table, ask.tables)):
+        begins = records.tell()
+        part.write_ipc(records)
+        sizes.append(records.tell() - begins)
+    header = {
+        "source": ask.source,
+        "name": ask.name,
+        "inputs": ask.inputs,
+        "records": sizes,
+        "tables": ask.tables,
+    }
     messages.write_frame(frame, messages.encode(header), records.getvalue() + tensors)
     return frame.getvalue()
 
 
-def _answer(name: str, told: bytes, view: View) -> Answer:
+def _answer(ask: Review, told: bytes, view: View) -> Answer:
     """What the worker wrote, if it is a result in our own words; anything at all may have been written."""
     parcel, blob, failed = None, b"", "It gave no answer in its time, or ended in another way."
     try:
@@ -79,10 +90,10 @@ def _answer(name: str, told: bytes, view: View) -> Answer:
             canonical(parcel)
     except (RaphaError, msgspec.DecodeError, ValueError, TypeError, RecursionError, UnicodeDecodeError):
         parcel, blob, failed = None, b"", "What it answered cannot be read."
-    values: dict[str, Any] = {"kind": "review", "function": name}
+    values: dict[str, Any] = {"kind": "review", "function": ask.name}
     if parcel is None:
         return Answer(values | {"failed": failed}, findings=("The function failed: there is no result.",))
-    found = checks.result(parcel, blob, view)
+    found = checks.result(parcel, blob, view, ask.tables)
     if found.stopped:
         return Answer(values | {"failed": f"It was stopped: {found.stopped}"}, findings=tuple(found.prompts))
     return Answer(values | {"parcel": found.parcel}, found.blob, tuple(found.prompts))
