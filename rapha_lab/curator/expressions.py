@@ -270,6 +270,8 @@ def evaluated(expression: Expression, frame: pl.DataFrame, scope: Mapping[str, T
 def _called(call: Call, parts: list[pl.Expr], scope: Mapping[str, Typed]) -> pl.Expr:
     kinds = [typed_in(part, scope, None) for part in call.of]
     whole = typed_in(call, scope, None)
+    if call.fn in ("eq", "ne", "is_in") and any(k.type == "text" for k in kinds):
+        return _NUMERIC[call.fn]([_words(node, part) for node, part in zip(call.of, parts, strict=True)])
     if call.fn in ("eq", "ne", "is_in", "when", "fill_null") and any(k.type == "category" for k in kinds):
         return _of_categories(call.fn, parts, kinds)
     if call.fn in _ALIKE:
@@ -285,6 +287,11 @@ def _literal(value: Any) -> pl.Expr:
     if value is None or isinstance(value, bool):
         return pl.lit(value, pl.Boolean)
     return pl.lit(float(value), pl.Float64)
+
+
+def _words(node: Expression, part: pl.Expr) -> pl.Expr:
+    """A text as it is compared, spaces around it left out, as they are of discovered keys."""
+    return (pl.lit(node.value, pl.String) if isinstance(node, Lit) else part).str.strip_chars(" ")
 
 
 def _of_categories(fn: str, parts: list[pl.Expr], kinds: Sequence[Typed]) -> pl.Expr:

@@ -82,13 +82,13 @@ class Typed:
     """What is public about an expression's value.
 
     Attributes:
-        type: number, integer, boolean, category, or null for nothing but a missing value.
+        type: number, integer, boolean, category, text, or null for nothing but a missing value.
         low, high: of a number; infinite where nothing public bounds it.
         categories: of a category.
         missing: whether it can be missing.
     """
 
-    type: Literal["number", "integer", "boolean", "category", "null"]
+    type: Literal["number", "integer", "boolean", "category", "text", "null"]
     low: float = 0.0
     high: float = 1.0
     categories: tuple[str, ...] = ()
@@ -115,12 +115,12 @@ def scope_in(table: Table, patients: Scope) -> dict[str, Typed]:
     return {**patients, **own, **time}
 
 
-_PLAIN = ("number", "integer", "boolean", "category")
+_PLAIN = ("number", "integer", "boolean", "category", "text")
 
 
 def of_column(column: Column) -> Typed:
     """What is public about a column's value."""
-    low, high = column.limits if column.type != "category" else (0.0, 1.0)
+    low, high = column.limits if column.type not in ("category", "text") else (0.0, 1.0)
     kind: Any = column.type
     return Typed(kind, low, high, column.categories, column.missing == "possible")
 
@@ -154,6 +154,8 @@ def _column(name: str, expression: Expression, found: Typed) -> Column:
     known: dict[str, Any] = {"name": name, "type": found.type, "missing": "possible"}
     if found.type == "null":
         raise RequestError(f"{name} is always missing.", "Nothing but a null makes it.", field=name)
+    if found.type == "text":
+        raise RequestError(f"{name} is a text.", "Texts are only compared with words.", field=name)
     if found.type in ("number", "integer"):
         if not max(abs(found.low), abs(found.high)) <= LARGEST:
             raise RequestError(
@@ -276,7 +278,7 @@ def _over(node: Over, patients: Scope, schema: Schema | None) -> Typed:
         if of.type != "boolean":
             raise RequestError(f"{node.fn} is of truths, not of a {of.type}.", field=node.fn)
         return Typed("boolean")
-    if node.fn in ("first", "last"):
+    if node.fn in ("first", "last") and of.type != "text":
         if not table.time:
             raise RequestError(
                 f"The table {table.name} has no time.", f"So it has no {node.fn}.", field=node.fn
@@ -430,12 +432,18 @@ def _extreme(call: Call, of: list[Typed]) -> Typed:
 def _compare(call: Call, of: list[Typed]) -> Typed:
     a, b = of
     missing = a.missing or b.missing
-    if "null" in (a.type, b.type) or (a.numeric and b.numeric):
+    ordered = call.fn not in ("eq", "ne")
+    if (a.numeric and b.numeric) or (
+        "null" in (a.type, b.type) and not (ordered and "text" in (a.type, b.type))
+    ):
         return Typed("boolean", missing=missing)
-    if a.type == b.type == "category" and call.fn in ("eq", "ne"):
+    if a.type == b.type == "category" and not ordered:
         _listed(call.of[0], a, [call.of[1]])
         _listed(call.of[1], b, [call.of[0]])
         united(a, b, call.fn)
+        return Typed("boolean", missing=missing)
+    words = call.of[0 if a.type == "category" else 1]
+    if {a.type, b.type} == {"text", "category"} and isinstance(words, Lit) and not ordered:
         return Typed("boolean", missing=missing)
     what = f"A {a.type} and a {b.type} cannot be compared by {call.fn}."
     raise RequestError(what, f"In {text(call):.200}.", field=call.fn)
@@ -461,8 +469,9 @@ def _is_in(call: Call, of: list[Typed]) -> Typed:
         if not isinstance(literal, Lit) or literal.value is None:
             raise RequestError("is_in needs a list of values.", field="is_in")
     first, rest = of[0], of[1:]
-    _listed(call.of[0], first, call.of[1:])
-    if any((part.type == "category") != (first.type == "category") for part in rest):
+    if first.type != "text":
+        _listed(call.of[0], first, call.of[1:])
+    if any((part.type == "category") != (first.type in ("category", "text")) for part in rest):
         raise RequestError(f"A {first.type} is none of these values.", field="is_in")
     return Typed("boolean", missing=first.missing)
 
@@ -481,6 +490,8 @@ def _is_null(call: Call, of: list[Typed]) -> Typed:
 
 def united(a: Typed, b: Typed, where: str) -> Typed:
     """The type of what is either of two."""
+    if "text" in (a.type, b.type):
+        raise RequestError("A text is only compared with words.", field=where)
     if "null" in (a.type, b.type):
         return replace(b if a.type == "null" else a, missing=True)
     missing = a.missing or b.missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -20,6 +21,8 @@ __all__ = ["Ask", "Groups", "PerPatient", "Questions", "Table", "made", "positiv
 
 Ask = Callable[[messages.ASKS, bytes], tuple[dict[str, Any], bytes]]
 Names = str | Sequence[str]
+
+PIVOTED = ("mean", "min", "max", "sum", "first", "last", "std", "count")
 
 
 class Questions:
@@ -377,11 +380,65 @@ class Table:
         check_rows(rows, self._table, self._patients._whole)
         return Table(self._patients, self.name, rows)
 
-    def group_by(self, column: str) -> ByPatient | RowGroups:
+    def group_by(self, *columns: Any) -> ByPatient | RowGroups:
         """By "patient", to aggregate each one's own rows; or by a column with public values, to ask about."""
+        flat = [name for each in columns for name in (each if isinstance(each, (list, tuple)) else [each])]
+        if len(flat) != 1:
+            what, instead = (
+                f"Rows are grouped by one column, not {len(flat)}.",
+                'pivot("code", values="value"), say.',
+            )
+            raise RequestError(
+                what, "For one value a patient and code, say pivot.", instead, field="group_by"
+            )
+        (column,) = flat
         if column in ("patient", self._table.patient, self._patients._whole.patient):
             return ByPatient(self)
         return RowGroups(self, column)
+
+    def pivot(
+        self,
+        on: str,
+        *,
+        values: str,
+        index: str = "patient",
+        on_columns: Sequence[Any] | None = None,
+        aggregate_function: str = "mean",
+    ) -> PerPatient:
+        """One column a patient for each value of `on`, such as a code: its rows' `values`, aggregated; to be joined.
+
+        Args:
+            on: a category; or any plain column, where `on_columns` lists values.
+            values: the column that is aggregated.
+            index: the patient: there is one value for each.
+            on_columns: the values of `on` that become columns, named `on_value`; all of a category's if not given.
+            aggregate_function: mean, min, max, sum, first, last, std or count.
+        """
+        column = self._table.find(on)
+        wanted = list(on_columns or (column.categories if column is not None else ()))
+        if column is None or not wanted:
+            what = (
+                f"{on} has no public list of values."
+                if column
+                else f"There is no column {on!r} in {self.name}."
+            )
+            raise RequestError(what, instead="Name a category, or list values: on_columns=[...].", field=on)
+        if aggregate_function not in PIVOTED:
+            what = f"{aggregate_function!r:.40} is no aggregation."
+            raise RequestError(what, f"There are {', '.join(PIVOTED)}.", field="aggregate_function")
+        if not isinstance(self.group_by(index), ByPatient):
+            raise RequestError("A pivot is by patient.", instead='Say index="patient".', field="index")
+        found: dict[str, Expression] = {}
+        for value in wanted:
+            name = re.sub(r"\W", "_", f"{on}_{value}")[:64]
+            if name in found:
+                what = f"Two values of {on} give a column {name}."
+                raise RequestError(what, instead="Leave one out of on_columns.", field=on)
+            is_it = _both(self.rows, Call("eq", [Col(on), Lit(value)]))
+            fn: Any = aggregate_function
+            found[name] = Over(self.name, fn, Col(values), is_it)
+        extended(self._patients._whole, found)
+        return PerPatient(self, found)
 
     def count(self, **options: Any) -> Release:
         """How many rows there are; give epsilon or error, and `cap`, the most rows of one patient that count."""

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import product
 
 import msgspec
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wards import SALT, cohort_of, hospital, rows, ward
+from wards import FIELDS, SALT, TABLES, cohort_of, hospital, rows, ward
 
 from rapha_lab.client.mock import mock, mock_tables
 from rapha_lab.client.rehearsal import Rehearsal
@@ -186,6 +187,51 @@ class TestMeaning:
             assert (value is None) == (want is None), (patient, value, want)
             assert value is None or value == pytest.approx(float(want), abs=2e-5)
 
+    @pytest.mark.parametrize(
+        "condition",
+        [
+            pl.col("text") == "I50",
+            pl.col("text") != "I50",
+            pl.lit("I50") == pl.col("text"),
+            pl.col("text").is_in(["I50", "x y", ""]),
+            pl.col("text").is_null() | (pl.col("text") == "x y"),
+        ],
+        ids=str,
+    )
+    def test_a_text_is_compared_with_words(self, condition):
+        """As polars does, but for the spaces around it; null stays neither."""
+        schema, written = hospital(), ["I50", " I50 ", "i50", "I50.1", "x y", "", None, "a\0b", "é"]
+        tables = mock_tables(schema, 9)
+        notes = pl.DataFrame({"pid": mock(schema, 9)[schema.patient], "text": written, "scan": None})
+        tables["notes"] = notes.with_columns(scan=pl.lit(None, tables["notes"]["scan"].dtype))
+        cohort = Cohort(schema, mock(schema, 9), SALT, tables=tables)
+        found = (
+            Chosen(cohort, {"n": over(pl.len(), "notes", translate(condition))}, None)
+            .view("all")
+            .numbers("n")
+        )
+        wanted = notes.select(pl.col("pid"), pl.col("text").str.strip_chars(" ")).filter(condition)["pid"]
+        assert [pid for pid, n in zip(notes["pid"], found, strict=True) if n] == wanted.to_list()
+
+    @pytest.mark.parametrize("fn", FUNCTIONS)
+    def test_whatever_else_is_made_of_a_text_is_refused_or_computed(self, fn):
+        """No text makes a function raise at the curator, such as a cast of words to a number would."""
+        schema = hospital(columns=[*FIELDS["columns"], TABLES[1]["columns"][0]])
+        frame = mock(schema, 6).with_columns(text=pl.Series(["1.5", "x", "", None, "inf", "true"]))
+        cohort = Cohort(schema, frame, SALT, tables=mock_tables(schema, 6))
+        parts = [Col("text"), Lit("x"), Lit(None), Lit(1), Lit(True), Col("sex")]
+        fewest, most, _ = FUNCTIONS[fn]
+        for count in range(fewest, min(most, 3) + 1):
+            for of in product(parts, repeat=count):
+                expression = Call("is_null", [Call(fn, list(of))])
+                if Col("text") not in of:
+                    continue
+                try:
+                    typed(expression, schema)
+                except RequestError:
+                    continue
+                Chosen(cohort, {}, expression).view("all").known("age")
+
     def test_windows_before_and_after_an_index_date(self):
         """Rows are told apart by a date that is each patient's own."""
         schema = hospital()
@@ -326,6 +372,49 @@ e = joined.where(pl.col("n") > 0).table("labs").where(pl.col("age") > 40).count(
         )
         assert released["e"].value == mine.height
         assert "where" in released["a"].values
+
+    def test_a_pivot_gives_a_column_a_code_as_polars_does(self):
+        """The mean of each patient's values with a code, missing where there is none."""
+        schema = hospital(patients=2000)
+        rehearsal = Rehearsal()
+        cell = """
+wide = patients.table("labs").where(pl.col("value") > 1).pivot("code", index="patient", values="value")
+only = patients.table("labs").pivot("code", on_columns=["b"], values="value", aggregate_function="max")
+"""
+        rehearsal.run(f"import polars as pl{cell}", schema, epsilon=None)
+        tables, frame = mock_tables(schema, 400, seed=0), mock(schema, 400, seed=0)
+        cohort = Cohort(schema, frame, bytes(16), tables=tables)
+        view = Chosen(cohort, rehearsal.namespace["wide"].columns, None).view("all")
+        labs = cohort.view("all").table("labs").filter(pl.col("value") > 1)
+        polars = labs.pivot("code", index="__patient", values="value", aggregate_function="mean")
+        for code in ("a", "b", "c"):
+            wanted = dict(polars.select("__patient", code).drop_nulls().iter_rows())
+            known, found = view.known(f"code_{code}").tolist(), view.numbers(f"code_{code}").tolist()
+            assert {n for n, is_known in enumerate(known) if is_known} == {*wanted}
+            assert all(found[n] == pytest.approx(value, abs=2e-5) for n, value in wanted.items())
+        assert list(rehearsal.namespace["only"].columns) == ["code_b"]
+
+    @pytest.mark.parametrize(
+        ("call", "field"),
+        [
+            ('pivot("code", values="valu")', "valu"),
+            ('pivot("cod", values="value")', "cod"),
+            ('pivot("value", values="value")', "value"),
+            ('pivot("code", values="value", aggregate_function="median")', "aggregate_function"),
+            ('pivot("code", values="value", on_columns=["z"])', "code"),
+            ('pivot("code", values="value", index="code")', "index"),
+            ('group_by("patient", "code")', "group_by"),
+            ('where(pl.col("text") < "b")', "lt"),
+        ],
+    )
+    def test_a_pivot_or_group_that_cannot_be_is_told(self, call, field):
+        """Naming what does not fit."""
+        table = "notes" if "text" in call else "labs"
+        with pytest.raises(RequestError) as caught:
+            Rehearsal().run(
+                f'import polars as pl\npatients.table("{table}").{call}', hospital(), epsilon=None
+            )
+        assert caught.value.field == field
 
     def test_a_selection_reaches_training_evaluation_and_shards(self):
         """Derived columns are inputs and targets, and patients who are left out contribute nothing."""
