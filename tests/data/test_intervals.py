@@ -50,6 +50,13 @@ class TestCohorts:
     def truths(self, ask, frame):
         """What polars says."""
         age = frame["age"].drop_nulls()
+        if isinstance(ask, messages.Count):
+            return [(frame["sex"] == sex).sum() for sex in ("F", "M")] + [frame["sex"].null_count()]
+        if isinstance(ask, messages.Mean):
+            groups = [frame.filter(pl.col("sex") == sex) for sex in ("F", "M")] + [
+                frame.filter(pl.col("sex").is_null())
+            ]
+            return [group["age"].mean() for group in groups]
         if isinstance(ask, messages.Sum):
             return [age.sum()]
         if isinstance(ask, messages.Variance):
@@ -68,6 +75,8 @@ class TestCohorts:
     @pytest.mark.parametrize(
         "ask",
         [
+            messages.Count(by=["sex"], **BASE),
+            messages.Mean(column="age", by=["sex"], **BASE),
             messages.Sum(column="age", **BASE),
             messages.Variance(column="age", **BASE),
             messages.Quantiles(column="age", at=(0.05, 0.5, 0.9), bins=50, **BASE),
