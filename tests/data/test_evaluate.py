@@ -16,8 +16,9 @@ from wards import SALT, cohort_of, repeatable, rows, ward
 from rapha_lab.client.mock import mock
 from rapha_lab.curator.accounting import Pure
 from rapha_lab.curator.cohort import Cohort, View
+from rapha_lab.curator.lift import Lifted
 from rapha_lab.curator.mechanisms import concordance, evaluate, metrics
-from rapha_lab.protocol.errors import ProgramError, RequestError
+from rapha_lab.protocol.errors import ProgramError, RefusedError, RequestError
 from rapha_lab.protocol.messages import Evaluate
 from rapha_lab.protocol.program import Node, Program, Ref, TensorSpec
 
@@ -109,6 +110,19 @@ class TestPrivacy:
     def test_turns_put_nobody_on_anothers_place(self):
         """Patients of one slot come one after the other."""
         assert evaluate.turns_of(np.array([2, 0, 2, 2, 0, 1])).tolist() == [0, 0, 1, 2, 1, 0]
+
+    def test_nor_on_a_machine_that_mixes_rows(self, monkeypatch):
+        """An evaluation does not start where a made-up patient's score moves with the others'."""
+        original = Lifted.scores
+
+        def leaky(self, parameters, constants, inputs):
+            return original(self, parameters, constants, inputs) + 1e-3 * inputs["x"].nan_to_num().sum()
+
+        plan = evaluate.plan(ask(split="all"), TENSORS, ward(), 1e-5)
+        plan.run(cohort_of(rows(50)).view("all"), lambda steps: None)
+        monkeypatch.setattr(Lifted, "scores", leaky)
+        with pytest.raises(RefusedError, match="reproducibly"):
+            plan.run(cohort_of(rows(50)).view("all"), lambda steps: None)
 
 
 def last_digits():

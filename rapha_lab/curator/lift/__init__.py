@@ -225,6 +225,15 @@ class Lifted:
         Raises:
             RefusedError: if it does not; a function of program and machine alone.
         """
+        return self._reproducible(
+            lambda rows, only: [*self.clipped_sum(parameters, constants, rows, only, 1.0).values()]
+        )
+
+    def selftest_scores(self, parameters: Tensors, constants: Tensors) -> float:
+        """The same for a made-up patient's score."""
+        return self._reproducible(lambda rows, only: [self.scores(parameters, constants, rows)[only]])
+
+    def _reproducible(self, compute: Callable[[Tensors, Tensor], list[Tensor]]) -> float:
         generator = torch.Generator().manual_seed(0)
         batch = {spec.name: _made_up(spec, self.microbatch, generator) for spec in self.program.inputs}
         took = []
@@ -235,12 +244,17 @@ class Lifted:
                 with torch.random.fork_rng():
                     torch.manual_seed(0)
                     began = time.perf_counter()
-                    seen.append(self.clipped_sum(parameters, constants, rows, only, 1.0))
+                    seen.append(compute(rows, only))
                 took.append(time.perf_counter() - began)
-            if not all(torch.equal(t, other[name]) for other in seen for name, t in seen[0].items()):
+            # a score that is no number is none in any company
+            if not all(
+                torch.equal(mine.nan_to_num(), again.nan_to_num())
+                for other in seen
+                for mine, again in zip(seen[0], other, strict=True)
+            ):
                 raise RefusedError(
                     "This machine does not compute this model reproducibly.",
-                    "A patient's gradient depended on the rest of the batch, so privacy is not proved.",
+                    "What is computed of a patient depended on the rest of the batch, so privacy is not proved.",
                     "Tell the site's custodian.",
                 )
         return min(took)

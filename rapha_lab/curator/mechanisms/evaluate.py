@@ -200,6 +200,8 @@ def logits(ask: Evaluate, tensors: bytes, schema: Schema) -> Callable[[View], Te
     patient has one slot by keyed hash, whoever else is there: in a slot given by order, one patient more moved all
     the later scores.
 
+    The function raises RefusedError if this machine's arithmetic moves a made-up patient's score with the others'.
+
     Raises:
         ProgramError: if it is not one patient's logit in allowed operations.
     """
@@ -216,6 +218,7 @@ def logits(ask: Evaluate, tensors: bytes, schema: Schema) -> Callable[[View], Te
         lifted.for_batches_of(math.ceil(expected))
 
     def score(view: View) -> Tensor:
+        lifted.selftest_scores(parameters, constants)
         width = lifted.microbatch
         inputs = view.rows(ask.inputs)
         places = view.slots(width)
