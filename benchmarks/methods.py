@@ -94,6 +94,9 @@ class Public:
     def layout(self, columns: Any) -> tuple[tuple[int, ...], str]:
         return ((WIDTH,) if isinstance(columns, list) else ()), "float32"
 
+    def held(self, shapes: Any) -> None:
+        """All of it fits in memory."""
+
 
 def made(patients: int, seed: int, elsewhere: bool = False) -> tuple[Tensor, Tensor]:
     """Inputs of very different use: a few matter, through a product too; elsewhere, partly others and less so."""
