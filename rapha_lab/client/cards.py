@@ -44,8 +44,13 @@ def gauge(budget: dict[str, Any]) -> str:
         f'<svg width="140" height="10" role="img" aria-label="{share:.0%} spent" style="vertical-align:middle">'
         '<rect width="140" height="10" rx="3" fill="currentColor" fill-opacity=".15"/>'
         f'<rect width="{140 * share:.1f}" height="10" rx="3" fill="{TEAL if share < 0.9 else AMBER}"/></svg> '
-        f"ε {spent:.3g} of {total:g} spent, {budget['left']:.3g} left{_discovery(budget)}"
+        f"ε {spent:.3g} of {total:g} spent, {budget['left']:.3g} left"
+        f"{_room(budget)}{_discovery(budget)}"
     )
+
+
+def _room(budget: dict[str, Any]) -> str:
+    return f", room for ε {budget['room']:.3g} at once" if "room" in budget else ""
 
 
 def _discovery(budget: dict[str, Any]) -> str:
@@ -58,13 +63,20 @@ def budget(budgets: dict[str, Any]) -> dict[str, Any]:
     """What is left of a dataset's budget, as a gauge for each project and split."""
     lines = [
         f"{project}, {split}: ε {b['spent']:.3g} of {b['epsilon']:g} spent, {b['left']:.3g} left; "
-        f"room for one more answer of ε {b['room']:.4g}{_discovery(b)}"
+        f"one more answer, fit or loop may take up to ε {b['room']:.4g} (room){_discovery(b)}"
         for project, splits in budgets.items()
         for split, b in splits.items()
     ]
     none = "No project of yours has a budget here."
-    html = f"<b>Privacy budget, per patient</b>{_budgets(budgets) or f'<div>{none}</div>'}"
-    return {"text/html": _box(TEAL, html), "text/plain": "\n".join(lines) or none}
+    told = f"<div style='{_MUTED}'>{_ROOM}</div>" if lines else f"<div>{none}</div>"
+    html = f"<b>Privacy budget, per patient</b>{_budgets(budgets)}{told}"
+    return {"text/html": _box(TEAL, html), "text/plain": "\n".join([*lines, _ROOM]) if lines else none}
+
+
+_ROOM = (
+    "left: the budget less the guarantee of all answers together. room: the largest ε of a single one that is admitted next; "
+    "after many small answers it is more than what is left, since together they tell less than the sum of their ε."
+)
 
 
 def _budgets(budgets: dict[str, Any]) -> str:

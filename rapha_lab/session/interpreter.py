@@ -144,12 +144,13 @@ def _captured(screen: Screen, name: str) -> Iterator[None]:
     import IPython.core.display_functions as functions
     import IPython.display as public
 
-    before = sys.stdout, sys.stderr, functions.display, public.display, pyplot.show, torch.compile
+    before = sys.stdout, sys.stderr, functions.display, public.display, pyplot.show
     streams = _Stream(screen, "stdout"), _Stream(screen, "stderr")
     sys.stdout, sys.stderr = screen.streams = streams
     functions.display = public.display = screen.show
     pyplot.show = lambda *_, **__: screen.figures()
-    torch.compile = _as_written
+    own = torch.compile, torch.amp.GradScaler
+    torch.compile, torch.amp.GradScaler = _as_written, _unscaled  # type: ignore[misc,assignment]
     cell = tracing.CELL.set(name)
     try:
         yield
@@ -158,12 +159,18 @@ def _captured(screen: Screen, name: str) -> Iterator[None]:
         screen.streams = ()
         for stream in streams:
             stream.send()
-        sys.stdout, sys.stderr, functions.display, public.display, pyplot.show, torch.compile = before
+        sys.stdout, sys.stderr, functions.display, public.display, pyplot.show = before
+        torch.compile, torch.amp.GradScaler = own  # type: ignore[misc]
 
 
 def _as_written(model: Any = None, **_: Any) -> Any:
     """In place of torch.compile: on sealed tensors there is nothing to gain, and the curator compiles for itself."""
     return model if model is not None else _as_written
+
+
+def _unscaled(device: str = "cuda", **_: Any) -> Any:
+    """In place of torch.amp.GradScaler: a scaled loss would have every patient's gradient clipped to nothing else."""
+    return torch.amp.grad_scaler.GradScaler(device, enabled=False)
 
 
 def run(source: str, namespace: dict[str, Any], screen: Screen, name: str = "<cell>") -> None:

@@ -424,7 +424,11 @@ class Patients(Questions):
         )
 
     def __len__(self) -> NoReturn:
-        self._sealed("The exact number of patients", "Ask patients.count(epsilon=0.1).", _COUNT)
+        self._sealed(
+            "The exact number of patients",
+            "Ask patients.count(epsilon=0.1); in place of a DataLoader, patients.train.batches(size=512, ...).",
+            _COUNT,
+        )
 
     def __bool__(self) -> NoReturn:
         self._sealed("Whether there are patients", "Ask patients.count(epsilon=0.1).", _COUNT)

@@ -32,14 +32,32 @@ Gradients = Callable[[Traced, dict[str, Columns], str], dict[str, Tensor]]
 """`(traced, columns by input, "mean" or "sum")` → a private gradient by parameter of the program."""
 
 _MISSING = "A sealed tensor stands for patients at the site; no value of theirs is here."
-_LOSS = 'Ask for a priced figure: patients.validation.evaluate(model, ["logloss"], epsilon=0.1).'
-_LBFGS = (
-    "LBFGS decides by the value of the loss.",
-    "Its line search and stopping rule look at losses of patients, which are not here.",
-    "Use torch.optim.SGD or AdamW, whose steps use gradients alone.",
-)
+_ASK = 'patients.validation.evaluate(model, ["logloss"], inputs=FEATURES, target="death", epsilon=0.1)'
+_LOSS = f"Ask for a priced figure: {_ASK}."
+_OF_TORCH = {
+    "torch/optim/lbfgs.py": (
+        "LBFGS decides by the value of the loss.",
+        "Its line search and stopping rule look at losses of patients, which are not here.",
+        "Use torch.optim.SGD or AdamW, whose steps use gradients alone.",
+    ),
+    "torch/optim/lr_scheduler.py": (
+        "This schedule decides by the value of the loss.", _MISSING,
+        f"Use CosineAnnealingLR or OneCycleLR, or give step() a figure of {_ASK}.",
+    ),
+    "torch/nn/utils/rnn.py": (
+        "Packing needs the length of each patient's sequence.", _MISSING,
+        'Give the layer the padded sequence: the latest row is last, h[:, -1]; batch["visits.present"] is 0 where there is '
+        "no row, to pool by (h * present[..., None]).sum(1) / present.sum(1, keepdim=True).clamp(min=1).",
+    ),
+}  # fmt: skip
 _AGGREGATE = "Ask for an aggregate: patients.mean(column, epsilon=0.1) or .histogram(...)."
+_DECIDE = (
+    f"Use torch.where instead of if. To stop early or keep the best model, decide by a figure of {_ASK}."
+)
 _TENSORS = "Keep to tensors: torch.where instead of if, and losses left as they are."
+_INDEX = "Index the other dimensions: x[:, 0]. A place of each patient's own is x.gather(1, place[:, None])."
+_WHOLE = "Compute on the whole batch; columns of a table come padded."
+_INTERVALS = "A Cox loss compares patients: give the model a logit for each interval of time instead, as docs/methods.md shows."
 
 REFUSALS: dict[str, tuple[str, str, str]] = {
     **dict.fromkeys(
@@ -52,7 +70,7 @@ REFUSALS: dict[str, tuple[str, str, str]] = {
     ),
     **dict.fromkeys(
         ("__bool__", "is_nonzero", "equal", "allclose", "__contains__"),
-        ("A decision on patients' values was asked for.", "It would tell one of them.", _TENSORS),
+        ("A decision on patients' values was asked for.", "It would tell one of them.", _DECIDE),
     ),
     **dict.fromkeys(
         ("nonzero", "unique", "masked_select", "argwhere", "bincount"),
@@ -62,9 +80,9 @@ REFUSALS: dict[str, tuple[str, str, str]] = {
         ("__reduce_ex__", "__deepcopy__", "share_memory_"),
         ("A sealed tensor cannot be copied or saved.", _MISSING, "Save the model's weights."),
     ),
-    "__iter__": ("Going through patients one by one was asked for.", _MISSING, "Compute on the whole batch."),
+    "__iter__": ("Going through patients one by one was asked for.", _MISSING, _WHOLE),
     "__len__": ("The number of patients in a batch was asked for.", "It is secret.", "Use batch.expected."),
-    "__getitem__": ("Single patients were asked for.", _MISSING, "Index the other dimensions: x[:, 0]."),
+    "__getitem__": ("Single patients were asked for.", _MISSING, _INDEX),
     "grad": ("{name} of a loss on patients was asked for.", _MISSING, "loss.backward() fills p.grad."),
 }  # fmt: skip
 
@@ -138,6 +156,7 @@ class SealedTensor(Tensor):
         if name == "requires_grad":
             return args[0]._made.grad and bool(_Tape(args[0]).parameters)
         _refuse_norms(name, kwargs)
+        _refuse_order(name, args)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             before = _mapped(args, lambda t: t.as_subclass(Tensor))
             out = func(*before, **_mapped(kwargs, lambda t: t.as_subclass(Tensor)))
@@ -258,13 +277,19 @@ def _line() -> int | None:
 
 
 def _refuse(name: str) -> NoReturn:
-    line, frame = _line(), sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename.endswith("torch/optim/lbfgs.py"):
-            raise SealedError(*_LBFGS, line=line)
-        frame = frame.f_back  # type: ignore[assignment]
+    _refuse_torch()
     what, why, instead = REFUSALS[name]
-    raise SealedError(what.format(name=name.strip("_")), why, instead, line=line)
+    raise SealedError(what.format(name=name.strip("_")), why, instead, line=_line())
+
+
+def _refuse_torch() -> None:
+    """Raise SealedError in words of its own for what torch's code, called by the cell, looks at values for."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        for file, words in _OF_TORCH.items():
+            if frame.f_code.co_filename.endswith(file):
+                raise SealedError(*words, line=_line())
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _refuse_norms(name: str, kwargs: dict[str, Any]) -> None:
@@ -277,6 +302,16 @@ def _refuse_norms(name: str, kwargs: dict[str, Any]) -> None:
             f"{name} mixes patients.", "It keeps statistics over the patients of a batch.",
             "Use nn.GroupNorm or nn.LayerNorm, which rapha.fix(model) puts in for BatchNorm, or model.eval().",
             line=_line(),
+        )  # fmt: skip
+
+
+def _refuse_order(name: str, args: Any) -> None:
+    """Raise ProgramError for what puts the patients of a batch in an order."""
+    if name in ("sort", "argsort", "logcumsumexp") and args[0].dim() == 1 and _by_patient(name, args):
+        _refuse_torch()
+        raise ProgramError(
+            f"{name} goes by the order of patients.", "What is one patient's would depend on the others.",
+            _INTERVALS, line=_line(),
         )  # fmt: skip
 
 
@@ -310,7 +345,10 @@ class Batch:
         _refuse("__len__")
 
     def __iter__(self) -> NoReturn:
-        _refuse("__iter__")
+        raise SealedError(
+            "A batch was taken apart.", "It gives columns by their names.",
+            'Write x, y = batch[FEATURES], batch["death"].', line=_line(),
+        )  # fmt: skip
 
 
 class _Tape:
@@ -546,6 +584,6 @@ def _reduction(tape: _Tape, made_up: list[Tensor]) -> str:
         "The model or loss mixes patients.",
         "On made-up patients its value is neither the mean nor the sum of what each gives alone.",
         "Compute every patient alone: LayerNorm or GroupNorm for BatchNorm, no statistics over the batch, and divide "
-        "a weighted sum by batch.expected. Penalties on weights go with a mean, or into weight_decay.",
+        f"a weighted sum by batch.expected. Penalties on weights go with a mean, or into weight_decay. {_INTERVALS}",
         line=_line(),
     )
