@@ -101,10 +101,11 @@ def test_the_file_does_not_tell_how_many_there_are(tmp_path: Path, monkeypatch: 
         ward_of(patients, tmp_path).view("all").rows({"x": NUMBERS})
     assert len(sizes) == 2
     assert sizes[0] == sizes[1]
-    monkeypatch.setattr(mapped, "MEMORY", 4 * 6 * 240)  # 100 declared are at most 230 in three splits
-    assert not any(
-        isinstance(ward_of(n, tmp_path).view("all").rows({"x": NUMBERS}), mapped.OnDisk) for n in (90, 60)
-    )
+    # 100 declared are at most 230 in three splits; 75 lies between the two true numbers
+    for rows, expected in ((240, False), (75, True)):
+        monkeypatch.setattr(mapped, "MEMORY", 4 * 6 * rows)
+        held = [ward_of(n, tmp_path).view("all").rows({"x": NUMBERS}) for n in (90, 60)]
+        assert [isinstance(each, mapped.OnDisk) for each in held] == [expected] * 2
 
 
 def test_as_many_rows_are_read_whoever_was_drawn(tmp_path: Path) -> None:
