@@ -216,7 +216,7 @@ def _function(document: dict[str, Any], before: str | None, tensors: list[str]) 
     return [
         f"asks for the columns {', '.join(asks['columns'])} of the split {document['split']}, as they are",
         *(
-            [f"and for all rows of the tables {', '.join(asks['tables'])}, as they are"]
+            [f"and for all rows that count of the tables {', '.join(asks['tables'])}, as they are"]
             if asks.get("tables")
             else []
         ),
@@ -236,7 +236,7 @@ def _function(document: dict[str, Any], before: str | None, tensors: list[str]) 
 def changes(document: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
     """What a function changed since the one last approved in its project, line by line."""
     if before is None:
-        return ["No function of this project was approved before."]
+        return ["No function of this project was approved on this dataset before."]
     lines = []
     old, new = before["asks"], document["asks"]
     for name in sorted({*old, *new} - {"source"}):

@@ -129,7 +129,7 @@ function lines(old, now) {
 }
 
 function changed(now, before) {
-  if (!before) { return 'No function of this project was approved before.'; }
+  if (!before) { return 'No function of this project was approved on this dataset before.'; }
   const names = Object.keys({ ...before.asks, ...now.asks }).filter(name => name !== 'source');
   const told = names.filter(name => plain(now.asks[name] ?? null) !== plain(before.asks[name] ?? null))
     .map(name => `${name}: was ${plain(before.asks[name] ?? null)}, is ${plain(now.asks[name] ?? null)}`);
@@ -153,7 +153,7 @@ async function show(subject) {
   at('item-title').textContent = isFunction ? 'A function asks to run' : 'An answer asks to leave';
   const common = [['subject', told.subject], ['project', told.project], ['dataset', told.dataset], ['researcher', told.researcher], ['released by', told.mode], ['still to approve', told.missing]];
   if (isFunction) {
-    facts([...common, ['columns', document_.asks.columns.join(', ')], ...(document_.asks.tables?.length ? [['all rows of the tables', document_.asks.tables.join(', ')]] : []), ['split', document_.split], ['time', `${document_.asks.seconds} s`], ['costs', 'no epsilon: it has no privacy guarantee'], ...made(document_.asks), ['environment', document_.environment]]);
+    facts([...common, ['columns', document_.asks.columns.join(', ')], ...(document_.asks.tables?.length ? [['all rows that count of', document_.asks.tables.join(', ')]] : []), ['split', document_.split], ['time', `${document_.asks.seconds} s`], ['costs', 'no epsilon: it has no privacy guarantee'], ...made(document_.asks), ['environment', document_.environment]]);
     at('inputs').textContent = JSON.stringify(document_.asks.inputs, null, 1).replace(/[^\n\x20-\x7e]/g, c => plain(c).slice(1, -1));
     const buffer = await inputs(told.subject, document_.asks.tensors);
     at('tensors').textContent = [`SHA-256 ${document_.asks.tensors}`, ...described(buffer, places(document_.asks.inputs, '', Object.create(null)))].join('\n');

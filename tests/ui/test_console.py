@@ -20,6 +20,7 @@ from rapha_lab.protocol.keys import PrivateKey
 HOSTILE = """
 def hostile(frame):
     "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
+    far = "BLANKS", frame.head()
     return frame["age"].mean()
 
 patients.review(hostile, columns=["age"])
@@ -89,12 +90,16 @@ def test_a_refusal_needs_a_reason_and_foreign_source_is_only_text(page: Page, si
     """Markup in a function's source does nothing; its columns and costs are shown."""
     if site.site.tier != "S3":
         pytest.skip("reviewed functions need the sandbox's tier S3")
-    job = until(site.connect().run(HOSTILE, "ward"), "waiting")
+    job = until(site.connect().run(HOSTILE.replace("BLANKS", " " * 600), "ward"), "waiting")
     enter(page, site.custodians[1])
     page.click("text=Look at it")
     page.wait_for_selector("text=A function asks to run")
     assert "<img src=x onerror" in page.inner_text("#source")
     assert "no privacy guarantee" in page.inner_text("#facts")
+    hidden = page.evaluate(
+        "[...document.querySelectorAll('pre')].filter(p => p.scrollWidth > p.clientWidth).length"
+    )
+    assert hidden == 0  # what stands after six hundred blanks is in sight, too
     page.click("#refuse")
     assert "Give a reason" in page.inner_text("#problem")
     page.fill("#reason", "Not this one.")
@@ -113,7 +118,7 @@ def test_what_changed_and_what_it_is_given_is_shown_in_full(page: Page, site: Cl
     job = until(site.connect().run(GIVEN, "ward", session=session), "waiting")
     enter(page, site.custodians[0])
     page.click("text=Look at it")
-    page.wait_for_selector("text=No function of this project was approved before")
+    page.wait_for_selector("text=No function of this project was approved on this dataset before")
     guardian.approve(newest(guardian, job=job)["subject"])
     guardian.refuse(newest(guardian, "answer", job)["subject"], "Seen.")
     until(job, "failed")
