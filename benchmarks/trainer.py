@@ -1,6 +1,6 @@
 """What private training costs: CPU time of a step as a multiple of plain eager PyTorch's, interleaved rounds.
 
-    python benchmarks/trainer.py [--workloads mlp256,gru] [--engines compiled,eager] [--rounds 7] [--minutes 17] [--write]
+    python benchmarks/trainer.py [--workloads mlp256,gru] [--engines compiled,eager] [--rounds 7] [--minutes 19] [--write]
 
 A private step is the drawn patients' clipped sum, noise and the update; a plain one is zero_grad, loss, backward,
 step. One thread, CPU time of the process, medians of rounds in which every engine takes its turn; one whose step is slow
@@ -278,7 +278,7 @@ def main() -> None:
     arguments.add_argument("--workloads", default=",".join(WORKLOADS))
     arguments.add_argument("--engines", default=",".join([*OURS, *PEERS]))
     arguments.add_argument("--rounds", type=int, default=7)
-    arguments.add_argument("--minutes", type=float, default=17)
+    arguments.add_argument("--minutes", type=float, default=19)
     arguments.add_argument("--write", action="store_true")
     arguments.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     arguments.add_argument("--part", type=Path, help=argparse.SUPPRESS)
