@@ -134,10 +134,11 @@ def _mean(by: dict[Any, Any], names: list[str]) -> str:
 
 def _faster(by: dict[Any, Any], names: list[str]) -> str:
     """Where a peer takes less time than ours."""
-    found = []
+    found, compared = [], False
     for name in (name for name in names if (name, "compiled") in by):
         peers = [row for (n, engine), row in by.items() if n == name and engine not in ("plain", *OURS)]
         best = min(peers, key=lambda row: row["cpu_ratio"], default=None)
+        compared |= best is not None
         if best and best["cpu_ratio"] <= by[name, "compiled"]["cpu_ratio"]:
             found.append(f"{COLUMNS[best['engine']]} on {WORKLOADS[name].title} ({best['cpu_ratio']:.2f})")
     return (
