@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from rapha_lab.enclave.cells import Cells, Order
 from rapha_lab.enclave.identity import Login
-from rapha_lab.enclave.limits import Limits, neighbourhood
+from rapha_lab.enclave.limits import Limits, Turns, neighbourhood
 from rapha_lab.enclave.wire import Bodies
 from rapha_lab.protocol import messages, sealing
 from rapha_lab.protocol.errors import (
@@ -42,6 +42,8 @@ from rapha_lab.protocol.quote import Inquiries
 __all__ = ["Gateway"]
 
 MAX_BODY = 256 << 20
+ROOMS, MINE, WAITING = 64, 16, 8
+"""Requests that are answered at once, of all and of one researcher; and how many of these may wait for news of a cell."""
 
 Body = AbstractAsyncContextManager[bytes]
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -133,8 +135,9 @@ class Gateway:
         self._identity, self._login, self._pages, self._in_force = identity, login, pages, in_force
         self.strangers, self.researchers = Limits(10.0, 100), Limits(20.0, 1000)
         self.bodies = Bodies()
+        self._turns, self._waits = Turns(MINE, ROOMS), Turns(WAITING, ROOMS - MINE)
         # strangers wait for each other, never researchers for strangers
-        self._hardware, self._rooms = anyio.CapacityLimiter(2), anyio.CapacityLimiter(64)
+        self._hardware, self._rooms = anyio.CapacityLimiter(2), anyio.CapacityLimiter(ROOMS)
         self._kinds: dict[str, Callable[[str, bytes, bytes], tuple[Any, bytes]]] = {
             "card": lambda who, header, blob: (self._card(who), b""),
             "run": self._run,
@@ -209,7 +212,11 @@ class Gateway:
             self.researchers.admit(researcher)
             if self._login is not None and request.kind != "login":
                 self._login.require(researcher)
-            header, blob = self._dispatch(request.kind, researcher, request.body)
+            with self._turns.take(researcher) as free:
+                if not free:
+                    why = f"The site answers {MINE} requests of one researcher at once."
+                    raise SiteError("Too many requests.", why, "Wait for their answers, then go on.")
+                header, blob = self._dispatch(request.kind, researcher, request.body)
         except RaphaError as error:
             header, blob = {"error": error.to_wire()}, b""
         except Exception:
@@ -246,7 +253,9 @@ class Gateway:
     def _watch(self, who: str, header: bytes, blob: bytes) -> tuple[Any, bytes]:
         watch = _read(header, Watch)
         cell = self._cells.get(who, watch.cell)
-        self._cells.watch(cell, watch.after, watch.wait, (watch.state, watch.step))
+        with self._waits.take(who) as free:  # where too many wait, one is told soon how things stand
+            wait = watch.wait if free else min(watch.wait, 0.1)
+            self._cells.watch(cell, watch.after, wait, (watch.state, watch.step))
         outputs = cell.outputs[watch.after :]
         told = cell.summary() | {"outputs": outputs, "error": cell.error, "traceback": cell.traceback}
         return told | {"values": cell.values}, cell.blob

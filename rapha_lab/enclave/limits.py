@@ -1,15 +1,18 @@
-"""How often one may ask: so that nobody keeps the site from the others, or from its hardware."""
+"""How often one may ask, and how much at once: so that nobody keeps the site from the others, or from its hardware."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
 from rapha_lab.protocol.errors import SiteError
 
-__all__ = ["Limits", "neighbourhood"]
+__all__ = ["Limits", "Turns", "neighbourhood"]
 
 
 @dataclass
@@ -68,13 +71,37 @@ class Limits:
         return found
 
 
+class Turns:
+    """How much is done at once, for each name and for all."""
+
+    def __init__(self, each: int, together: int) -> None:
+        self._each, self._together = each, together
+        self._taken, self._lock = Counter[str](), threading.Lock()
+
+    @contextmanager
+    def take(self, name: str) -> Iterator[bool]:
+        """A turn for `name` until the context ends; False if it has all of its own, or there is none left."""
+        with self._lock:
+            free = self._taken[name] < self._each and self._taken.total() < self._together
+            self._taken[name] += free
+        try:
+            yield free
+        finally:
+            with self._lock:
+                self._taken[name] -= free
+                if not self._taken[name]:
+                    del self._taken[name]
+
+
 def neighbourhood(address: str) -> str:
-    """What counts as one stranger: an IPv4 address, or the network of 64 bits that one gets of IPv6."""
+    """What counts as one stranger: an IPv4 address, however it is written, or the 48 bits that one may get of IPv6."""
     try:
         found = ip_address(address)
     except ValueError:
         return "unknown"
-    return str(found if found.version == 4 else ip_network((found, 64), strict=False))
+    if found.version == 6:
+        found = found.ipv4_mapped or found  # as a proxy on a socket for both writes it
+    return str(found if found.version == 4 else ip_network((found, 48), strict=False))
 
 
 def _too_many(why: str) -> SiteError:

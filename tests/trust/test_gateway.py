@@ -6,7 +6,9 @@ import asyncio
 import base64
 import hashlib
 import json
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rapha_lab.cli import main
-from rapha_lab.enclave.gateway import Gateway
+from rapha_lab.enclave.cells import Cell, Cells, Order
+from rapha_lab.enclave.gateway import MINE, ROOMS, WAITING, Gateway
 from rapha_lab.enclave.identity import LONGEST, Login, Provider, token_nonce
 from rapha_lab.enclave.limits import Limits, neighbourhood
 from rapha_lab.enclave.wire import Bodies
@@ -83,14 +86,18 @@ class TestLimits:
         assert len(limits._buckets) == 1
 
     def test_an_ipv6_network_is_one_stranger(self) -> None:
-        """One host has 2^64 addresses of it."""
+        """A home has 256 networks of 2^64 addresses of it, an office 65,536."""
         assert (
             neighbourhood("2001:db8::1")
-            == neighbourhood("2001:db8::ffff:1")
+            == neighbourhood("2001:db8:0:ffff:ffff::1")
             != neighbourhood("2001:db8:1::1")
         )
         assert neighbourhood("192.0.2.1") != neighbourhood("192.0.2.2")
         assert neighbourhood("nonsense") == neighbourhood("") == "unknown"
+
+    def test_an_ipv4_address_in_ipv6_is_that_address(self) -> None:
+        """Else all of IPv4 were one stranger behind a proxy that writes it so, and one could lock out all."""
+        assert neighbourhood("::ffff:192.0.2.1") == neighbourhood("192.0.2.1")
 
 
 class Door:
@@ -98,13 +105,15 @@ class Door:
 
     def __init__(self, login: Login | None = None) -> None:
         self.evidence: Any = lambda nonce: {"nonce": nonce.hex()}
+        self.quote: Any = dict
+        self.cells = Cells(None, None, None, {}, None)  # type: ignore[arg-type]
         self.revoked = False
         self.gateway = Gateway(
-            None,  # type: ignore[arg-type]
+            self.cells,
             card=lambda who: {"you": who},
             log=lambda start: {},
             extends=lambda start, end: {},
-            quote=lambda who, asked: {},
+            quote=lambda who, asked: self.quote(),
             evidence=lambda nonce: self.evidence(nonce),
             sealing_key=SEALING,
             signing_key=SIGNING,
@@ -134,14 +143,50 @@ class Door:
         """The result of one sealed request, or the error it was refused with."""
         envelope = seal(kind, header or {}, key)
         (response,) = self.send(("POST", "/open", {"content": envelope}))
-        if response.status_code != 200:
-            raise from_wire(response.json())
-        given = {"request": envelope, "to": SEALING.public, "key": MAILBOX, "site": SIGNING.public}
-        reply = sealing.open_reply(response.content, **given)
-        said = json.loads(reply.body[16 : 16 + int.from_bytes(reply.body[4:8], "little")])
-        if "error" in said:
-            raise from_wire(said["error"])
-        return said["result"]
+        return opened(envelope, response)
+
+    def crowd(
+        self, kind: str, header: Any, until: Callable[[int], bool], release: Callable[[], object]
+    ) -> list[Any]:
+        """What more requests of one researcher than there are rooms are answered, after a colleague was answered."""
+
+        async def everybody() -> list[Any]:
+            transport = httpx.ASGITransport(self.gateway.app(), client=("192.0.2.1", 1))
+            async with httpx.AsyncClient(transport=transport, base_url="http://site") as client:
+                sealed = [seal(kind, header) for _ in range(ROOMS + MINE)]
+                many = [asyncio.create_task(client.post("/open", content=each)) for each in sealed]
+                try:
+                    async with asyncio.timeout(20):
+                        while not until(sum(each.done() for each in many)):
+                            await asyncio.sleep(0.01)
+                    mine = seal("card", {}, COLLEAGUE)
+                    answer = await asyncio.wait_for(client.post("/open", content=mine), 20)
+                    assert opened(mine, answer) == {"you": str(COLLEAGUE.public)}
+                finally:
+                    release()
+                return list(zip(sealed, await asyncio.gather(*many), strict=True))
+
+        return asyncio.run(everybody())
+
+
+def opened(envelope: bytes, response: httpx.Response) -> Any:
+    """The result in a sealed answer, or the error in it."""
+    if response.status_code != 200:
+        raise from_wire(response.json())
+    given = {"request": envelope, "to": SEALING.public, "key": MAILBOX, "site": SIGNING.public}
+    reply = sealing.open_reply(response.content, **given)
+    said = json.loads(reply.body[16 : 16 + int.from_bytes(reply.body[4:8], "little")])
+    if "error" in said:
+        raise from_wire(said["error"])
+    return said["result"]
+
+
+def outcome(answer: tuple[bytes, httpx.Response]) -> Any:
+    """As `opened`, with the error instead of raising it."""
+    try:
+        return opened(*answer)
+    except RaphaError as error:
+        return error
 
 
 def seal(kind: str, header: Any, key: PrivateKey = RESEARCHER) -> bytes:
@@ -217,6 +262,41 @@ class TestDoor:
             )
             assert answer.status_code == 400
         assert door.ask("card")
+
+    def test_one_researchers_questions_leave_room_for_a_colleagues(self, door: Door) -> None:
+        """However long they take, and however many there are; what is too much is refused, inside the seal."""
+        held, gate = list[int](), threading.Event()
+
+        def quote() -> dict[str, Any]:
+            held.append(1)
+            gate.wait(30)
+            return {}
+
+        door.quote = quote
+        asked = {"dataset": "ward", "asks": [{"kind": "mean"}]}
+        answers = door.crowd("quote", asked, lambda done: len(held) == MINE and done == ROOMS, gate.set)
+        refused = [a for a in map(outcome, answers) if isinstance(a, SiteError)]
+        assert len(refused) == len(answers) - MINE
+        assert {str(each.what) for each in refused} == {"Too many requests."}
+        assert len(held) == MINE
+
+    def test_a_few_wait_for_news_and_the_rest_are_told_how_things_stand(self, door: Door) -> None:
+        """So that many notebooks of one researcher go on, only a little later."""
+        cell = Cell("c", str(RESEARCHER.public), Order("s", "ward", "1"), state="running")
+        door.cells._cells["c"] = cell
+        waits = door.gateway._waits
+
+        def end() -> None:
+            with door.cells._changed:
+                cell.state = "done"
+                door.cells._changed.notify_all()
+
+        watch = {"cell": "c", "wait": 10.0, "state": "running", "step": 0}
+        answers = door.crowd("watch", watch, lambda _: waits._taken.total() == WAITING, end)
+        told = [a for a in map(outcome, answers) if not isinstance(a, SiteError)]
+        assert len(told) >= MINE
+        assert {each["state"] for each in told} <= {"running", "done"}
+        assert not waits._taken
 
     def test_a_failure_of_the_hardware_or_the_policy_is_an_error_of_ours(self, door: Door) -> None:
         """Not a bare 500."""
