@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from rapha_lab.enclave.cells import Cells, Order
 from rapha_lab.enclave.identity import Login
-from rapha_lab.enclave.limits import Limits, Turns, neighbourhood
+from rapha_lab.enclave.limits import Limits, Queue, Turns, neighbourhood
 from rapha_lab.enclave.wire import Bodies
 from rapha_lab.protocol import messages, sealing
 from rapha_lab.protocol.errors import (
@@ -136,6 +136,7 @@ class Gateway:
         self.strangers, self.researchers = Limits(10.0, 100), Limits(20.0, 1000)
         self.bodies = Bodies()
         self._turns, self._waits = Turns(MINE, ROOMS), Turns(WAITING, ROOMS - MINE)
+        self._orders = Queue()
         # strangers wait for each other, never researchers for strangers
         self._hardware, self._rooms = anyio.CapacityLimiter(2), anyio.CapacityLimiter(ROOMS)
         self._kinds: dict[str, Callable[[str, bytes, bytes], tuple[Any, bytes]]] = {
@@ -248,7 +249,8 @@ class Gateway:
         return {"until": self._login.enter(who, _read(header, Token).token)}, b""
 
     def _run(self, who: str, header: bytes, blob: bytes) -> tuple[Any, bytes]:
-        return {"cell": self._cells.submit(who, _read(header, Order), blob).id}, b""
+        with self._orders.alone(who):  # many that begin sessions at once would keep others from beginning one
+            return {"cell": self._cells.submit(who, _read(header, Order), blob).id}, b""
 
     def _watch(self, who: str, header: bytes, blob: bytes) -> tuple[Any, bytes]:
         watch = _read(header, Watch)

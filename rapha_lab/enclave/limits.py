@@ -12,7 +12,7 @@ from ipaddress import ip_address, ip_network
 
 from rapha_lab.protocol.errors import SiteError
 
-__all__ = ["Limits", "Turns", "neighbourhood"]
+__all__ = ["Limits", "Queue", "Turns", "neighbourhood"]
 
 
 @dataclass
@@ -91,6 +91,26 @@ class Turns:
                 self._taken[name] -= free
                 if not self._taken[name]:
                     del self._taken[name]
+
+
+class Queue:
+    """One thing at a time for each name; whoever has more waits, and nobody else does."""
+
+    def __init__(self) -> None:
+        self._busy, self._changed = set[str](), threading.Condition()
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Wait until nothing else is done for `name`, and be it until the context ends."""
+        with self._changed:
+            self._changed.wait_for(lambda: name not in self._busy)
+            self._busy.add(name)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._busy.discard(name)
+                self._changed.notify_all()
 
 
 def neighbourhood(address: str) -> str:

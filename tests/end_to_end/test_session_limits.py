@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import hospital
 import pytest
@@ -251,3 +252,27 @@ def _no_worker(site):
 
 def _held():
     return len(os.listdir("/proc/self/fd")) + threading.active_count()
+
+
+def test_many_sessions_begun_at_once_keep_nobody_from_beginning_one(place, monkeypatch):
+    """One researcher's start one after another, so that the next to start may be somebody else's."""
+    site, mine, theirs = place
+    spawn, at_once, most = site._zygote.spawn, [], []
+
+    def counted(limits):
+        at_once.append(1)
+        most.append(len(at_once))
+        try:
+            return spawn(limits)
+        finally:
+            at_once.pop()
+
+    monkeypatch.setattr(site._zygote, "spawn", counted)
+    with ThreadPoolExecutor(12) as pool:
+        crowd = [pool.submit(mine.run, "1", "ward", session=f"n{number}") for number in range(12)]
+        while len(most) < 2:
+            time.sleep(0.01)
+        theirs.run("1", "ward").wait()
+        for each in crowd:
+            each.exception()  # more than four of one's own that work are refused, or make room for each other
+    assert max(most) <= 2
