@@ -291,7 +291,7 @@ def _check_entry(args: argparse.Namespace) -> None:
 
 def _witness(args: argparse.Namespace) -> None:
     from rapha_lab.client import witness
-    from rapha_lab.client.cosignatures import verifier_keys, witness_name
+    from rapha_lab.client.cosignatures import cosigned_at, verifier_keys, witness_name
     from rapha_lab.client.logs import cosign_bundle
 
     if Path(args.what).is_file():
@@ -303,8 +303,9 @@ def _witness(args: argparse.Namespace) -> None:
         channel = _connected(args.what, args)._channel
         key, head = channel.key, witness.witness(channel, args.name)
         note = str(witness.last_seen(head.origin, str(channel.site_key)))
-    (args.out.write_text if args.out else print)(note)
     first, second = verifier_keys(args.name or witness_name(key.public), key)
+    cosigned_at(note, first)
+    (args.out.write_text if args.out else print)(note)
     print(f"Others check your cosignature with --witness {first}")
     print(f"or, against quantum computers too (ML-DSA-44), with --witness {second}")
 

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from rapha_lab.client.bundles import REPORT, Bundle, first_bad, read, roots
 from rapha_lab.client.cosignatures import cosigned_at
 from rapha_lab.client.site import Site
-from rapha_lab.client.witness import last_seen, remember
+from rapha_lab.client.witness import last_seen, remember, same_key
 from rapha_lab.protocol.builds import KIND, Build
 from rapha_lab.protocol.checkpoint import (
     Checkpoint,
@@ -116,10 +116,11 @@ def cosign_bundle(path: str | Path, key: PrivateKey, name: str = "") -> str:
     """Verify a bundle and that it extends what this user saw of its log, and cosign its checkpoint as a witness.
 
     Raises:
-        LogError: it does not hold, or is another history; what was seen before is kept.
+        LogError: it does not hold, or is another history or another key's; what was seen before is kept.
     """
     verify(path)
     bundle = read(path)
+    same_key(bundle.checkpoint.origin, bundle.key)
     before = last_seen(bundle.checkpoint.origin, bundle.key)
     if before is not None:
         _extends(bundle, list(roots(bundle)), before, "What you saw before")

@@ -18,7 +18,7 @@ from rapha_lab.protocol.checkpoint import Checkpoint, open_checkpoint, verify_co
 from rapha_lab.protocol.errors import LogError
 from rapha_lab.protocol.keys import PrivateKey, signing_key
 
-__all__ = ["last_seen", "remember", "witness"]
+__all__ = ["last_seen", "remember", "same_key", "witness"]
 
 
 def witness(channel: Channel, name: str = "") -> Checkpoint:
@@ -55,6 +55,33 @@ def _same_log(origin: str, site: str) -> None:
     write(path, {"origin": origin})
 
 
+def same_key(origin: str, site: str) -> None:
+    """One key signs the log of a name: what a witness cosigns is the name and not the key, which another could use.
+
+    Raises:
+        LogError: the name was first met under another key.
+    """
+    first = _first_key(origin, site)
+    if first != site:
+        why = (
+            f"You met it first under {first}: what you cosigned under this one would count for that one too."
+        )
+        raise LogError(f"The log {origin} is signed by another key than before.", why, _WHICH)
+
+
+_WHICH = (
+    "Ask both sites' custodians. If the first was the wrong one, begin with a new folder: RAPHA_LAB_HOME."
+)
+
+
+def _first_key(origin: str, site: str) -> str:
+    path = _path(origin, "")
+    told = read(path)
+    if "site" not in told:
+        write(path, told := {"site": site})
+    return str(told["site"])
+
+
 def _extends(old: Checkpoint, new: Checkpoint, told: dict[str, Any]) -> None:
     try:
         proof = [bytes.fromhex(part) for part in told["proof"]]
@@ -75,8 +102,9 @@ def last_seen(origin: str, site: str) -> str | None:
 
 
 def remember(note: str, site: str, key: PrivateKey, name: str = "") -> str:
-    """Cosign a checkpoint that was found to extend all that was seen, and keep it; gives the cosigned note."""
+    """Keep a checkpoint that was found to extend all that was seen; gives its note, cosigned unless `same_key` refuses."""
     origin = note.split("\n", 1)[0]
-    note = cosign(note, name or witness_name(key.public), key)
+    if _first_key(origin, site) == site:
+        note = cosign(note, name or witness_name(key.public), key)
     write(_path(origin, site), {"checkpoint": note, "site": site})
     return note

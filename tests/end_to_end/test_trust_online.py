@@ -162,6 +162,18 @@ class TestWitness:
             >= head.size
         )
 
+    def test_a_name_that_was_met_under_another_key_is_not_cosigned(self, serving: Ward) -> None:
+        """What is signed is the name: the client goes on, and remembers without a line that another could use."""
+        channel = serving.connect()._channel
+        witnessing.write(
+            witnessing._path(channel.attested.head.origin, ""), {"site": str(PrivateKey.create().public)}
+        )
+        head = witness(channel)
+        note = last_seen(head.origin, str(channel.site_key))
+        assert note is not None
+        with pytest.raises(LogError, match="not cosigned"):
+            cosigned_at(note, verifier_keys(witness_name(serving.key.public), serving.key)[0])
+
     def test_the_head_in_the_evidence_is_part_of_what_was_seen(
         self, serving: Ward, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -25,6 +25,7 @@ from rapha_lab.client.bundles import prove
 from rapha_lab.client.cosignatures import cosign, cosigned_at, verifier_keys, witness_name
 from rapha_lab.client.logs import cosign_bundle, verify
 from rapha_lab.client.proofs import open_proof, write_proof
+from rapha_lab.client.witness import last_seen
 from rapha_lab.curator.accounting import Gaussian, Thresholded
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.protocol.builds import KIND, Build
@@ -69,15 +70,15 @@ def head(bodies: list[bytes], origin: str = "ward", key: Ed25519PrivateKey = KEY
     return sign_checkpoint(Checkpoint(origin, len(bodies), root_of(bodies)), key)
 
 
-def signed(bodies: list[bytes]) -> list[tuple[bytes, str]]:
+def signed(bodies: list[bytes], key: Ed25519PrivateKey = KEY) -> list[tuple[bytes, str]]:
     """`bodies` with the signatures that the site itself would give."""
-    notes = [head(bodies[: number + 1]) for number in range(len(bodies))]
+    notes = [head(bodies[: number + 1], key=key) for number in range(len(bodies))]
     return list(zip(bodies, (note.rsplit(" ", 1)[1].strip() for note in notes), strict=True))
 
 
-def write(path: Path, pairs: list[tuple[bytes, str]], note: str) -> Path:
+def write(path: Path, pairs: list[tuple[bytes, str]], note: str, key: str = PUBLIC) -> Path:
     """A bundle of `pairs` under `note`."""
-    lines = [json.dumps({"checkpoint": note, "key": PUBLIC})]
+    lines = [json.dumps({"checkpoint": note, "key": key})]
     lines += [json.dumps([body.decode(), code]) for body, code in pairs]
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -459,6 +460,21 @@ class TestWitness:
         """As for a log."""
         with pytest.raises(LogError, match="cannot be named"):
             cosign(bundles.read(bundle).note, name, WITNESS)
+
+    def test_a_fork_signed_by_another_key_is_not_cosigned_for_the_first(
+        self, pairs: Pairs, tmp_path: Path
+    ) -> None:
+        """The site signs the same fork's head too, and puts the witness's line beneath: it would confirm two histories."""
+        bodies, thief = [body for body, _ in pairs], Ed25519PrivateKey.generate()
+        fork = [body.replace(b'"hash":"00', b'"hash":"11') for body in bodies]
+        assert fork != bodies
+        name = str(PrivateKey("ed25519", (thief,)).public)
+        cosign_bundle(write(tmp_path / "b.jsonl", pairs, head(bodies)), WITNESS, self.NAME)
+        trap = write(tmp_path / "trap.jsonl", signed(fork, thief), head(fork, key=thief), name)
+        assert verify(trap).checkpoint.size == len(fork)
+        with pytest.raises(LogError, match="signed by another key"):
+            cosign_bundle(trap, WITNESS, self.NAME)
+        assert last_seen("ward", name) is None
 
     def test_it_follows_one_history_and_keeps_what_it_saw(self, pairs: Pairs, tmp_path: Path) -> None:
         """It cosigns a log that grew; not one that shrank, nor one that was rewritten."""
