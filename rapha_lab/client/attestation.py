@@ -24,7 +24,7 @@ from rapha_lab.protocol.keys import signing_key
 from rapha_lab.protocol.policy import Policy
 from rapha_lab.protocol.release import Release
 
-__all__ = ["Attestation", "reappraise"]
+__all__ = ["Attestation", "charged_at", "reappraise"]
 
 _SKEW = 600
 _INSTEAD = "Do not rely on this model; ask its researcher, and show both to the site's custodians."
@@ -166,12 +166,21 @@ def _dated(then: datetime, claims: Claims, now: datetime) -> None:
         _refuse("The evidence is of another time than the file says.", why)
 
 
-def _ran(claims: Claims, training: Release, entries: Sequence[Mapping[str, Any]]) -> bool | None:
-    """Whether the last build that the log names before the training's charge is the one attested; None without a log."""
-    if not entries:
+def charged_at(training: Release, entries: Sequence[Mapping[str, Any]]) -> int | None:
+    """Which entry of the log is the training's charge; None if the log ends before, as an older copy of it does."""
+    index = training.receipt.get("index")
+    if not isinstance(index, int) or not 0 <= index < len(entries):
         return None
-    charged = training.receipt.get("index")
-    before = entries[:charged] if isinstance(charged, int) else []
+    told = entries[index].get("kind"), entries[index].get("job")
+    return index if told == ("charge", training.job) else None
+
+
+def _ran(claims: Claims, training: Release, entries: Sequence[Mapping[str, Any]]) -> bool | None:
+    """Whether the last build that the log names before the training's charge is the one attested; None if it names no charge."""
+    charged = charged_at(training, entries)
+    if charged is None:
+        return None
+    before = entries[:charged]
     builds = [entry for entry in before if entry.get("kind") == KIND]
     if not builds or claims.measurement not in Build.logged(msgspec.json.encode(builds[-1])).measurements:
         _refuse(

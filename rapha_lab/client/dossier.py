@@ -21,7 +21,7 @@ import msgspec
 
 from rapha_lab.client import bundles, logs
 from rapha_lab.client.appraisal import Endorsements
-from rapha_lab.client.attestation import Attestation, reappraise
+from rapha_lab.client.attestation import Attestation, charged_at, reappraise
 from rapha_lab.client.crate import crate
 from rapha_lab.client.kept import Kept, load
 from rapha_lab.client.page import page
@@ -150,7 +150,7 @@ def dossier(
         EvidenceError: as `write`.
     """
     releases, when = kept.releases, when or datetime.now(UTC).replace(microsecond=0)
-    training = next(release for release in releases if release.op in ("fit", "open"))
+    training = kept.training
     proved, policy = Attestation.of(kept.told), Policy.parse(kept.told["policy"]["text"])
     audited, entries = _log(kept, proved)
     told: dict[str, Any] = {
@@ -262,9 +262,9 @@ def _policy(kept: Kept) -> dict[str, Any]:
 
 
 def _charged_under(policy: Policy, training: Release, entries: Sequence[Mapping[str, Any]]) -> bool | None:
-    """Whether by the log it was the page in force between the training's reservation and its charge; None without a log."""
-    charged = training.receipt.get("index")
-    if not entries or not isinstance(charged, int):
+    """Whether by the log it was the page in force between the training's reservation and its charge; None without these."""
+    charged = charged_at(training, entries)
+    if charged is None:
         return None
     kinds = [(n, entry.get("kind"), entry) for n, entry in enumerate(entries[:charged])]
     reserved = next(

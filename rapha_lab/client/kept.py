@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,15 +52,31 @@ class Kept:
     told: dict[str, Any]
     log: Path
 
+    @property
+    def training(self) -> Release:
+        """The training that gave these weights; if none of a fit did, the first."""
+        return self._fit() or _first(self.releases)
+
     def unchanged(self) -> bool | None:
         """Whether it holds exactly the weights that the site released; None after a loop, whose steps were released."""
-        from safetensors.torch import save
-
         if all(release.op != "fit" for release in self.releases):
             return None
-        trained = {name: self.tensors[name] for name in self.parameters}
-        digest = hashlib.sha256(save(trained)).hexdigest()
-        return any(digest == release.tensors for release in self.releases if release.op == "fit")
+        return self._fit() is not None
+
+    def _fit(self) -> Release | None:
+        return _fit(self.releases, {name: self.tensors[name] for name in self.parameters})
+
+
+def _first(releases: Sequence[Release]) -> Release:
+    return next(release for release in releases if release.op in ("fit", "open"))
+
+
+def _fit(releases: Sequence[Release], trained: Mapping[str, torch.Tensor]) -> Release | None:
+    """The fit that released exactly these weights."""
+    from safetensors.torch import save
+
+    digest = hashlib.sha256(save(dict(trained))).hexdigest()
+    return next((each for each in releases if each.op == "fit" and each.tensors == digest), None)
 
 
 def keep(
@@ -91,26 +107,28 @@ def keep(
         )
     site = site or latest()
     policy = site._channel.call("policy", {})[0]
+    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    parameters = [name for name, _ in model.named_parameters()]
+    training = _fit(releases, {name: weights[name] for name in parameters}) or _first(releases)
     told = {
         "releases": [msgspec.to_builtins(release) for release in releases],
-        "parameters": [name for name, _ in model.named_parameters()],
+        "parameters": parameters,
         "site": site.name,
-        "attestation": msgspec.to_builtins(_attestation(site, policy["text"], releases)),
+        "attestation": msgspec.to_builtins(_attestation(site, policy["text"], training)),
         "policy": policy,
         "attack": attack,
         "kept": int(time.time()),
     }
-    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, path, metadata={KEY: json.dumps(told)})
     kept = Path(path)
     fetch(site, kept.with_suffix(".log"))
     return kept
 
 
-def _attestation(site: Site, page: str, releases: Sequence[Release]) -> Attestation:
+def _attestation(site: Site, page: str, training: Release) -> Attestation:
     """The last evidence that was appraised before the training was charged, under the policy's page if there is such."""
     channel, bound = site._channel, Policy.parse(page).hash
-    charged = next(r for r in releases if r.op in ("fit", "open")).receipt.get("index", 0)
+    charged = training.receipt.get("index", 0)
     found = max(
         reversed(channel.seen),
         key=lambda each: (each.binding.policy_hash == bound, each.head.size <= charged),

@@ -24,7 +24,7 @@ from rapha_lab.client import bundles
 from rapha_lab.client.appraisal import Verifier
 from rapha_lab.client.attacks import canaries
 from rapha_lab.client.attestation import Attestation, reappraise
-from rapha_lab.client.dossier import _charged_under, check, write
+from rapha_lab.client.dossier import _charged_under, check, dossier, write
 from rapha_lab.client.kept import load
 from rapha_lab.enclave.attester import SimulatedAttester
 from rapha_lab.protocol.errors import EvidenceError, RaphaError, RequestError, TrustError
@@ -228,10 +228,28 @@ def test_evidence_from_before_another_build_was_started_is_refused(kept: Path) -
     ran = "its build ran when the training was charged"
     assert reappraise(proved, training, policy, entries)[ran] is True
     assert reappraise(proved, training, policy)[ran] is None
+    older = entries[: training.receipt["index"]]  # another build may have been started before the charge
+    assert reappraise(proved, training, policy, older)[ran] is None
     build = next(number for number, entry in enumerate(entries) if entry["kind"] == "release-of-enclave")
     entries[build] |= {"measurements": ["sha256:" + "ab" * 32]}
     with pytest.raises(EvidenceError, match="another build than the one that ran"):
         reappraise(proved, training, policy, entries)
+
+
+def test_the_training_is_the_one_that_gave_the_weights(kept: Path, tmp_path: Path) -> None:
+    """Not another one, of a better time, that is put before it for its evidence and its history."""
+
+    def put_before(told: dict[str, Any]) -> None:
+        other = told["releases"][0] | {"job": "another", "tensors": "ab" * 32}
+        told["releases"].insert(0, other)
+
+    found = load(changed(kept, tmp_path, put_before))
+    assert [release.job for release in found.releases[:2]] == ["another", load(kept).training.job]
+    assert found.training.job == load(kept).training.job
+    assert found.unchanged()
+    held = {each["criterion"]: each["holds"] for each in dossier(found)["criteria"]}
+    assert held["by the build that was attested"]
+    assert not held["every charge is in the site's log"]
 
 
 def test_a_page_from_after_the_training_was_charged_shows(kept: Path) -> None:
@@ -241,6 +259,7 @@ def test_a_page_from_after_the_training_was_charged_shows(kept: Path) -> None:
     entries = [msgspec.json.decode(body, type=dict) for body, _ in bundles.read(found.log).entries]
     assert _charged_under(policy, training, entries) is True
     assert _charged_under(policy, training, []) is None
+    assert _charged_under(policy, training, entries[: training.receipt["index"]]) is None
     other = {"kind": "policy", "hash": "ab" * 32}
     charged = training.receipt["index"]
     reserved = next(n for n, e in enumerate(entries) if e["kind"] == "reserve" and e["job"] == training.job)
