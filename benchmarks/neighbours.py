@@ -95,10 +95,10 @@ def main() -> None:
             mine, theirs = hospital.connected(url, key), hospital.connected(url, other)
             trained(mine, 0)
             found: dict[int, list[float]] = {0: [], 1: [], MAX_SESSIONS: []}
-            for round in range(ROUNDS):
+            for turn in range(ROUNDS):
                 for sessions, times in found.items():
                     with bombs(theirs, sessions) if sessions else contextlib.nullcontext():
-                        times.append(trained(mine, 1 + len(found) * round + sessions))
+                        times.append(trained(mine, 1 + len(found) * turn + sessions))
             grouped = {"control groups": site._zygote.report.layers["cgroup"]}
     told: dict[str, Any] = {"tier": site.tier, **grouped}
     for sessions, times in found.items():
