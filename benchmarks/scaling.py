@@ -72,15 +72,15 @@ def step_of(rows: dict[str, Tensor], width: int, batch: int) -> Callable[[], Non
     traced = loss_program(model, nn.CrossEntropyLoss(), {"x": rows["x"][0]}, rows["target"][0])
     it, noise, patients = lift(traced.program), SystemNoise(), len(rows["x"]) - 1
     slots = it.for_batches_of(train.capacity(batch, 1)) * it.microbatch
-    weights, constants = it.tensors(traced.blob)
-    del model, traced
-    optimizer = torch.optim.SGD(list(weights.values()), lr=RATE)
+    parameters, constants = it.tensors(traced.blob)
+    weights, total = train.Weights(parameters), it.zeros()
+    del model, traced, parameters
+    optimizer = torch.optim.SGD(weights.vectors, lr=RATE)
 
     def step() -> None:
         drawn = train.draw(patients, batch / patients, slots, noise)
-        total = train.clipped_sum(it, weights, constants, rows, drawn, CLIP)
-        for name, grad in train.private(total, CLIP, batch, noise, weights).items():
-            weights[name].grad = grad
+        train.clipped_sum(it, weights, constants, rows, drawn, CLIP, total)
+        weights.follow(train.private(total, CLIP, batch, noise))
         optimizer.step()
 
     return step

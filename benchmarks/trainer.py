@@ -83,7 +83,8 @@ def ours(workload: Workload, engine: str, facts: dict[str, Any]) -> Step:
     it = lift(traced.program)
     slots = it.for_batches_of(workload.batch) * it.microbatch
     facts["slots"] = train.capacity(workload.batch, 1) / workload.batch
-    weights, constants = it.tensors(traced.blob)
+    parameters, constants = it.tensors(traced.blob)
+    weights, total = train.Weights(parameters), it.zeros()
     if engine == "compiled":
         seconds = it.compile(weights, constants)
         if seconds is None or not compile_noise(assembled):
@@ -92,13 +93,11 @@ def ours(workload: Workload, engine: str, facts: dict[str, Any]) -> Step:
     it.selftest(weights, constants)
     rows, noise = with_absent({"x": x, "target": y}), SystemNoise()
     drawn = torch.arange(slots).clamp(max=workload.batch)  # what is left of the slots is empty
-    optimizer = torch.optim.SGD(list(weights.values()), lr=RATE)
+    optimizer = torch.optim.SGD(weights.vectors, lr=RATE)
 
     def step() -> None:
-        total = train.clipped_sum(it, weights, constants, rows, drawn, CLIP)
-        grads = train.private(total, CLIP, workload.batch, noise, weights)
-        for name, weight in weights.items():
-            weight.grad = grads[name]
+        train.clipped_sum(it, weights, constants, rows, drawn, CLIP, total)
+        weights.follow(train.private(total, CLIP, workload.batch, noise))
         optimizer.step()
 
     return step

@@ -13,7 +13,7 @@ from conftest import node, program
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rapha_lab.curator.lift import lift
+from rapha_lab.curator.lift import Totals, lift
 from rapha_lab.curator.mapped import with_absent
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.curator.noise import SeededNoise, SystemNoise, on_grid
@@ -116,6 +116,30 @@ def test_half_the_noise_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "private", lambda total, d, *more: original(total, d / 2, *more))
     with pytest.raises(AssertionError):
         test_the_noise_is_sigma_times_the_norm()
+
+
+@pytest.mark.parametrize(
+    "name", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "nadam", "radam", "adamax", "adadelta"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_update_of_all_weights_as_one_vector_is_that_of_each(name: str, dtype: torch.dtype) -> None:
+    """Also where dtypes differ: the parameters follow their own gradients, as with torch's optimiser on each."""
+    torch.manual_seed(0)
+    each = {"a": torch.randn(5, 3), "b": torch.randn(7, dtype=dtype), "c": torch.randn(())}
+    together = train.Weights(each)
+    rule = Optimizer(name=name, settings={"lr": 0.1})
+    apart, whole = (train.optimizer_for(rule, ts) for ts in ([*each.values()], together.vectors))
+    total = Totals({n: list(t.shape) for n, t in each.items()})
+    for _ in range(3):
+        total.flat.normal_()
+        for n, t in each.items():
+            t.grad = total[n].to(t.dtype)
+        together.follow(total)
+        apart.step()
+        whole.step()
+    for n, t in each.items():
+        assert together[n].dtype == t.dtype
+        assert torch.allclose(together[n], t, rtol=1e-5, atol=1e-6)
 
 
 def test_the_noise_asked_of_the_accountant_gives_the_epsilon() -> None:

@@ -80,7 +80,8 @@ class Loop:
         total = train.clipped_sum(lifted, parameters, constants, rows, drawn, clip)
         deviation = self.sigma * clip * (1 + train.slack(lifted.microbatch))
         share = batch if ask.reduction == "mean" else 1
-        return Answer({}, pack(train.private(total, deviation, share, noise, parameters)))
+        dtypes = {name: t.dtype for name, t in parameters.items()}
+        return Answer({}, pack(train.private(total, deviation, share, noise).cast(dtypes)))
 
     def _announce(self, progress: Progress) -> None:
         """One step of those announced is taken; at the first of a block the whole block is announced."""

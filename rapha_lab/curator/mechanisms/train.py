@@ -30,6 +30,7 @@ from rapha_lab.protocol.program import Program
 from rapha_lab.protocol.schema import MISSING, SPLITS, Schema
 
 __all__ = [
+    "Weights",
     "block",
     "capacity",
     "clipped_sum",
@@ -81,7 +82,7 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
         raise RequestError(f"momentum is {momentum}.", why, "Take a smaller one, or no bands.", field=field)
     loss = price(ask, schema, delta)
     rate, sigma = loss.rate, loss.noise
-    updates(ask, {name: t.clone() for name, t in parameters.items()}, sigma)
+    updates(ask, [t.clone() for t in parameters.values()], sigma)
 
     def run(view: View, progress: Progress) -> Answer:
         those = view.of(with_target(view, ask.inputs))
@@ -112,14 +113,15 @@ def train(
 
     Who is no longer `present`, bool (n,), takes no part in the next step.
     """
-    weights = {name: t.clone() for name, t in parameters.items()}
-    optimizer = updates(ask, weights, sigma)
+    weights = Weights(parameters)
+    optimizer = updates(ask, weights.vectors, sigma)
     memory = banded.Memory(ask.bands, float(ask.optimizer.settings.get("momentum", 0.0)))  # type: ignore[arg-type]
-    averages = {name: t.clone() for name, t in weights.items()}
+    averages = {name: t.clone() for name, t in weights.items()} if ask.average else weights
     parts = lifted.for_batches_of(capacity(most(ask.batch, rate / ask.bands), 1))
     slots = parts * lifted.microbatch
     sensitivity = ask.clip * (1 + slack(lifted.microbatch))
-    prepare(lifted, parameters, constants, ask.steps * parts)
+    prepare(lifted, weights, constants, ask.steps * parts)
+    total = lifted.zeros()
     count = len(next(iter(rows.values()))) - 1
     turn = banded.turns(count, ask.bands, noise) if ask.bands > 1 else None
     for step in range(ask.steps):
@@ -129,15 +131,43 @@ def train(
         drawn = draw(count, rate, slots, noise, None if turn is None else turn == step % ask.bands)
         if present is not None:
             drawn = staying(drawn, present())
-        total = clipped_sum(lifted, weights, constants, rows, drawn, ask.clip)
+        clipped_sum(lifted, weights, constants, rows, drawn, ask.clip, total)
         with memory.of(total.flat, ask.batch):
-            grads = private(total, sigma * sensitivity * memory.norm, ask.batch, noise, weights)
-        for name, weight in weights.items():
-            weight.grad = grads[name]
+            private(total, sigma * sensitivity * memory.norm, ask.batch, noise)
+        weights.follow(total)
         optimizer.step()
-        averaged(averages, weights, ask.average, step)
+        if ask.average:
+            averaged(averages, weights, ask.average, step)
     _finite(averages, ask.steps)
-    return averages
+    return {name: t.clone() for name, t in averages.items()}
+
+
+class Weights(dict[str, Tensor]):
+    """Copies of parameters by name as parts of one vector, so that an update is one operation.
+
+    Attributes:
+        vectors: what an optimiser updates; one, or the parameters themselves where their dtypes differ.
+    """
+
+    def __init__(self, parameters: Tensors) -> None:
+        if len({t.dtype for t in parameters.values()}) == 1:
+            sizes = [t.numel() for t in parameters.values()]
+            self.vectors = [torch.cat([t.reshape(-1) for t in parameters.values()])]
+            parts = self.vectors[0].split(sizes)
+            whole = {n: part.view_as(t) for (n, t), part in zip(parameters.items(), parts, strict=True)}
+        else:
+            whole = {name: t.clone() for name, t in parameters.items()}
+            self.vectors = [t.view(-1) for t in whole.values()]
+        super().__init__(whole)
+        for t in self.vectors:
+            t.grad = torch.zeros_like(t)
+
+    def follow(self, gradient: Totals) -> None:
+        """Let the optimiser's next step be by this gradient, of the same parameters in the same order."""
+        parts = gradient.flat.split([len(t) for t in self.vectors])
+        for t, part in zip(self.vectors, parts, strict=True):
+            assert t.grad is not None
+            t.grad.copy_(part)
 
 
 def averaged(averages: Tensors, weights: Tensors, decay: float, step: int) -> None:
@@ -239,10 +269,18 @@ def capacity(batch: float, microbatch: int) -> int:
 
 
 def clipped_sum(
-    lifted: Lifted, weights: Tensors, constants: Tensors, rows: Tensors, drawn: Tensor, clip: float
+    lifted: Lifted,
+    weights: Tensors,
+    constants: Tensors,
+    rows: Tensors,
+    drawn: Tensor,
+    clip: float,
+    total: Totals | None = None,
 ) -> Totals:
-    """The sum of the drawn patients' clipped gradients, microbatch by microbatch, in float64."""
-    total = lifted.zeros()
+    """The sum of the drawn patients' clipped gradients, microbatch by microbatch, in float64; in `total` if given."""
+    if total is None:
+        total = lifted.zeros()
+    total.flat.zero_()
     absent = len(next(iter(rows.values()))) - 1
     for part in drawn.split(lifted.microbatch):
         batch = taken(rows, part, absent)
@@ -250,10 +288,10 @@ def clipped_sum(
     return total
 
 
-def private(total: Totals, deviation: float, share: float, noise: Noise, weights: Tensors) -> Tensors:
-    """The sums with Gaussian noise of this standard deviation, on a grid no record moves, over `share`; uses them up."""
+def private(total: Totals, deviation: float, share: float, noise: Noise) -> Totals:
+    """The sums with Gaussian noise of this standard deviation, on a grid no record moves, over `share`, in place."""
     noisy(total.flat, deviation, noise).mul_(1 / share)
-    return total.cast({name: t.dtype for name, t in weights.items()})
+    return total
 
 
 def slack(microbatch: int) -> float:
@@ -299,7 +337,7 @@ _SETTINGS = {
 }  # fmt: skip
 
 
-def optimizer_for(settings: Optimizer, weights: Tensors) -> torch.optim.Optimizer:
+def optimizer_for(settings: Optimizer, weights: list[Tensor]) -> torch.optim.Optimizer:
     """The update rule on these weights; it sees private gradients only, so all it does is post-processing.
 
     Raises:
@@ -315,14 +353,14 @@ def optimizer_for(settings: Optimizer, weights: Tensors) -> torch.optim.Optimize
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.settings.items()}
     try:
         # one group of plain tensors, no fused kernels: the update's cost depends on sizes alone
-        return _OPTIMIZERS[settings.name](list(weights.values()), **given)  # type: ignore[arg-type]
+        return _OPTIMIZERS[settings.name](weights, **given)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise RequestError(
             f"The optimiser does not take these settings: {error}", field="optimizer"
         ) from None
 
 
-def updates(ask: Fit, weights: Tensors, sigma: float) -> torch.optim.Optimizer:
+def updates(ask: Fit, weights: list[Tensor], sigma: float) -> torch.optim.Optimizer:
     """The update rule of a fit, with the noise taken out of Adam's second moment if that is asked.
 
     Raises:
@@ -339,7 +377,7 @@ def updates(ask: Fit, weights: Tensors, sigma: float) -> torch.optim.Optimizer:
             field="corrected",
         )
     optimizer_for(ask.optimizer, weights)
-    return CorrectedAdam(list(weights.values()), sigma * ask.clip / ask.batch, **settings)  # type: ignore[arg-type]
+    return CorrectedAdam(weights, sigma * ask.clip / ask.batch, **settings)  # type: ignore[arg-type]
 
 
 def _finite(weights: Tensors, step: int) -> None:
