@@ -15,7 +15,7 @@ from rapha_lab.client.site import Site
 from rapha_lab.protocol.decision import Act, decide, signed_login, subject_of
 from rapha_lab.protocol.errors import RequestError, TrustError
 from rapha_lab.protocol.keys import PrivateKey
-from rapha_lab.protocol.policy import state
+from rapha_lab.protocol.policy import seen, state
 
 __all__ = ["Custodian", "changes", "countersign", "described", "in_words"]
 
@@ -183,9 +183,10 @@ def in_words(told: dict[str, Any]) -> str:
         lines += _function(document, told.get("before"), told.get("tensors") or _unseen(document))
     else:
         lines += _answer(document)
-    lines += ["Automatic checks:", *(f"  {line}" for line in told["findings"] or ["nothing found"])]
+    lines += ["Automatic checks:", *(f"  {seen(line)}" for line in told["findings"] or ["nothing found"])]
     lines += [
-        f"{d['act']} by {d['key']}" + (f": {d['reason']}" if d["reason"] else "") for d in told["decisions"]
+        f"{d['act']} by {d['key']}" + (f": {seen(d['reason'])}" if d["reason"] else "")
+        for d in told["decisions"]
     ]
     return "\n".join(lines)
 
@@ -214,6 +215,7 @@ def _selection(asks: dict[str, Any]) -> list[str]:
 def _function(document: dict[str, Any], before: str | None, tensors: list[str]) -> list[str]:
     asks = document["asks"]
     return [
+        f"runs {asks['name']} of the source below",
         f"asks for the columns {', '.join(asks['columns'])} of the split {document['split']}, as they are",
         *(
             [f"and for all rows that count of the tables {', '.join(asks['tables'])}, as they are"]
@@ -240,8 +242,9 @@ def changes(document: dict[str, Any], before: dict[str, Any] | None) -> list[str
     lines = []
     old, new = before["asks"], document["asks"]
     for name in sorted({*old, *new} - {"source"}):
-        if old.get(name) != new.get(name):
-            lines.append(f"  {name}: was {old.get(name)}, is {new.get(name)}")
+        was, now = (json.dumps(each.get(name)) for each in (old, new))  # to Python True is 1, too
+        if was != now:
+            lines.append(f"  {name}: was {was}, is {now}")
     for name in ("site", "split", "environment", "policy", "researcher"):
         if before.get(name) != document.get(name):
             lines.append(f"  {name}: was {before.get(name)}, is {document.get(name)}")

@@ -115,7 +115,7 @@ class Airlock:
         with self._ledger.transaction() as db:
             if self._find(db, "subject = ?", subject_of(document)) == []:
                 self._hold_few(db, about["researcher"])
-                self.hold(db, "function", document, findings=[], **about)
+                self.hold(db, "function", document, **about)
                 if tensors:
                     db.execute("INSERT INTO airlock_inputs VALUES (?, ?)", (subject_of(document), tensors))
 

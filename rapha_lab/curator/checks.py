@@ -7,10 +7,11 @@ things end the matter: a kind of value we have no word for, more than can be loo
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,15 @@ from rapha_lab.curator.tables import PATIENT
 from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.policy import unseen
 
-__all__ = ["Found", "result", "tensors"]
+__all__ = ["Found", "result", "source", "tensors"]
 
 THRESHOLD, NEAR, FEW, SHARE = 10, 0.1, 2, 0.9
 MOST, DEPTH, DIGITS = 100_000, 16, 4
 PLACES = 5
 """Of each kind of finding so many places are named, and the others counted."""
+
+BLANK_LINES, _BLANKS = 40, re.compile(r"[ \t]{60,}\S")
+"""What follows so much of nothing may be out of sight."""
 
 Leaf = tuple[str, Any]
 
@@ -47,7 +51,7 @@ class Found:
 
 
 class _StoppedError(Exception):
-    pass
+    """Why it must not leave, in words of ours alone: they go where the answer would have gone."""
 
 
 def result(parcel: Any, blob: bytes, view: View, tables: Sequence[str] = ()) -> Found:
@@ -98,6 +102,26 @@ def result(parcel: Any, blob: bytes, view: View, tables: Sequence[str] = ()) -> 
     return found
 
 
+def source(text: str) -> list[str]:
+    """What of a function's source a custodian may overlook, or take for something else, by line."""
+    lines, goes_on, at = text.split("\n"), list[str](), 1
+    for blank, group in groupby(lines, lambda line: not line.strip()):
+        size = len(list(group))
+        if blank and size >= BLANK_LINES and at + size <= len(lines):
+            goes_on.append(f"line {at + size}")
+        at += size
+    goes_on += [f"line {n}" for n, line in enumerate(lines, 1) if _BLANKS.search(line)]
+    foreign = [
+        f"line {n} (U+{ord(next(c for c in line if not c.isascii())):04X})"
+        for n, line in enumerate(lines, 1)
+        if not line.isascii()
+    ]
+    return [
+        *_listed("It goes on after much that is blank", goes_on),
+        *_listed("Characters beyond ASCII, which may look like others", foreign),
+    ]
+
+
 def tensors(blob: bytes) -> list[str]:
     """What the tensors are beside an answer: name, kind, shape and range, a line each."""
     lines = []
@@ -123,7 +147,7 @@ def _leaves(spec: Any, where: str, arrays: Mapping[str, np.ndarray], depth: int)
     elif kind in ("tensor", "array"):
         array = arrays[spec["tensor"]]
         if array.size > MOST:
-            raise _StoppedError(f"It has an array of {array.size:,} values; {MOST:,} are the most.")
+            raise _StoppedError(f"It has an array of more than the {MOST:,} values that anybody can look at.")
         if array.dtype.kind not in "biuf":
             raise _StoppedError(f"It has an array of {array.dtype}, which cannot be checked.")
         for place, value in np.ndenumerate(array):
@@ -139,7 +163,7 @@ def _leaves(spec: Any, where: str, arrays: Mapping[str, np.ndarray], depth: int)
             yield f"a name in {where}", str(name)
             yield from _leaves(item, f"{where}.{name}", arrays, depth + 1)
     else:
-        raise _StoppedError(f"It holds a {kind}, which cannot be checked.")
+        raise _StoppedError("It holds a kind of value that cannot be checked.")
 
 
 def _texts(value: Any, where: str, depth: int) -> Iterator[Leaf]:

@@ -25,7 +25,7 @@ from rapha_lab.curator.cohort import Cohort, View
 from rapha_lab.curator.expressions import chosen
 from rapha_lab.curator.funds import fund
 from rapha_lab.curator.ledger import Ledger
-from rapha_lab.curator.mechanisms import Answer, Plan, aggregate, loop
+from rapha_lab.curator.mechanisms import Answer, Plan, aggregate, loop, review
 from rapha_lab.curator.mechanisms.loop import Loop
 from rapha_lab.curator.mechanisms.shards import Workers
 from rapha_lab.curator.noise import Noise
@@ -130,6 +130,8 @@ class Desk:
             WaitingError: it is computed, charged and logged, and waits for custodians; ask the same again.
         """
         ask = messages.decode(request)
+        if isinstance(ask, messages.Review):
+            ask = review.as_shown(ask)
         if isinstance(ask, messages.Gradient):
             return self._gradient(caller, ask, tensors, on_step)
         if isinstance(ask, messages.Close):
@@ -318,7 +320,10 @@ class Desk:
             "split": ask.split,
         }
         document = canonical({"kind": "function", "asks": asks, "mode": mode, **about, **where})
-        self._airlock.propose(document, tensors, job=caller.job, lane="review", mode=mode, **about)
+        found = checks.source(ask.source)
+        self._airlock.propose(
+            document, tensors, findings=found, job=caller.job, lane="review", mode=mode, **about
+        )
         self._airlock.pass_function(document)
 
     def _hold(self, caller: Caller, ask: Ask, mode: Mode, delta: float) -> Callable[[Answer, Any], None]:

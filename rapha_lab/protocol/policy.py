@@ -34,6 +34,7 @@ __all__ = [
     "Signed",
     "Statement",
     "state",
+    "seen",
     "unseen",
 ]
 
@@ -57,6 +58,12 @@ _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | {
 def unseen(text: str) -> list[str]:
     """The characters of a text that whoever reads it does not see, or that move what they see."""
     return [c for c in text if c not in "\n\t" and (unicodedata.category(c) in _UNSEEN or c in _BLANK)]
+
+
+def seen(text: str) -> str:
+    """The text on one line, with whatever of it nobody sees written out."""
+    hidden = {*unseen(text), "\n", "\t"}
+    return "".join(ascii(c)[1:-1] if c in hidden else c for c in text)
 
 
 class Custodian(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

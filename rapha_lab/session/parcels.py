@@ -66,7 +66,8 @@ def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int) -
     if isinstance(value, (list, tuple)):
         each = [_pack(v, f"{path}/{k}", tensors, depth + 1) for k, v in enumerate(value)]
         return {"kind": "tuple" if isinstance(value, tuple) else "list", "items": each}
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and (not math.isfinite(value) or value == int(value)):
+        # in what custodians are shown, and in what is signed, 1.0 were 1
         return {"kind": "float", "value": repr(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"kind": "plain", "value": value}

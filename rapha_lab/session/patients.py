@@ -308,7 +308,8 @@ class Patients(Questions):
             columns: what the frame holds; all columns if not given.
             tables: those with many rows a patient: each is a frame of the rows that count, whose column `__patient` is the
                 place of the row's patient in the first frame, as in `frame.with_row_index("__patient")`.
-            inputs: further arguments: numbers, strings, arrays, tensors, frames, modules as their weights.
+            inputs: further arguments: numbers, strings, arrays, tensors, frames, modules as their weights. Dicts and
+                frames arrive with their keys in alphabetical order, as custodians read them.
             seconds: the time it has.
 
         Returns:

@@ -19,6 +19,8 @@ from rapha_lab.curator.cohort import Cohort, View
 from rapha_lab.curator.mechanisms import review
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.expression import Call, Col, Lit
+from rapha_lab.protocol.release import canonical
 from rapha_lab.session import parcels, shard
 
 PATIENT = {"age": 50.0, "crp": 1.0, "visits": 3.0, "smoker": True, "died": False, "sex": "F", "site": "North"}
@@ -176,3 +178,81 @@ def labs_of(frame, labs, least):
         spec = {"kind": "table", "columns": {key: plain(1), "value_mean": plain(1.0)}}
         found = list(checks._tables(spec, "result", labs.schema.table("labs").columns, rows))
         assert any("stand for fewer than 10 patients" in line for line in found)
+
+
+class TestWhatCustodiansRead:
+    """It is what runs, all of it, and nothing leaves beside it."""
+
+    ASKED: dict[str, Any] = {"dataset": "ward", "split": "all", "name": "f", "columns": ["age"]}
+
+    def failed(self, view: View, said: dict[str, Any]) -> str:
+        """What is told of a function that failed, whose process wrote this."""
+        frame = io.BytesIO()
+        messages.write_frame(frame, messages.encode(said))
+        ask = messages.Review(source="def f(frame):\n    pass\n", **self.ASKED)
+        told = review._answer(ask, frame.getvalue().ljust(messages.REVIEWED, b"\0"), view)
+        return str(told.values["failed"])
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {"failed": "P4711 is 43"},
+            {"failed": "P4711 in line 2"},
+            {"failed": "ValueError in line 4711"},
+            {"failed": "ValueError\ufe01\ufe02 in line 2"},
+            {"failed": ["4711"]},
+            {"parcel": {"values": {"result": {"kind": "P4711"}}}},
+        ],
+    )
+    def test_a_failure_says_nothing_of_a_record(self, view: View, said: dict[str, Any]) -> None:
+        """The function may name an error, or a kind of value, after a patient."""
+        told = self.failed(view, said)
+        assert "4711" not in told
+        assert told.isascii()
+
+    def test_a_failure_says_where_to_look(self, view: View) -> None:
+        """A known error and a line of the source."""
+        assert self.failed(view, {"failed": "ColumnNotFoundError in line 2"}) == "ColumnNotFoundError in line 2"
+        large = f"Its result is larger than {messages.REVIEWED >> 20} MiB"
+        assert self.failed(view, {"failed": large}) == large
+
+    def test_what_runs_is_what_is_read(self) -> None:
+        """To custodians 1.0 is 1, -0.0 is 0 and a dict has no order: a function must not be able to tell them apart."""
+        given = {"values": {"b": plain(1.0), "a": {"kind": "list", "items": [plain(-0.0), plain(0.5)]}}}
+        ask = messages.Review(source="pass", inputs=given, **self.ASKED)
+        shown = review.as_shown(ask)
+        assert repr(shown.inputs) == repr(json.loads(canonical(ask))["inputs"])
+        assert list(shown.inputs["values"]) == ["a", "b"]
+        assert repr(shown.inputs["values"]["b"]["value"]) == "1"
+
+    def test_derived_columns_keep_their_order(self) -> None:
+        """One may be made of those before it."""
+        derive = {"z": Call("add", [Col("age"), Lit(1.0)]), "a": Call("add", [Col("z"), Lit(1)])}
+        shown = review.as_shown(messages.Review(source="pass", derive=derive, **self.ASKED))
+        assert list(shown.derive) == ["z", "a"]
+        assert repr(shown.derive["z"]) == repr(Call("add", [Col("age"), Lit(1)]))
+
+    @pytest.mark.parametrize("value", [2**53, [[[]]] * 2])
+    def test_what_cannot_be_read_is_refused(self, value: Any) -> None:
+        """A number that a browser shows as another, and nests that end whatever would show them."""
+        for _ in range(70 if isinstance(value, list) else 0):
+            value = [value]
+        with pytest.raises(RequestError) as refused:
+            review.as_shown(messages.Review(source="pass", inputs={"values": {"a": value}}, **self.ASKED))
+        assert refused.value.field == "inputs"
+
+    def test_whole_floats_stay_floats(self) -> None:
+        """Though JSON that is signed has one kind of number."""
+        given, _ = parcels.pack({"x": 2.0, "y": -0.0, "z": 1e300, "n": 2}, ["x", "y", "z", "n"])
+        ask = review.as_shown(messages.Review(source="pass", inputs=given, **self.ASKED))
+        assert repr(parcels.unpack(ask.inputs, b"")) == "{'n': 2, 'x': 2.0, 'y': -0.0, 'z': 1e+300}"
+
+    def test_what_a_source_hides_is_pointed_out(self) -> None:
+        """What stands after blanks, and letters that look like others."""
+        told = "\n".join(
+            checks.source("def f(frame):\n    x = 1" + " " * 90 + "; y = 2\n" + "\n" * 60 + "    return \u0430\n")
+        )
+        assert "line 2" in told
+        assert "line 63" in told
+        assert "U+0430" in told
+        assert checks.source("def f(frame):\n    return 1\n" + "\n" * 60) == []

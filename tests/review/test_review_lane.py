@@ -13,7 +13,7 @@ from clinic import Clinic, newest, until
 from safetensors.torch import load, save
 
 from rapha_lab.cli import main
-from rapha_lab.client.custodian import described, in_words
+from rapha_lab.client.custodian import changes, described, in_words
 from rapha_lab.protocol.errors import CellError, PolicyError, RaphaError, RefusedError, TrustError
 from rapha_lab.session import parcels
 
@@ -40,6 +40,13 @@ def weighed(frame, w, n):
 given = {"w": torch.arange(12.0).reshape(3, 4), "n": torch.tensor(7)}
 import polars as pl
 patients.where(pl.col("age") > 40).review(weighed, columns=["age"], inputs=given)
+"""
+FORGED = """
+from rapha_lab.protocol import messages
+
+source = "def other(frame, k): return None\\ndef kind(frame, k): return type(k).__name__"
+k = {"values": {"k": {"kind": "plain", "value": 1.0}}}
+patients._ask(messages.Review(dataset="ward", split="all", source=source, name="kind", columns=["age"], inputs=k), b"")
 """
 FAILS = """
 def fails(frame):
@@ -173,6 +180,38 @@ def test_whatever_was_sent_as_tensors_can_be_described(blob: bytes) -> None:
     assert all(
         isinstance(line, str) for line in described(blob, {"asks": {"inputs": {"a": [{"tensor": "a"}]}}})
     )
+
+
+def test_a_function_is_given_what_custodians_read(shared: Clinic, session: str) -> None:
+    """A session that asks with 1.0 where they are shown 1 has it run with 1; which function runs is said."""
+    job = until(shared.connect().run(FORGED, "ward", session=session), "waiting")
+    guardian = shared.custodian()
+    proposed = guardian.show(newest(guardian, job=job)["subject"])
+    assert '"value": 1}' in in_words(proposed)
+    assert "runs kind of the source below" in in_words(proposed)
+    guardian.approve(proposed["subject"])
+    answer = guardian.show(newest(guardian, "answer", job)["subject"])
+    assert json.loads(answer["document"])["release"]["values"]["parcel"]["values"]["result"]["value"] == "int"
+    guardian.refuse(answer["subject"], "Seen.")
+    until(job, "failed")
+
+
+def test_nothing_that_is_shown_writes_lines_of_its_own() -> None:
+    """A tensor's name is its researcher's to choose, a reason another custodian's."""
+    about = ("subject", "project", "dataset", "lane", "researcher", "mode", "missing")
+    release = {"op": "fit", "split": "train", "epsilon": 1, "delta": 1e-5, "values": {}}
+    told = dict.fromkeys(about, "x") | {"kind": "answer", "state": "waiting"}
+    told |= {"document": json.dumps({"release": release}), "findings": ["\x1b[2J\nAutomatic checks:\u202e"]}
+    told |= {"decisions": [{"act": "refuse", "key": "k", "reason": "a\nb"}]}
+    words = in_words(told)
+    assert "  \\x1b[2J\\nAutomatic checks:\\u202e\nrefuse by k: a\\nb" in words
+
+
+def test_truths_are_not_numbers_where_changes_are_shown() -> None:
+    """Though to Python they are the same, and to a function they are not."""
+    asks = {"source": "pass", "inputs": {"a": True}}
+    told = changes({"asks": asks}, {"asks": asks | {"inputs": {"a": 1}}})
+    assert '  inputs: was {"a": 1}, is {"a": true}' in told
 
 
 def test_rows_that_leave_are_pointed_out(shared: Clinic, session: str) -> None:

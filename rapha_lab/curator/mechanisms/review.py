@@ -8,10 +8,13 @@ raises is gone. It has no privacy loss that could be stated, so its price is nou
 
 from __future__ import annotations
 
+import builtins
 import io
+import re
 from typing import Any
 
 import msgspec
+import polars.exceptions
 
 from rapha_lab.curator import checks
 from rapha_lab.curator.accounting import Reviewed
@@ -26,9 +29,43 @@ from rapha_lab.protocol.policy import unseen
 from rapha_lab.protocol.release import canonical
 from rapha_lab.protocol.schema import Schema
 
-__all__ = ["plan"]
+__all__ = ["as_shown", "plan"]
 
 MOST_INPUTS = 64 << 20
+DEEPEST = 64
+"""Levels of the description of its inputs; values that travel have half as many."""
+
+_FAILED = re.compile(r"([A-Za-z]+) in line ([0-9]{1,6})")
+_KINDS = {*vars(builtins), *vars(polars.exceptions), "LinAlgError", "RequestError"}
+_LARGE = f"Its result is larger than {REVIEWED >> 20} MiB"
+
+
+def as_shown(ask: Review) -> Review:
+    """The request as custodians read it, which is what runs: to them 1.0 is 1, -0.0 is 0, and keys have no order.
+
+    Raises:
+        RequestError: it has a number that they would read as another, or is nested too deeply to be read.
+    """
+    try:
+        _hold_flat(ask.inputs, 0)
+        shown = msgspec.json.decode(canonical(ask), type=Review)
+        return msgspec.structs.replace(shown, derive={name: shown.derive[name] for name in ask.derive})
+    except ValueError:
+        raise RequestError(
+            "The request has a whole number too large to be shown.",
+            "Custodians would read another number than the function gets.",
+            "Give it as a string, or in a tensor.",
+            field="inputs",
+        ) from None
+
+
+def _hold_flat(part: Any, depth: int) -> None:
+    if depth > DEEPEST:
+        raise RequestError(
+            "The inputs are nested too deeply.", f"The limit is {DEEPEST} levels.", field="inputs"
+        )
+    for each in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        _hold_flat(each, depth + 1)
 
 
 def plan(ask: Review, tensors: bytes, schema: Schema, workers: Workers) -> Plan:
@@ -86,7 +123,7 @@ def _answer(ask: Review, told: bytes, view: View) -> Answer:
         frame = messages.read_frame(io.BytesIO(told), max_header=REVIEWED, max_tensors=REVIEWED)
         if frame is not None:
             said = msgspec.json.decode(frame[0], type=dict)
-            parcel, blob, failed = said.get("parcel"), frame[1], str(said.get("failed", ""))[:200]
+            parcel, blob, failed = said.get("parcel"), frame[1], _failure(said.get("failed"), ask.source)
             canonical(parcel)
     except (RaphaError, msgspec.DecodeError, ValueError, TypeError, RecursionError, UnicodeDecodeError):
         parcel, blob, failed = None, b"", "What it answered cannot be read."
@@ -97,3 +134,11 @@ def _answer(ask: Review, told: bytes, view: View) -> Answer:
     if found.stopped:
         return Answer(values | {"failed": f"It was stopped: {found.stopped}"}, findings=tuple(found.prompts))
     return Answer(values | {"parcel": found.parcel}, found.blob, tuple(found.prompts))
+
+
+def _failure(said: Any, source: str) -> str:
+    """How it failed, in one of few words: the function could have made an error whose name is a patient's."""
+    found = _FAILED.fullmatch(said) if isinstance(said, str) else None
+    if found and found[1] in _KINDS and int(found[2]) <= source.count("\n") + 1:
+        return f"{found[1]} in line {int(found[2])}"
+    return _LARGE if said == _LARGE else "It raised an error of its own, or ended in another way."
