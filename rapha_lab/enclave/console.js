@@ -1,7 +1,7 @@
 'use strict';
 // Everything shown is put in as text, never as markup: sources and answers are foreign.
 const at = id => document.getElementById(id);
-let token = '', policy = '', shown = null, login = null, held = null;
+let token = '', policy = '', shown = null, login = null, held = null, looks = 0;
 
 async function ask(what, body) {
   const headers = { 'Content-Type': 'application/json', ...(token ? { Authorization: `Bearer ${token}` } : {}) };
@@ -58,6 +58,9 @@ async function list() {
 
 // JSON with every character that is not plain ASCII written out: nothing in it is unseen.
 const plain = value => JSON.stringify(value).replace(/[^\x20-\x7e]/g, c => `\\u${c.charCodeAt(0).toString(16).padStart(4, '0')}`);
+
+// The text with whatever of it nobody sees written out.
+const seen = text => text.replace(/[\p{C}\p{Zl}\p{Zp}\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\ufe00-\ufe0f\u{e0100}-\u{e01ef}]/gu, c => c === '\n' ? c : `\\u{${c.codePointAt(0).toString(16)}}`);
 
 const KINDS = { F64: Float64Array, F32: Float32Array, I64: BigInt64Array, I32: Int32Array, I16: Int16Array, I8: Int8Array, U8: Uint8Array, BOOL: Uint8Array };
 
@@ -145,18 +148,20 @@ function made(asks) {
 }
 
 async function show(subject) {
+  const look = ++looks;
   const told = await ask('item', { text: subject });
   const hash = await digest(new TextEncoder().encode(told.document));
   if (hash && hash !== told.subject) { throw new Error('The site showed another document than the one that waits. Do not sign.'); }
-  shown = told;
   const document_ = JSON.parse(told.document), isFunction = told.kind === 'function';
+  const buffer = isFunction ? await inputs(told.subject, document_.asks.tensors) : null;
+  if (look !== looks) { return; } // another was looked at since: what is shown and what is signed stay one
+  shown = told;
   at('item-title').textContent = isFunction ? 'A function asks to run' : 'An answer asks to leave';
   const common = [['subject', told.subject], ['project', told.project], ['dataset', told.dataset], ['researcher', told.researcher], ['released by', told.mode], ['still to approve', told.missing]];
   if (isFunction) {
-    facts([...common, ['columns', document_.asks.columns.join(', ')], ...(document_.asks.tables?.length ? [['all rows that count of', document_.asks.tables.join(', ')]] : []), ['split', document_.split], ['time', `${document_.asks.seconds} s`], ['costs', 'no epsilon: it has no privacy guarantee'], ...made(document_.asks), ['environment', document_.environment]]);
+    facts([...common, ['runs', document_.asks.name], ['columns', document_.asks.columns.join(', ')], ...(document_.asks.tables?.length ? [['all rows that count of', document_.asks.tables.join(', ')]] : []), ['split', document_.split], ['time', `${document_.asks.seconds} s`], ['costs', 'no epsilon: it has no privacy guarantee'], ...made(document_.asks), ['environment', document_.environment]]);
     at('inputs').textContent = JSON.stringify(document_.asks.inputs, null, 1).replace(/[^\n\x20-\x7e]/g, c => plain(c).slice(1, -1));
-    const buffer = await inputs(told.subject, document_.asks.tensors);
-    at('tensors').textContent = [`SHA-256 ${document_.asks.tensors}`, ...described(buffer, places(document_.asks.inputs, '', Object.create(null)))].join('\n');
+    at('tensors').textContent = seen([`SHA-256 ${document_.asks.tensors}`, ...described(buffer, places(document_.asks.inputs, '', Object.create(null)))].join('\n'));
     at('save-inputs').hidden = !buffer.byteLength;
     held = buffer;
     at('source').textContent = document_.asks.source;
@@ -165,11 +170,11 @@ async function show(subject) {
     const release = document_.release;
     const price = release.op === 'review' ? 'NO differential privacy: what you approve is all that protects the patients' : `epsilon ${release.epsilon}, delta ${release.delta} per patient`;
     facts([...common, ['asked', `${release.op} on ${release.split}`], ['guarantee', price]]);
-    at('values').textContent = JSON.stringify(release.values, null, 1);
+    at('values').textContent = seen(JSON.stringify(release.values, null, 1));
   }
   at('source-part').hidden = !isFunction; at('values-part').hidden = isFunction;
   at('findings').replaceChildren();
-  for (const line of told.findings.length ? told.findings : ['nothing found']) { element('li', line, at('findings'), told.findings.length && document_.release?.op === 'review' ? 'warn' : ''); }
+  for (const line of told.findings.length ? told.findings : ['nothing found']) { element('li', seen(line), at('findings'), told.findings.length && document_.release?.op === 'review' ? 'warn' : ''); }
   at('reason').value = ''; at('decision-line').value = '';
   only('item');
 }
@@ -193,7 +198,7 @@ on('save-inputs', () => save('inputs.safetensors', held));
 on('approve', () => decide('approve'));
 on('refuse', () => decide('refuse'));
 on('send', async () => { await ask('decide', { text: at('decision-line').value.trim() }); await list(); });
-on('back', list);
+on('back', () => { looks++; return list(); });
 on('veto', () => save('veto.json', { sign: 'veto', policy, reason: at('veto-reason').value.trim() }));
 on('send-veto', async () => {
   await ask('state', { text: at('veto-line').value.trim() });

@@ -33,8 +33,8 @@ __all__ = [
     "Project",
     "Signed",
     "Statement",
-    "state",
     "seen",
+    "state",
     "unseen",
 ]
 

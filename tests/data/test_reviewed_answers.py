@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -183,7 +183,7 @@ def labs_of(frame, labs, least):
 class TestWhatCustodiansRead:
     """It is what runs, all of it, and nothing leaves beside it."""
 
-    ASKED: dict[str, Any] = {"dataset": "ward", "split": "all", "name": "f", "columns": ["age"]}
+    ASKED: ClassVar[dict[str, Any]] = {"dataset": "ward", "split": "all", "name": "f", "columns": ["age"]}
 
     def failed(self, view: View, said: dict[str, Any]) -> str:
         """What is told of a function that failed, whose process wrote this."""
@@ -212,7 +212,9 @@ class TestWhatCustodiansRead:
 
     def test_a_failure_says_where_to_look(self, view: View) -> None:
         """A known error and a line of the source."""
-        assert self.failed(view, {"failed": "ColumnNotFoundError in line 2"}) == "ColumnNotFoundError in line 2"
+        assert (
+            self.failed(view, {"failed": "ColumnNotFoundError in line 2"}) == "ColumnNotFoundError in line 2"
+        )
         large = f"Its result is larger than {messages.REVIEWED >> 20} MiB"
         assert self.failed(view, {"failed": large}) == large
 
@@ -250,7 +252,9 @@ class TestWhatCustodiansRead:
     def test_what_a_source_hides_is_pointed_out(self) -> None:
         """What stands after blanks, and letters that look like others."""
         told = "\n".join(
-            checks.source("def f(frame):\n    x = 1" + " " * 90 + "; y = 2\n" + "\n" * 60 + "    return \u0430\n")
+            checks.source(
+                "def f(frame):\n    x = 1" + " " * 90 + "; y = 2\n" + "\n" * 60 + "    return \u0430\n"
+            )
         )
         assert "line 2" in told
         assert "line 63" in told

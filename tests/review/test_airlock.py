@@ -270,7 +270,7 @@ class TestFlood:
         about = {"project": "p", "dataset": "ward", "lane": "review", "mode": "one custodian", "job": "1-1"}
 
         def propose(number: int, who: str = "ann") -> None:
-            airlock.propose(b"%d" % number, b"", researcher=who, **about)
+            airlock.propose(b"%d" % number, b"", researcher=who, findings=[], **about)
 
         for number in range(MOST_WAITING):
             airlock.room("ann")

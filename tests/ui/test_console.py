@@ -27,6 +27,14 @@ patients.review(hostile, columns=["age"])
 """
 
 
+TWO = """
+def harmless(frame):
+    return 1
+
+patients.review(harmless, columns=["age"])
+"""
+
+
 GIVEN = """
 import torch
 
@@ -142,6 +150,46 @@ def test_what_changed_and_what_it_is_given_is_shown_in_full(page: Page, site: Cl
     assert hashlib.sha256(Path(waited.value.path()).read_bytes()).hexdigest() == asks["tensors"]
     guardian.refuse(newest(guardian, job=job)["subject"], "Seen.")
     until(job, "failed")
+
+
+def test_what_comes_late_is_not_shown_beside_another(page: Page, site: Clinic) -> None:
+    """One function's inputs are slow: whoever goes on to the next one sees the source that they sign."""
+    if site.site.tier != "S3":
+        pytest.skip("reviewed functions need the sandbox's tier S3")
+    guardian = site.custodian()
+    sources = {"slow": TWO, "quick": TWO.replace("harmless", "harmful")}
+    jobs = {
+        name: until(site.connect().run(text, "ward", session=name), "waiting")
+        for name, text in sources.items()
+    }
+    enter(page, site.custodians[0])
+    page.wait_for_selector("text=Look at it")
+    page.evaluate(
+        "const real = fetch; let first = true; const gate = new Promise(open => { window.open_gate = open; });"
+        "window.fetch = async (url, how) => { if (url.endsWith('inputs') && first) { first = false; await gate;"
+        " window.passed = true; } return real(url, how); }; 0"
+    )
+    buttons = page.locator("#items button")
+    buttons.nth(buttons.count() - 2).click()
+    page.wait_for_timeout(300)
+    buttons.nth(buttons.count() - 1).click()
+    page.wait_for_selector("text=A function asks to run")
+    page.evaluate("window.open_gate()")
+    page.wait_for_function("window.passed")
+    page.wait_for_timeout(500)
+    assert "def harmful" in page.inner_text("#source")
+    assert "runs\nharmful" in page.inner_text("#facts")
+    for job in jobs.values():
+        guardian.refuse(newest(guardian, job=job)["subject"], "Seen.")
+        until(job, "failed")
+
+
+def test_what_nobody_sees_is_written_out(page: Page, site: Clinic) -> None:
+    """In answers and in what the checks found."""
+    assert (
+        page.evaluate(r"seen('a\u202e\ufe01\u{e0101}\u3164\nä')")
+        == "a\\u{202e}\\u{fe01}\\u{e0101}\\u{3164}\nä"
+    )
 
 
 @pytest.mark.parametrize("who", ["researcher", "replay", "nobody"])
