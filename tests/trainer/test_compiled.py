@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import random
 import stat
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -150,6 +153,30 @@ def test_without_a_compiler_the_step_stays_eager(monkeypatch: pytest.MonkeyPatch
     assert it.compile(parameters, constants) is None
     rows = {"x": x, "target": y}
     assert it.clipped_sum(parameters, constants, rows, torch.ones(5, dtype=torch.bool), 1.0)
+
+
+def test_two_jobs_do_not_compile_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler sets is the whole process's: two at once had broken each other's; each gets its compiled step."""
+    at_work = threading.Semaphore(1)
+
+    def machine_code(graph: torch.fx.GraphModule, example: object) -> object:
+        assert at_work.acquire(blocking=False)
+        time.sleep(0.3)
+        at_work.release()
+        return lambda tensors: graph(*tensors)
+
+    monkeypatch.setattr(compiling, "_machine_code", machine_code)
+    monkeypatch.setattr(compiling, "_steps", {})
+    jobs = []
+    for name in ("logistic", "mlp", "autoencoder"):
+        make, loss, xs, ys = MODELS[name]
+        jobs.append(lifted(make(), loss, xs(), ys()))
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        took = list(pool.map(lambda job: job[0].compile(*job[1:]), jobs))
+    assert None not in took
+    monkeypatch.setattr(compiling, "PATIENCE", 0.01)
+    with compiling._turn, ThreadPoolExecutor(1) as pool:
+        assert pool.submit(jobs[0][0].compile, *jobs[0][1:]).result() is None
 
 
 def test_no_one_else_can_write_where_compiled_code_lies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,11 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -57,27 +59,42 @@ class Compiled:
 
 _steps: dict[tuple[Any, ...], Step] = {}
 _KEPT = 32
+_turn = threading.RLock()
+PATIENCE = 120.0
+"""Seconds that a job waits for others' compiling; then it goes on without."""
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Nobody else compiles meanwhile: tracing, the compiler's settings and its rules are the process's, not a thread's."""
+    if not _turn.acquire(timeout=PATIENCE):
+        raise TimeoutError("others compile")
+    try:
+        yield
+    finally:
+        _turn.release()
 
 
 def compiled(step: Step, key: tuple[Any, ...], example: tuple[Any, ...]) -> Compiled | None:
-    """`step` compiled for arguments shaped as in `example`; None if there is no compiler or it fails.
+    """`step` compiled for arguments shaped as in `example`; None if there is no compiler, or it fails or is busy.
 
     Args:
         step: a function of dicts of tensors and tensors, without data-dependent control flow.
         key: equal for steps that compute the same.
         example: made-up arguments.
     """
-    began = time.monotonic()
-    if key not in _steps:
-        while len(_steps) >= _KEPT:
-            del _steps[next(iter(_steps))]
-        try:
+    try:
+        with _alone():
+            began = time.monotonic()
+            if key in _steps:
+                return Compiled(_steps[key], 0.0)
+            while len(_steps) >= _KEPT:
+                del _steps[next(iter(_steps))]
             _steps[key] = _compile(step, example)
-        except Exception:
-            # whatever a compiler stumbles on, the step computes without it
-            return None
-        return Compiled(_steps[key], time.monotonic() - began)
-    return Compiled(_steps[key], 0.0)
+            return Compiled(_steps[key], time.monotonic() - began)
+    except Exception:
+        # whatever a compiler stumbles on, the step computes without it
+        return None
 
 
 def _compile(step: Step, example: tuple[Any, ...]) -> Step:
@@ -114,7 +131,7 @@ def assembled(function: Callable[..., Any], example: list[Tensor]) -> Callable[[
     import torch._inductor.lowering  # some decompositions look there
     from torch._inductor.decomposition import select_decomp_table
 
-    with warnings.catch_warnings(), torch.no_grad():
+    with _alone(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         graph = make_fx(function, tracing_mode="fake", decomposition_table=select_decomp_table())(*example)
         graph.graph.eliminate_dead_code()
