@@ -142,6 +142,18 @@ def test_an_update_of_all_weights_as_one_vector_is_that_of_each(name: str, dtype
         assert torch.allclose(together[n], t, rtol=1e-5, atol=1e-6)
 
 
+def test_no_step_and_no_number_has_anothers_noise() -> None:
+    """Over 64 steps independent noise grows by 8, the same one by 64; no part of a long vector repeats another."""
+    moved, values = run(torch.zeros(N, 4), SeededNoise(3), steps=64)
+    each = moved * 100 / (values["noise"] * 8)
+    assert 0.2 < float(each.norm()) < 5
+    size = 1 << 13
+    source, totals = SystemNoise(), [Totals({"w": [9 * size]}) for _ in range(2)]
+    parts = torch.cat([train.private(t, 1.0, 1.0, source).flat.view(9, size) for t in totals])
+    alike = torch.corrcoef(parts) - torch.eye(18)
+    assert float(alike.abs().max()) < 6 / math.sqrt(size)
+
+
 def test_the_noise_asked_of_the_accountant_gives_the_epsilon() -> None:
     """The plan's loss is (epsilon, delta) at most, and nearly."""
     from rapha_lab.curator.accounting import epsilon_of
