@@ -11,22 +11,23 @@ __all__ = ["pack"]
 
 
 def pack(tensors: Mapping[str, Any]) -> bytes:
-    """The torch tensors, which are on the processor, as safetensors bytes.
+    """The torch tensors as safetensors bytes.
 
-    In a tenth of the time that `safetensors.torch.save` takes for small ones: it looks for shared memory, which each
+    In half the time that `safetensors.torch.save` takes for small ones: it looks for shared memory, which each
     tensor here is copied out of anyhow.
     """
-    kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    # numbers as torch itself reads them: what lies in memory may be strided, negated or not be there at all
+    kept = {name: t.numpy(force=True).copy() for name, t in tensors.items()}
     return bytes(
         serialize(
             {
                 name: TensorSpec(
-                    dtype=str(t.dtype)[6:],
-                    shape=t.shape,
-                    data_ptr=t.data_ptr(),
-                    data_len=t.numel() * t.element_size(),
+                    dtype=values.dtype.name,
+                    shape=values.shape,
+                    data_ptr=values.__array_interface__["data"][0],
+                    data_len=values.nbytes,
                 )
-                for name, t in kept.items()
+                for name, values in kept.items()
             }
         )
     )

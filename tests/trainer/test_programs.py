@@ -287,3 +287,20 @@ def test_tensors_of_any_layout_are_packed_as_they_read() -> None:
         assert (read[name].shape, read[name].dtype) == (t.shape, t.dtype)
         assert torch.equal(read[name], t)
     assert load(pack({})) == {}
+
+
+def test_tensors_that_are_not_what_lies_in_memory_are_packed_as_they_read() -> None:
+    """A negated view by its values; one that says falsely that it is contiguous; one without values is refused."""
+
+    class Lies(Tensor):
+        def contiguous(self, *_: object, **__: object) -> Tensor:
+            return self
+
+    negated = torch.tensor([1 + 2j, 3 - 4j]).conj().imag
+    turned = torch.arange(6.0).reshape(2, 3).t()
+    read = load(pack({"negated": negated, "turned": turned.as_subclass(Lies)}))
+    assert read["negated"].tolist() == [-2.0, 4.0]
+    assert torch.equal(read["turned"], turned)
+    for nothing in (torch.zeros(3, device="meta"), torch.ones(3).to_sparse()):
+        with pytest.raises((TypeError, NotImplementedError)):
+            pack({"nothing": nothing})
