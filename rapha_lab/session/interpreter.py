@@ -10,6 +10,7 @@ import ast
 import base64
 import io
 import linecache
+import re
 import sys
 import time
 import traceback
@@ -22,7 +23,7 @@ import matplotlib.pyplot as pyplot
 import torch
 from IPython.core.formatters import DisplayFormatter
 
-from rapha_lab.protocol.errors import CellError, RaphaError
+from rapha_lab.protocol.errors import CellError, RaphaError, RefusedError
 from rapha_lab.protocol.release import Release, canonical
 from rapha_lab.session import pictures, tracing
 from rapha_lab.session.opacus import recognised
@@ -34,6 +35,11 @@ Send = Callable[[Output], None]
 
 MOST_PICTURES = 20
 """Releases of one cell that are drawn."""
+
+_NO_DEVICE = re.compile(
+    r"Torch not compiled with \w+ enabled|PyTorch is not linked with support for \w+ devices|Found no NVIDIA driver"
+)
+"""How torch says that there is no such device."""
 
 _formatter = DisplayFormatter()
 
@@ -197,7 +203,7 @@ def run(source: str, namespace: dict[str, Any], screen: Screen, name: str = "<ce
         except KeyboardInterrupt:
             raise CellError("The cell was interrupted.", "", "Run it again when you like.") from None
         except BaseException as error:
-            raise cell_error(error, name) from None
+            raise _no_device(error, name) or cell_error(error, name) from None
 
 
 def _compile(source: str, name: str) -> tuple[CodeType, CodeType | None]:
@@ -222,6 +228,19 @@ def _line(error: BaseException, name: str) -> int | None:
     """The innermost line of the cell that `error` came through."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
     return lines[-1] if lines else None
+
+
+def _no_device(error: BaseException, name: str) -> RefusedError | None:
+    """The refusal in place of torch's own error, where a cell asked for a device that is not there."""
+    text = next((arg for arg in error.args if isinstance(arg, str)), "")
+    if type(error) not in (AssertionError, RuntimeError) or not _NO_DEVICE.match(text):
+        return None
+    return RefusedError(
+        "A device was asked for that is not here.",
+        "Cells run on the processor; what is trained on patients is computed by the curator.",
+        'Leave .cuda() and .to("cuda") out, or write device = "cuda" if torch.cuda.is_available() else "cpu".',
+        line=_line(error, name),
+    )
 
 
 def cell_error(error: BaseException, name: str) -> CellError:

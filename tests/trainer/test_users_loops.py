@@ -132,6 +132,8 @@ REFUSED = {
     "own places": ('model(batch[X])[torch.arange(13), batch["y"].long()]', "x.gather"),
     "unpacked": ("x, y = batch", "batch[FEATURES]"),
     "its length": ("len(batch[X])", "batch.expected"),
+    "another device": ("model.cuda()", "Leave .cuda()"),
+    "its rows on another device": ('batch[X].to("cuda")', "Leave .cuda()"),
     "loader": ("torch.utils.data.DataLoader(patients.train, shuffle=True)", "patients.train.batches"),
 }
 
