@@ -291,7 +291,8 @@ def _literal(value: Any) -> pl.Expr:
 
 def _words(node: Expression, part: pl.Expr) -> pl.Expr:
     """A text as it is compared, spaces around it left out, as they are of discovered keys."""
-    return (pl.lit(node.value, pl.String) if isinstance(node, Lit) else part).str.strip_chars(" ")
+    words = pl.lit(node.value, pl.String) if isinstance(node, Lit) else part.cast(pl.String)
+    return words.str.strip_chars(" ")
 
 
 def _of_categories(fn: str, parts: list[pl.Expr], kinds: Sequence[Typed]) -> pl.Expr:

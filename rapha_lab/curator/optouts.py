@@ -111,8 +111,10 @@ def add(
     with alone(path):
         known = [v for v in (*versions(path), *taken) if v.dataset == dataset]
         version = following(max(known, key=lambda v: v.number, default=None), dataset, key, come, back)
+        before = Path(path).read_bytes() if Path(path).exists() else b""
         with Path(path).open("ab") as file:
-            file.write(msgspec.json.encode(version) + b"\n")
+            # a last line whose end an editor took reads as a version: two in one line would be none
+            file.write(b"\n" * (before[-1:] not in (b"", b"\n")) + msgspec.json.encode(version) + b"\n")
     return version
 
 

@@ -86,8 +86,11 @@ def _names(given: list[str]) -> list[str]:
             ascii_ = unicodedata.normalize("NFKD", old.replace("ß", "ss")).encode("ascii", "ignore").decode()
             name = re.sub(r"[^A-Za-z0-9]+", "_", ascii_).strip("_")[:56] or "column"
             name = f"c_{name}" if name[0].isdigit() else name
-        alike = sum(re.fullmatch(rf"{re.escape(name)}(_\d+)?", other) is not None for other in names)
-        names.append(f"{name}_{alike + 1}" if alike else name)
+        alike, number = name, 1
+        while name in names:
+            number += 1
+            name = f"{alike}_{number}"
+        names.append(name)
     return names
 
 

@@ -216,9 +216,11 @@ class Cells:
 
     def _note(self, session: _Session, why: str) -> None:
         """Have the session's next cell told why there is nothing left of the earlier ones."""
+        self._ended.pop(session.key, None)
         self._ended[session.key] = why
-        while len(self._ended) > MAX_CELLS:
-            del self._ended[next(iter(self._ended))]
+        mine = [key for key in self._ended if key[0] == session.key[0]]
+        for key in mine[:-MAX_CELLS]:  # never another researcher's, however many sessions one opens
+            del self._ended[key]
 
     def _session(self, researcher: str, name: str, worker: Worker | None) -> _Session:
         """The session, with the worker if it is new; one that is not needed is ended."""

@@ -199,6 +199,14 @@ class TestTidy:
         assert main(command) == 1
         assert "Nothing is written over" in capsys.readouterr().err
 
+    def test_names_that_were_apart_stay_apart(self, tmp_path, capsys):
+        """A name that ends in a number is none that was made."""
+        (tmp_path / "c.csv").write_text("pid,hdl_2,hdl,h dl,h_dl\n1,2,3,4,5\n")
+        assert main(["data", "tidy", str(tmp_path / "c.csv")]) == 0
+        found = pl.read_parquet(tmp_path / "c.parquet")
+        assert found.columns == ["pid", "hdl_2", "hdl", "h_dl", "h_dl_2"]
+        assert found.row(0) == ("1", "2", "3", "4", "5")
+
     def test_what_is_unclear_is_left_and_told(self, tmp_path, capsys):
         """A guess would change values without a word."""
         rows = "".join(f"{n},{n},0{n % 9 + 1}/02/2022\n" for n in range(9))

@@ -219,7 +219,8 @@ class TestMeaning:
         schema = hospital(columns=[*FIELDS["columns"], TABLES[1]["columns"][0]])
         frame = mock(schema, 6).with_columns(text=pl.Series(["1.5", "x", "", None, "inf", "true"]))
         cohort = Cohort(schema, frame, SALT, tables=mock_tables(schema, 6))
-        parts = [Col("text"), Lit("x"), Lit(None), Lit(1), Lit(True), Col("sex")]
+        nothing = Call("when", [Lit(True), Lit(None), Lit(None)])
+        parts = [Col("text"), Lit("x"), Lit(None), Lit(1), Lit(True), Col("sex"), nothing]
         fewest, most, _ = FUNCTIONS[fn]
         for count in range(fewest, min(most, 3) + 1):
             for of in product(parts, repeat=count):

@@ -603,10 +603,14 @@ class TestSessions:
             assert printed(site.run("print(1)", "ward", session=fresh).wait()) == "1\n", body
 
     def test_too_many_sessions_are_refused_with_the_way_out(self, site):
-        """And ending some makes room."""
+        """Where each has a job; ending some makes room."""
         site.end_sessions()
-        for n in range(cells_module.MAX_SESSIONS):
-            site.run("x = 1", "ward", session=f"many-{n}").wait()
+        busy = [
+            site.run("import time; time.sleep(60)", "ward", session=f"many-{n}")
+            for n in range(cells_module.MAX_SESSIONS)
+        ]
+        for job in busy:
+            until(lambda job=job: job.poll(0.1) is not None and job.state == "running")
         with pytest.raises(SiteError, match="limit for one researcher"):
             site.run("x = 1", "ward", session="one-more")
         site.end_sessions()

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import hospital
 import pytest
@@ -92,6 +93,17 @@ def test_the_session_idle_for_longest_makes_room(place, monkeypatch):
     assert "worked" in text(busy.wait())
     assert text(theirs.run("print(kept)", "ward").wait()) == "1"
     assert other.state == "done"
+
+
+def test_nobody_makes_another_miss_why_their_session_is_empty(place):
+    """However many sessions somebody opens, whose ends are to be told as well."""
+    site, mine, theirs = place
+    names = [str(each._channel.key.public) for each in (theirs, mine)]
+    for who, number in [(names[0], 0), *((names[1], n) for n in range(cells.MAX_CELLS + 9))]:
+        site.cells._note(SimpleNamespace(key=(who, f"ended-{number}")), cells._CROWDED)
+    assert len(site.cells._ended) == cells.MAX_CELLS + 1
+    assert "needed room" in text(theirs.run("1", "ward", session="ended-0").wait())
+    site.cells._ended.clear()
 
 
 def test_a_session_that_is_left_ends_once_its_jobs_are_done(place):

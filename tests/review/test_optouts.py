@@ -137,6 +137,14 @@ class TestLists:
             list(pool.map(lambda n: add(path, "ward", CUSTODIANS[n % 2], SALT, [f"w{n}"]), range(32)))
         assert [v.number for v in versions(path)] == list(range(1, 33))
 
+    def test_a_last_line_without_its_end_stays_a_version(self, tmp_path: Path) -> None:
+        """An editor took it; what is added next is a line of its own, or neither would leave anybody out."""
+        path = tmp_path / "opt-outs"
+        add(path, "ward", CUSTODIANS[0], SALT, ["w00003"])
+        path.write_bytes(path.read_bytes().rstrip())
+        add(path, "ward", CUSTODIANS[0], SALT, ["w00004"])
+        assert [v.number for v in versions(path)] == [1, 2]
+
     @pytest.mark.parametrize("fault", ["stranger", "edited", "between", "dropped", "unreadable"])
     def test_a_custodian_mends_it_and_nobody_comes_back_in(
         self, tmp_path: Path, ledger: Ledger, cohort: Cohort, fault: str
