@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -29,6 +30,8 @@ LEFT = 1 << 30
 """Bytes of the disk that are left to the ledger, which is on it too."""
 PART = 1 << 24
 """Bytes of rows that are made at a time for the disk."""
+
+_taking = threading.Lock()  # two jobs that look for room at once would both find it
 
 
 class OnDisk(dict[str, Tensor]):
@@ -49,11 +52,12 @@ def on_disk(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            disk = os.fstatvfs(file.fileno())
-            if disk.f_bavail * disk.f_frsize < size + LEFT:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            # all of it now: a write into a hole of a full disk would end the process
-            os.posix_fallocate(file.fileno(), 0, size)
+            with _taking:
+                disk = os.fstatvfs(file.fileno())
+                if disk.f_bavail * disk.f_frsize < size + LEFT:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                # all of it now: a write into a hole of a full disk would end the process
+                os.posix_fallocate(file.fileno(), 0, size)
             held = mmap.mmap(file.fileno(), size)
     except OSError as error:
         raise SiteError(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +141,28 @@ def test_a_disk_without_room_ends_the_training_with_words(
     monkeypatch.setattr(mapped, "LEFT", 1 << 60)
     with pytest.raises(SiteError, match="no room"):
         view.rows({"x": NUMBERS})
+
+
+def test_two_jobs_do_not_take_the_same_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a disk with room for one and the ledger, the second that looks at the same time gets none."""
+    free, both = [mapped.LEFT + 1500], threading.Barrier(2)
+
+    def look(_: int) -> SimpleNamespace:
+        found = SimpleNamespace(f_bavail=free[0], f_frsize=1)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+        return found
+
+    def take(*asked: int) -> None:
+        free[0] -= asked[2]
+        os.truncate(asked[0], asked[2])
+
+    monkeypatch.setattr(os, "fstatvfs", look)
+    monkeypatch.setattr(os, "posix_fallocate", take)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(mapped.on_disk, tmp_path, (1000,), torch.bool) for _ in range(2)]
+    assert free[0] >= mapped.LEFT
+    assert [type(job.exception()) for job in jobs].count(SiteError) == 1
 
 
 def test_a_mutant_that_reads_nobodys_row_is_caught(tmp_path: Path, mutant) -> None:
