@@ -142,6 +142,15 @@ def test_an_update_of_all_weights_as_one_vector_is_that_of_each(name: str, dtype
         assert torch.allclose(together[n], t, rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_s_sum_is_of_that_step_alone() -> None:
+    """The vector that a run keeps for its sums holds nothing of the step before."""
+    it, rows = lift(DOT), with_absent({"x": torch.ones(8, 4)})
+    used = Totals({"w": [4]})
+    used.flat.fill_(7.0)
+    step = it, {"w": torch.zeros(4)}, {}, rows, torch.arange(8), 1.0
+    assert torch.equal(train.clipped_sum(*step, used).flat, train.clipped_sum(*step).flat)
+
+
 def test_no_step_and_no_number_has_anothers_noise() -> None:
     """Over 64 steps independent noise grows by 8, the same one by 64; no part of a long vector repeats another."""
     moved, values = run(torch.zeros(N, 4), SeededNoise(3), steps=64)
