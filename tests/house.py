@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
@@ -45,10 +46,11 @@ class House:
         largest_model: int = 1_000_000,
         tables: Mapping[str, polars.DataFrame] = MappingProxyType({}),
         discovery: float = 0.0,
+        metrics: Sequence[str] = ("auroc", "brier"),
     ) -> None:
         self.schema, self.releases, self.steps = Schema.from_dict(schema), list[Release](), list[int]()
         self.key, self._numbers = str(PrivateKey.create().public), count(1)
-        self.policy = _policy(self.key, self.schema.name, epsilon, largest_model, discovery)
+        self.policy = _policy(self.key, self.schema.name, epsilon, largest_model, discovery, metrics)
         self.ledger = Ledger(folder / "ledger.sqlite", Ed25519PrivateKey.generate())
         self.cohort = Cohort(self.schema, frame, salt=bytes(range(16)), tables=tables)
         cohorts = {self.schema.name: self.cohort}
@@ -79,7 +81,9 @@ class House:
         return self.ledger.statement("p", self.schema.name, split).spent
 
 
-def _policy(key: str, dataset: str, epsilon: float, largest: int, discovery: float) -> Policy:
+def _policy(
+    key: str, dataset: str, epsilon: float, largest: int, discovery: float, metrics: Sequence[str]
+) -> Policy:
     lanes = "\n".join(f'lanes.{lane}.release = "auto"' for lane in ("aggregate", "train", "evaluate"))
     return Policy.parse(f"""
 [policy]
@@ -106,7 +110,7 @@ delta = {DELTA}
 discovery_delta = {discovery}
 largest_model = {largest}
 smallest_cohort = 10
-metrics = ["auroc", "brier"]
+metrics = {json.dumps(list(metrics))}
 {lanes}
 """)
 

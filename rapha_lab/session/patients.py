@@ -415,8 +415,10 @@ class Patients(Questions):
                 "Ask for an aggregate: patients.mean(column, epsilon=0.1), .histogram(...), .count(...)."
             )
             self._sealed(f"patients.{name}", instead)
-        public = " The columns are public: cohort shows them." if name in _PUBLIC else ""
-        raise AttributeError(f"patients has no {name!r}; it answers {_ANSWERS}.{public}")
+        hint = " The columns are public: cohort shows them." if name in _PUBLIC else _PANDAS.get(name, "")
+        if name in {column.name for column in self.schema.columns}:
+            hint = f' It is a column: pl.col("{name}") names it in where(...) and with_columns(...).'
+        raise AttributeError(f"patients has no {name!r}; it answers {_ANSWERS}.{hint}")
 
     def __iter__(self) -> NoReturn:
         self._sealed(
@@ -437,7 +439,10 @@ class Patients(Questions):
     def __getitem__(self, key: Any) -> NoReturn:
         known = isinstance(key, str) and key in {column.name for column in self.schema.columns}
         code = f'patients.histogram("{key}", epsilon=0.1)' if known else None
-        self._sealed(f"patients[{key!r}]", "Ask patients.mean(...) or .histogram(...) of the column.", code)
+        named = f' In where(...) and with_columns(...) it is pl.col("{key}").' if known else ""
+        self._sealed(
+            f"patients[{key!r}]", f"Ask patients.mean(...) or .histogram(...) of the column.{named}", code
+        )
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
         self._sealed("An array of patients", "Train with patients.train.fit(...), or ask for an aggregate.")
@@ -501,6 +506,15 @@ _ROWS = frozenset(
 )
 
 
+_PANDAS = {
+    "groupby": " Here it is group_by, as in polars.",
+    "query": ' Here it is where(pl.col("age") > 60), as in polars.',
+    "value_counts": ' Ask patients.group_by("sex").count(epsilon=0.1).',
+    "nunique": " Values are public: cohort shows those of each category.",
+    "isna": " Ask patients.missing(epsilon=0.1).",
+    "median": ' Ask patients.quantile("age", 0.5, epsilon=0.1).',
+    "assign": " Here it is with_columns, as in polars.",
+}
 _PUBLIC = frozenset("columns schema dtypes dtype info keys shape".split())
 
 

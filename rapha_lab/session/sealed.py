@@ -57,7 +57,6 @@ _DECIDE = (
 _TENSORS = "Keep to tensors: torch.where instead of if, and losses left as they are."
 _INDEX = "Index the other dimensions: x[:, 0]. A place of each patient's own is x.gather(1, place[:, None])."
 _WHOLE = "Compute on the whole batch; columns of a table come padded."
-_INTERVALS = "A Cox loss compares patients: give the model a logit for each interval of time instead, as docs/methods.md shows."
 
 REFUSALS: dict[str, tuple[str, str, str]] = {
     **dict.fromkeys(
@@ -311,11 +310,11 @@ def _refuse_order(name: str, args: Any) -> None:
         _refuse_torch()
         raise ProgramError(
             f"{name} goes by the order of patients.", "What is one patient's would depend on the others.",
-            _INTERVALS, line=_line(),
+            tracing.INTERVALS, line=_line(),
         )  # fmt: skip
 
 
-@dataclass
+@dataclass(repr=False)
 class Batch:
     """One batch of patients: `batch[columns]` is a sealed tensor.
 
@@ -340,6 +339,9 @@ class Batch:
             made = Made(columns=columns, batch=self)
             self._seen[key] = SealedTensor.wrap(self.example(columns), made)
         return self._seen[key]
+
+    def __repr__(self) -> str:
+        return f"<batch of about {self.expected:g} patients: sealed; batch[columns] is a tensor of them>"
 
     def __len__(self) -> NoReturn:
         _refuse("__len__")
@@ -378,11 +380,17 @@ class _Tape:
                     if t._made.columns is not None:
                         self.values[id(t._made)] = t
                 else:
-                    self._outside(t)
+                    self._outside(t, made.line)
         if of._made.columns is not None:
             self.values[id(of._made)] = of
 
-    def _outside(self, t: Tensor) -> None:
+    def _outside(self, t: Tensor, line: int | None) -> None:
+        if PATIENTS in t.shape and type(t.grad_fn).__name__ in ("ExpandBackward0", "RepeatBackward0"):
+            raise ProgramError(
+                "A parameter was expanded to the number of patients.", "That number is made up here.",
+                "Let it broadcast; where it must be as long as the batch, as for torch.cat, "
+                "write p + torch.zeros_like(x[:, :1]) with x of the batch.", field="model", line=line,
+            )  # fmt: skip
         # a tensor computed from parameters elsewhere is one more parameter, whose gradient autograd takes further
         kept = self.parameters if t.requires_grad else self.constants
         if not any(t is other for other in kept):
@@ -584,6 +592,6 @@ def _reduction(tape: _Tape, made_up: list[Tensor]) -> str:
         "The model or loss mixes patients.",
         "On made-up patients its value is neither the mean nor the sum of what each gives alone.",
         "Compute every patient alone: LayerNorm or GroupNorm for BatchNorm, no statistics over the batch, and divide "
-        f"a weighted sum by batch.expected. Penalties on weights go with a mean, or into weight_decay. {_INTERVALS}",
+        f"a weighted sum by batch.expected. Penalties on weights go with a mean, or into weight_decay. {tracing.INTERVALS}",
         line=_line(),
     )

@@ -1,7 +1,7 @@
 """Turn a PyTorch model and its loss into the program of one patient, or say which line cannot be one.
 
 A function is exported by `torch.export` on a batch of one patient, so nothing in the program can name a
-second one; without decompositions, so that linear, convolution, attention and recurrent layers stay whole.
+second one; linear, convolution, attention and recurrent layers stay whole, only cells of recurrent ones are written out.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.program import DTYPES, Arg, Node, Program, Ref, TensorSpec, check, refs
 from rapha_lab.protocol.tensors import pack
+from rapha_lab.session.plain import WRITTEN_OUT
 
 __all__ = ["Traced", "loss_program", "score_program", "trace"]
 
@@ -36,6 +37,8 @@ _STORAGE = {"device", "layout", "pin_memory", "memory_format"}
 # frames that are not the author's
 _OURS = re.compile(r"[\\/](torch|rapha_lab)[\\/]|site-packages|[\\/]lib[\\/]python3|<frozen|<string>")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+INTERVALS = "A Cox loss compares patients: give the model a logit for each interval of time instead, as docs/methods.md shows."
 
 CELL: ContextVar[str | None] = ContextVar("cell", default=None)
 """The file name of the cell that runs: a line of another cell would only mislead."""
@@ -74,7 +77,8 @@ def trace(
     plain = [{k: t.detach() for k, t in part.items()} for part in (parameters, constants)]
     with _quiet():
         try:
-            exported = torch.export.export(wrapper, (*plain, batch), strict=False).run_decompositions({})
+            exported = torch.export.export(wrapper, (*plain, batch), strict=False)
+            exported = exported.run_decompositions(WRITTEN_OUT)
         except Exception as error:
             raise _untraceable(error) from None
     names = [*parameters, *constants, *inputs]
@@ -278,7 +282,7 @@ def refuse_mixing(function: Callable[[dict[str, Tensor]], Tensor], inputs: Tenso
             "On three made-up patients its value is neither the mean nor the sum of what each gives alone.",
             "Compute every patient alone: no statistics, distances or softmax over the batch. "
             'A loss with class weights is a sum over patients with reduction="sum". '
-            "One logit of a yes or no takes nn.BCEWithLogitsLoss, not CrossEntropyLoss.",
+            f"One logit of a yes or no takes nn.BCEWithLogitsLoss, not CrossEntropyLoss. {INTERVALS}",
             field="model",
         )
 
@@ -437,6 +441,8 @@ def _untraceable(error: Exception, patients: int = 1) -> ProgramError:
         )  # fmt: skip
     text = str(error).strip().split("\n")[0] or kind
     instead = "Check the shapes and dtypes of inputs, target and layers."
+    if "dtype" in text:
+        instead = "Records are float32: make the model so, with model.float(), and tensors of your own."
     if "'indices'" in text:
         instead = (
             'An embedding takes the codes of a category that is named alone, inputs="ward". An integer becomes one by '

@@ -57,7 +57,7 @@ CELLS: dict[str, tuple[str, str | None, str]] = {
     "fit(inputs=None)": ("RequestError", "inputs", "list of columns"),
     "fit(inputs=[])": ("RequestError", "inputs", "list of columns"),
     "fit(inputs=[1, 2])": ("RequestError", "column", "text"),
-    "fit(nn.Linear(4, 1).double())": ("ProgramError", "model", "dtype"),
+    "fit(nn.Linear(4, 1).double())": ("ProgramError", "model", "model.float()"),
     "fit(nn.Linear(3, 1))": ("ProgramError", "model", "shapes"),
     'fit(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 1)), inputs="age")': (
         "ProgramError",
@@ -129,6 +129,9 @@ CELLS: dict[str, tuple[str, str | None, str]] = {
     "import pickle; pickle.dumps(patients)": ("SealedError", None, "-o"),
     "len(patients)": ("SealedError", None, "count"),
     "patients.nothing": ("CellError", None, "it answers count"),
+    "patients.age": ("CellError", None, 'pl.col("age")'),
+    'patients.groupby("sex").count(epsilon=1)': ("CellError", None, "group_by, as in polars"),
+    'patients.where(patients["age"] > 60)': ("SealedError", None, 'it is pl.col("age")'),
     "patients.columns": ("CellError", None, "cohort shows them"),
     'patients.quantile("age", 50, epsilon=1)': ("RequestError", "at", "0.95"),
     "fit({'weight': 1})": ("RequestError", "model", "load_state_dict"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from house import House, numbers
@@ -192,4 +194,30 @@ def test_options_are_told_in_the_release(tmp_path: Path) -> None:
         house.patients.train.fit(model, average=1.0, **common)
     assert caught.value.field == "average"
     assert math.isfinite(house.spent())
+    house.ledger.close()
+
+
+def test_the_survival_model_of_the_documentation_trains(tmp_path: Path) -> None:
+    """As it is printed there; who has an x below 0 was still alive when last seen, and the model finds that out."""
+    import polars
+
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "hazards" in block]
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, 2000)
+    time, death = rng.uniform(0, 1000, 2000), x > 0
+    frame = polars.DataFrame({"pid": [f"{n}" for n in range(2000)], "x0": x, "time": time, "death": death})
+    schema = numbers("survival", 1, 2000, outcome=False)
+    about = {"meaning": "Follow-up.", "public": "By design."}
+    schema["columns"] += [
+        {"name": "time", "type": "number", "bounds": [0, 1000], **about},
+        {"name": "death", "type": "boolean", **about},
+    ]
+    house = House(tmp_path, schema, frame, noise=SeededNoise(1), metrics=("concordance",))
+    cell: dict[str, Any] = {"patients": house.patients, "FEATURES": ["x0"]}
+    torch.manual_seed(0)
+    exec(code, cell)
+    risks = cell["Risk"](cell["model"])(torch.tensor([[-1.0], [1.0]]))
+    assert risks[1] > risks[0]
+    assert set(house.releases[-1].values["metrics"]) == {"concordance"}
     house.ledger.close()

@@ -24,6 +24,24 @@ class Recurrent(nn.Module):
         return self.head(self.layer(x)[0][:, -1])
 
 
+class Stepwise(nn.Module):
+    """A cell in a loop over visits, its state decaying with the gap between two (as GRU-D does, Che et al. 2018)."""
+
+    def __init__(self, cell: nn.RNNCellBase) -> None:
+        super().__init__()
+        self.cell, self.decay, self.head = cell, nn.Linear(1, 6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = kept = torch.zeros(x.shape[0], 6)
+        for visit in range(x.shape[1]):
+            h = h * torch.exp(-F.relu(self.decay(x[:, visit, :1])))
+            if isinstance(self.cell, nn.LSTMCell):
+                h, kept = self.cell(x[:, visit], (h, kept))
+            else:
+                h = self.cell(x[:, visit], h)
+        return self.head(h)
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -144,6 +162,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], Callable
     "gru both ways": (lambda: Recurrent(nn.GRU, bidirectional=True), bce, numbers(4, 5), yes),
     "lstm": (lambda: Recurrent(nn.LSTM, num_layers=2), bce, numbers(4, 5), yes),
     "rnn": (lambda: Recurrent(nn.RNN, bias=False), bce, numbers(4, 5), yes),
+    "gru cell": (lambda: Stepwise(nn.GRUCell(5, 6)), bce, numbers(4, 5), yes),
+    "lstm cell": (lambda: Stepwise(nn.LSTMCell(5, 6)), bce, numbers(4, 5), yes),
+    "rnn cell": (lambda: Stepwise(nn.RNNCell(5, 6, bias=False)), bce, numbers(4, 5), yes),
+    "rnn cell with relu": (lambda: Stepwise(nn.RNNCell(5, 6, nonlinearity="relu")), bce, numbers(4, 5), yes),
     "autoencoder": (
         lambda: nn.Sequential(nn.Linear(8, 2), nn.ELU(), nn.Linear(2, 8)), nn.MSELoss(), numbers(8), numbers(8),
     ),

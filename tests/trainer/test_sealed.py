@@ -49,6 +49,18 @@ class Recurrent(nn.Module):
         return self.head(self.layer(x.view(x.shape[0], 4, 2))[0][:, -1])
 
 
+class Stepwise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(2, 5), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(x.shape[0], 5)
+        for step in range(4):
+            h = self.cell(x[:, 2 * step : 2 * step + 2], h)
+        return self.head(h)
+
+
 class Attending(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -77,6 +89,7 @@ class InPlace(nn.Module):
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 1)),
     "gru": Recurrent,
+    "gru cell": Stepwise,
     "attention": Attending,
     "in place": InPlace,
 }
@@ -153,6 +166,11 @@ def cut(model: nn.Module, x: Tensor, y: Tensor) -> None:
     F.mse_loss(model[2](h).squeeze(-1), y).backward()
 
 
+def token(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    first = model[0].weight[:1, :1] + torch.zeros_like(x[:, :1])
+    F.binary_cross_entropy_with_logits(model(torch.cat([first, x[:, 1:]], 1))[:, 0], y).backward()
+
+
 LOOPS: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
     "weights": lambda m, x, y: (logloss(m, x, y, reduction="none") * (1 + 2 * y)).mean().backward(),
     "a sum over the batch's size": lambda m, x, y: (logloss(m, x, y, reduction="sum") / x.shape[0]).backward(),
@@ -164,6 +182,7 @@ LOOPS: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
     "no_grad": cut,
     "weights per class": lambda m, x, y: nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0))(m(x)[:, 0], y).backward(),
     "a closure": lambda m, x, y: torch.optim.SGD(m.parameters(), lr=0.0).step(lambda: logloss(m, x, y).backward()),
+    "a token of parameters": token,
     "a hook": lambda m, x, y: [m[0].weight.register_hook(lambda g: 3 * g), logloss(m, x, y).backward()],
 }  # fmt: skip
 
@@ -249,8 +268,20 @@ def untaught(model: nn.Module, x: Tensor, y: Tensor) -> None:
     loss.backward()
 
 
+def summarised(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    token = nn.Parameter(torch.zeros(1, 1))
+    F.mse_loss(model(torch.cat([token.expand(x.shape[0], -1), x[:, 1:]], 1))[:, 0], y).backward()
+
+
+def repeated(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    filled = torch.where(x > 0, x, nn.Parameter(torch.zeros(1, 8)).repeat(x.shape[0], 1))
+    F.mse_loss(model(filled)[:, 0], y).backward()
+
+
 REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], Any], str]] = {
     "LBFGS": (lbfgs, "SGD or AdamW"),
+    "a token for each patient": (summarised, "torch.zeros_like(x[:, :1])"),
+    "a parameter for each patient": (repeated, "broadcast"),
     "evaluation": (evaluated, "evaluate"),
     "the loss's value": (lambda m, x, y: logloss(m, x, y).item(), "evaluate"),
     "a schedule by the loss": (
@@ -329,6 +360,7 @@ def test_printing_shows_shape_and_dtype_alone() -> None:
     assert f"{x.mean()}" == "<sealed tensor: (), float32>"
     assert repr(x.shape[0]) == "patients"
     assert x.shape[1] == 8
+    assert repr(batch()) == "<batch of about 20 patients: sealed; batch[columns] is a tensor of them>"
 
 
 MIXING: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
