@@ -172,6 +172,10 @@ def countersign(text: str, key: PrivateKey, show: Callable[[str], object] = prin
 def in_words(told: dict[str, Any]) -> str:
     """One thing of the airlock as a custodian reads it: what it is, what it asks, what it costs, what changed."""
     document = json.loads(told["document"])
+    # what is signed is the document: nothing beside it may say that it is another's, or of something else
+    bound = ("kind", "researcher", "project", "dataset", "lane", "mode")
+    told = told | {name: document[name] for name in bound if name in document}
+    told["subject"] = subject_of(told["document"].encode())
     lines = [
         f"{told['kind']} {told['subject']}",
         f"project {told['project']}, dataset {told['dataset']}, lane {told['lane']}; asked by {told['researcher']}",

@@ -97,7 +97,9 @@ def result(parcel: Any, blob: bytes, view: View, tables: Sequence[str] = ()) -> 
         found.prompts += [f"Values of {name}: {array.tolist()}" for name, array in kept.items()]
     except _StoppedError as why:
         return Found(str(why))
-    except Exception:  # else a function would tell by what it breaks here what nobody has released
+    except (
+        BaseException
+    ):  # a panic, too: else a function would tell by what it breaks here what nobody has released
         return Found("It holds something that cannot be looked at.")
     return found
 

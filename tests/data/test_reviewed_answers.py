@@ -71,6 +71,16 @@ def test_no_answer_breaks_the_checks(view: View, name: str) -> None:
     assert checks.tensors(found.blob) is not None
 
 
+def test_no_panic_of_a_library_breaks_them_either(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no Exception to Python, and would be told at once to the researcher, whom nobody has answered."""
+
+    def panics(*_: Any) -> Any:
+        raise pl.exceptions.PanicException("index 4711 out of bounds")
+
+    monkeypatch.setattr(checks, "_counts", panics)
+    assert "cannot be looked at" in checks.result(parcel(plain(1)), b"", view).stopped
+
+
 def test_nothing_leaves_beside_the_values(view: View) -> None:
     """No header, no array that nothing names, no spelling, no field of its own, no bits of what is no number."""
     hidden = np.array([0x7FF8_DEAD_BEEF_CAFE, 0x8000_0000_0000_0000], np.uint64).view(np.float64)

@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 
 from rapha_lab.cli import main
 from rapha_lab.client.custodian import changes, described, in_words
+from rapha_lab.protocol.decision import subject_of
 from rapha_lab.protocol.errors import CellError, PolicyError, RaphaError, RefusedError, TrustError
 from rapha_lab.session import parcels
 
@@ -205,6 +206,19 @@ def test_nothing_that_is_shown_writes_lines_of_its_own() -> None:
     told |= {"decisions": [{"act": "refuse", "key": "k", "reason": "a\nb"}]}
     words = in_words(told)
     assert "  \\x1b[2J\\nAutomatic checks:\\u202e\nrefuse by k: a\\nb" in words
+
+
+def test_what_is_shown_before_signing_is_of_the_document() -> None:
+    """The file comes from a page: what it says beside the document is not signed."""
+    about = ("subject", "project", "dataset", "lane", "researcher", "mode", "missing")
+    release = {"op": "fit", "split": "train", "epsilon": 1, "delta": 1e-5, "values": {}}
+    document = json.dumps(
+        {"kind": "answer", "project": "p", "dataset": "ward", "lane": "train", "release": release}
+    )
+    told = dict.fromkeys(about, "pleasant") | {"kind": "answer", "state": "waiting", "document": document}
+    words = in_words(told | {"findings": [], "decisions": []})
+    assert "project p, dataset ward, lane train" in words
+    assert f"answer {subject_of(document.encode())}" in words
 
 
 def test_truths_are_not_numbers_where_changes_are_shown() -> None:
