@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -25,8 +25,8 @@ __all__ = ["Cell", "Cells", "Order", "kept"]
 State = Literal["queued", "running", "waiting", "done", "failed", "cancelled", "lost"]
 ENDED = ("done", "failed", "cancelled", "lost")
 MAX_SESSIONS, MAX_QUEUE, MAX_CELLS, MAX_OUTPUT = 4, 32, 500, 64 << 20
-MAX_HELD = 1 << 30
-"""Bytes that one researcher's cells may hold: what was sent to them, what they showed, what they brought back."""
+MAX_HELD, OVERHEAD = 1 << 30, 2048
+"""Bytes that one researcher's cells may hold, sent, shown or brought back; and that an output takes beside its own."""
 
 
 class Order(msgspec.Struct, forbid_unknown_fields=True):
@@ -37,9 +37,9 @@ class Order(msgspec.Struct, forbid_unknown_fields=True):
     source: str
     project: str = ""
     epsilon: float | None = None
-    outputs: list[str] = []
-    inputs: dict[str, Any] = {}
-    origin: dict[str, str] = {}
+    outputs: Annotated[list[str], msgspec.Meta(max_length=1000)] = []
+    inputs: msgspec.Raw = msgspec.Raw(b"{}")
+    origin: Annotated[dict[str, str], msgspec.Meta(max_length=16)] = {}
 
 
 @dataclass
@@ -58,9 +58,9 @@ class Cell:
     spent: dict[str, float] = field(default_factory=dict)
     started: float = 0.0
     ended: float = 0.0
-    error: dict[str, Any] | None = None
-    traceback: list[str] = field(default_factory=list)
-    values: dict[str, Any] = field(default_factory=dict)
+    error: Any = None
+    traceback: Any = ()
+    values: Any = field(default_factory=dict)
     blob: bytes = b""
     asking: str | None = None
     asked_at: float = 0.0
@@ -68,11 +68,12 @@ class Cell:
     orphaned: bool = False
     waits: dict[str, Any] | None = None
     size: int = 0
+    told: int = 0
 
     @property
     def held(self) -> int:
-        """Bytes that it holds."""
-        return self.size + len(self.tensors) + len(self.blob)
+        """Bytes that it holds: of outputs, of what was said when it was ordered and when it ended, and of tensors."""
+        return self.size + self.told + len(self.tensors) + len(self.blob)
 
     def summary(self) -> dict[str, Any]:
         """What a job list shows."""
@@ -132,9 +133,8 @@ class Cells:
         self._changed = threading.Condition()
         self._cells: dict[str, Cell] = {}
         self._sessions: dict[tuple[str, str], _Session] = {}
-        self._ended: dict[
-            tuple[str, str], str
-        ] = {}  # sessions that ended unasked, and what their next cell is told
+        # sessions that ended unasked, and what their next cell is told
+        self._ended: dict[tuple[str, str], str] = {}
         self._issued: set[bytes] = set()
         self._decisions = 0
 
@@ -154,18 +154,17 @@ class Cells:
                 field="dataset",
             )
         order.project = self._project_of(researcher, order.project, order.dataset)
-        cell = Cell(uuid.uuid4().hex, researcher, order, tensors)
+        cell = Cell(uuid.uuid4().hex, researcher, order, tensors, told=len(msgspec.json.encode(order)))
         digest = hashlib.sha256(order.source.encode()).hexdigest()
         self._curator.look_up("cell", project=order.project, researcher=researcher, text=digest)
-        # takes a while: nobody waits for it with the lock held
-        worker = self._spawn(researcher, order.session)
+        worker = self._spawn(researcher, order.session)  # takes a while: nobody waits with the lock held
         with self._changed:
             session = self._session(researcher, order.session, worker)
             if sum(c.state == "queued" for c in session.cells) >= MAX_QUEUE:
                 raise SiteError(
                     "Too many cells wait in this session.", f"The limit is {MAX_QUEUE}.", "Wait for some."
                 )
-            self._forget(researcher, len(tensors))
+            self._forget(researcher, cell.held)
             self._cells[cell.id] = cell
             if (why := self._ended.pop((researcher, order.session), "")) != "":
                 self._add(cell, {"type": "stream", "name": "stderr", "text": why})
@@ -329,7 +328,7 @@ class Cells:
 
     def _add(self, cell: Cell, output: dict[str, Any]) -> None:
         with self._changed:
-            cell.size += len(msgspec.json.encode(output))
+            cell.size += len(msgspec.json.encode(output)) + OVERHEAD
             if cell.size > MAX_OUTPUT:
                 return
             # a print is an output like any other, so that it too can be signed
@@ -553,6 +552,7 @@ class _Session:
             elif said.say == "ask":
                 self._answer(cell, said.number, bytes(said.ask), frame[1])
             elif said.say == "done":
+                cell.told += len(frame[0])
                 return self._finish(cell, said, frame[1])
 
     def _answer(self, cell: Cell, number: int, request: bytes, tensors: bytes) -> None:
@@ -567,9 +567,10 @@ class _Session:
             self._say(answer | {"release": wire}, blob)
 
     def _finish(self, cell: Cell, said: _Said, blob: bytes) -> None:
-        state: State = "done" if said.error is None else "cancelled" if cell.cancelled else "failed"
-        fields = {"error": said.error, "traceback": said.traceback, "values": said.values, "blob": blob}
-        self._cells._end(cell, state, **fields)
+        state: State = "done" if bytes(said.error) == b"null" else "cancelled" if cell.cancelled else "failed"
+        # kept as JSON, which nobody here reads: as Python's objects it would be many times as large
+        raw = {name: msgspec.Raw(bytes(getattr(said, name))) for name in ("error", "traceback", "values")}
+        self._cells._end(cell, state, **raw, blob=blob)
 
 
 class _Said(msgspec.Struct, forbid_unknown_fields=True):
@@ -579,9 +580,9 @@ class _Said(msgspec.Struct, forbid_unknown_fields=True):
     output: dict[str, Any] = {}
     number: int = 0
     ask: msgspec.Raw = msgspec.Raw(b"null")
-    error: dict[str, Any] | None = None
-    traceback: list[str] = []
-    values: dict[str, Any] = {}
+    error: msgspec.Raw = msgspec.Raw(b"null")
+    traceback: msgspec.Raw = msgspec.Raw(b"[]")
+    values: msgspec.Raw = msgspec.Raw(b"{}")
 
 
 _IDLED = "The session had been idle for long and was ended: what earlier cells defined is gone.\n"

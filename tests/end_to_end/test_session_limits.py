@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import hospital
+import msgspec
 import pytest
 import ward
 from jupyter_client.manager import start_new_kernel
@@ -176,6 +177,34 @@ def test_a_researcher_who_holds_too_much_loses_their_own_oldest_cells(place, mon
     monkeypatch.setattr(cells, "MAX_HELD", 1 << 10)
     with pytest.raises(SiteError, match="hold too much"):
         mine.run("len(big)", "ward", inputs=({}, bytes(5000)))
+
+
+def test_what_is_brought_back_or_shown_in_small_pieces_counts_too(place, monkeypatch):
+    """As much as it takes: numbers and lists in JSON as well as tensors, and each print's signature."""
+    _, mine, _ = place
+    monkeypatch.setattr(cells, "MAX_HELD", 1 << 20)
+    brought = [mine.run("found = 'x' * 500_000", "ward", outputs=["found"]) for _ in range(4)]
+    assert [len(job.bring()["found"]) for job in brought[-1:]] == [500_000]
+    said = [mine.run(f"'{'y' * 300_000}'[0]", "ward").wait() for _ in range(4)]
+    for job in (brought[0], said[0]):
+        with pytest.raises(RequestError, match="no such job"):
+            mine.attach(job.id).wait()
+    monkeypatch.setattr(cells, "MAX_OUTPUT", 1 << 20)
+    many = mine.run(
+        "import sys\nfor n in range(2000): sys.stdout.write('z'); sys.stdout.flush()", "ward"
+    ).wait()
+    assert len(many.outputs) <= (1 << 20) // cells.OVERHEAD
+
+
+def test_no_order_is_kept_in_more_than_its_bytes(place):
+    """A list of empty lists is 20 times as large once it is Python's: the site, which never reads it, keeps the text."""
+    order = msgspec.json.decode(
+        b'{"session": "s", "dataset": "ward", "source": "1", "inputs": {"a": [[], []]}}', type=cells.Order
+    )
+    assert bytes(order.inputs) == b'{"a": [[], []]}'
+    for much in ({"outputs": ["a"] * 1001}, {"origin": {str(n): "" for n in range(17)}}):
+        with pytest.raises(RequestError, match="length"):
+            place[1]._channel.call("run", {"session": "s", "dataset": "ward", "source": "1"} | much)
 
 
 def test_an_idle_session_ends_and_the_next_cell_says_so(place):
