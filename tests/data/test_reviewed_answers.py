@@ -253,6 +253,12 @@ class TestWhatCustodiansRead:
             review.as_shown(messages.Review(source="pass", inputs={"values": {"a": value}}, **self.ASKED))
         assert refused.value.field == "inputs"
 
+    def test_what_nobody_could_read_is_refused(self) -> None:
+        """Twenty such functions would fill the custodians' page and the curator's memory."""
+        given, _ = parcels.pack({"x": "a" * review.MOST_READ}, ["x"])
+        with pytest.raises(RequestError, match="too long to be read"):
+            review.as_shown(messages.Review(source="pass", inputs=given, **self.ASKED))
+
     def test_whole_floats_stay_floats(self) -> None:
         """Though JSON that is signed has one kind of number."""
         given, _ = parcels.pack({"x": 2.0, "y": -0.0, "z": 1e300, "n": 2}, ["x", "y", "z", "n"])

@@ -31,7 +31,9 @@ from rapha_lab.protocol.schema import Schema
 
 __all__ = ["as_shown", "plan"]
 
-MOST_INPUTS = 64 << 20
+MOST_INPUTS, MOST_READ = 64 << 20, 1 << 20
+"""Bytes of tensors, and of all that custodians read: more would neither be read nor fit a page, or the curator's memory."""
+
 DEEPEST = 64
 """Levels of the description of its inputs; values that travel have half as many."""
 
@@ -44,8 +46,15 @@ def as_shown(ask: Review) -> Review:
     """The request as custodians read it, which is what runs: to them 1.0 is 1, -0.0 is 0, and keys have no order.
 
     Raises:
-        RequestError: it has a number that they would read as another, or is nested too deeply to be read.
+        RequestError: it has a number that they would read as another, or is too long or nested too deeply to be read.
     """
+    if len(messages.encode(ask)) > MOST_READ:
+        raise RequestError(
+            "The function and its inputs are too long to be read.",
+            f"Custodians read all but tensors; the limit is {MOST_READ >> 20} MiB.",
+            "Give numbers as arrays or tensors, and fewer texts.",
+            field="inputs",
+        )
     try:
         _hold_flat(ask.inputs, 0)
         shown = msgspec.json.decode(canonical(ask), type=Review)
