@@ -304,8 +304,10 @@ def lift(program: Program, *, loss: bool = True, limits: Limits = Limits()) -> L
         raise ProgramError(
             "The model is too large.", why, "Make its layers or inputs smaller.", field="program"
         )
-    room = min(CHUNK, limits.memory) // max(cost, 1) // SMALLEST * SMALLEST
-    if not any(node.op.split(".")[1:2] == [name] for node in program.nodes for name in recurrent.CELLS):
+    steps = any(node.op.split(".")[1:2] == [name] for node in program.nodes for name in recurrent.CELLS)
+    # a recurrent layer's steps are many small operations, which are worth it for many patients at once
+    room = min(CHUNK * (2 if steps else 1), limits.memory) // max(cost, 1) // SMALLEST * SMALLEST
+    if not steps:
         weights = [part.rows for part in found.values() if isinstance(part, Stored) and part.rows.dim() > 2]
         stored = sum(t.numel() * t.element_size() for t in weights) // SMALLEST
         room = min(room, max(TOGETHER, STORED // max(stored, 1) // SMALLEST * SMALLEST))

@@ -18,7 +18,10 @@ __all__ = ["FUSED"]
 Kept = tuple[Tensor, Tensor]
 
 
-def _recall(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _affine(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """h W^T + b, by oneDNN where there is one: on some processors in a third of the default library's time."""
+    if h.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(h, weight, bias, "none", [], "")
     return h @ weight.T if bias is None else torch.addmm(bias, h, weight.T)
 
 
@@ -28,7 +31,7 @@ def gru(given: Tensor, recalled: Tensor, first: Tensor, weight: Tensor, bias: Te
     out, kept = given.new_empty(1, time, rows, n), given.new_empty(time, rows, 4 * n)
     h = first[0]
     for t in range(time):
-        mine, memory = kept[t], _recall(h, weight, bias)
+        mine, memory = kept[t], _affine(h, weight, bias)
         rz = torch.add(given[t, :, : 2 * n], memory[:, : 2 * n], out=mine[:, : 2 * n]).sigmoid_()
         mine[:, 3 * n :] = memory[:, 2 * n :]
         new = torch.addcmul(given[t, :, 2 * n :], rz[:, :n], memory[:, 2 * n :]).tanh_()
@@ -53,7 +56,7 @@ def gru_back(grad: Tensor, first: Tensor, weight: Tensor, out: Tensor, kept: Ten
         mine[:, 2 * n :] = d_new
         recalled[t, :, : 2 * n] = mine[:, : 2 * n]
         recalled[t, :, 2 * n :] = d_new * r
-        dh = torch.addmm(dh * z, recalled[t], weight)
+        dh = _affine(recalled[t], weight.T).addcmul_(dh, z)
     return [given, recalled, dh.unsqueeze(0)]
 
 
@@ -63,7 +66,7 @@ def lstm(given: Tensor, recalled: Tensor, first: Tensor, weight: Tensor, bias: T
     out, kept = given.new_empty(2, time, rows, n), given.new_empty(time, rows, 4 * n)
     h, c = first.unbind(0)
     for t in range(time):
-        gates = torch.add(given[t], _recall(h, weight, bias), out=kept[t])
+        gates = torch.add(given[t], _affine(h, weight, bias), out=kept[t])
         gates[:, : 2 * n].sigmoid_()
         gates[:, 2 * n : 3 * n].tanh_()
         gates[:, 3 * n :].sigmoid_()
@@ -89,7 +92,7 @@ def lstm_back(grad: Tensor, first: Tensor, weight: Tensor, out: Tensor, kept: Te
         mine[:, n : 2 * n] = dc * before * f * (1 - f)
         mine[:, 2 * n : 3 * n] = dc * i * (1 - g * g)
         mine[:, 3 * n :] = dh * far * o * (1 - o)
-        dh, dc = mine @ weight, dc * f
+        dh, dc = _affine(mine, weight.T), dc * f
     return [given, given.clone(), torch.stack([dh, dc])]
 
 

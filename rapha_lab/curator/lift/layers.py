@@ -16,10 +16,15 @@ from rapha_lab.curator.lift.shapes import clamped
 from rapha_lab.curator.lift.table import batch_of, dims, raised, rule
 
 
+def folded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b with all positions of all patients as the rows of one product, whatever their order in memory."""
+    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+
+
 @rule("linear.default")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.shape[0] == 1 and (bias is None or bias.shape[0] == 1):
-        return F.linear(x, weight[0], None if bias is None else bias[0])
+        return folded(x, weight[0], None if bias is None else bias[0])
     product = matmul(x, weight.transpose(1, 2) if weight.dim() == 3 else weight)
     return product if bias is None else product + raised(bias, product.dim() - 1)
 

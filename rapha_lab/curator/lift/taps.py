@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapha_lab.curator.lift.layers import folded
 from rapha_lab.curator.lift.shapes import clamped
 from rapha_lab.curator.lift.stored import kept, products, weighted
 from rapha_lab.protocol.program import Ref
@@ -221,7 +222,7 @@ class Product:
 def linear(names: list[str | None], size: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     """A linear layer."""
     x = x.expand(size, *x.shape[1:])
-    y = watched(F.linear(x, weight[0], None if bias is None else bias[0]))
+    y = watched(folded(x, weight[0], None if bias is None else bias[0]))
     return y, [Product(str(names[0]), names[1], x.detach().reshape(size, -1, x.shape[-1]), [y])]
 
 
