@@ -21,10 +21,11 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from rapha_lab.enclave.cells import Cells, Order
 from rapha_lab.enclave.identity import Login
-from rapha_lab.enclave.limits import Limits, Queue, Turns, neighbourhood
+from rapha_lab.enclave.limits import Amounts, Limits, Queue, Turns, neighbourhood
 from rapha_lab.enclave.wire import Bodies
 from rapha_lab.protocol import messages, sealing
 from rapha_lab.protocol.errors import (
@@ -42,6 +43,8 @@ from rapha_lab.protocol.quote import Inquiries
 __all__ = ["Gateway"]
 
 MAX_BODY = 256 << 20
+GOING = 2 << 30
+"""Bytes of answers that may be on their way to one researcher, of which the largest takes a little more than half."""
 ROOMS, MINE, WAITING = 64, 16, 8
 """Requests that are answered at once, of all and of one researcher; and how many of these may wait for news of a cell."""
 
@@ -136,7 +139,7 @@ class Gateway:
         self.strangers, self.researchers = Limits(10.0, 100), Limits(20.0, 1000)
         self.bodies = Bodies()
         self._turns, self._waits = Turns(MINE, ROOMS), Turns(WAITING, ROOMS - MINE)
-        self._orders = Queue()
+        self._orders, self._replies, self._going = Queue(), Queue(), Amounts()
         # strangers wait for each other, never researchers for strangers
         self._hardware, self._rooms = anyio.CapacityLimiter(2), anyio.CapacityLimiter(ROOMS)
         self._kinds: dict[str, Callable[[str, bytes, bytes], tuple[Any, bytes]]] = {
@@ -222,8 +225,14 @@ class Gateway:
             header, blob = {"error": error.to_wire()}, b""
         except Exception:
             header, blob = {"error": RefusedError("The site met an internal error.").to_wire()}, b""
-        sealed = sealing.seal_reply(request.kind, _frame(header, blob), request=request, site=self._signing)
-        return Response(sealed, media_type="application/octet-stream")
+        with self._replies.alone(researcher):
+            framed = _frame(header, blob)
+            if self._going.of(researcher) + len(framed) > GOING:
+                why = f"{self._going.of(researcher) >> 20} MiB of answers to you are on their way."
+                busy = SiteError("Too much is on its way to you.", why, "Take what was answered, then go on.")
+                framed = _frame({"error": busy.to_wire()}, b"")
+            sealed = sealing.seal_reply(request.kind, framed, request=request, site=self._signing)
+            return _Reply(sealed, self._going, researcher)
 
     def _is_known(self, researcher: PublicKey) -> bool:
         try:
@@ -271,6 +280,21 @@ class Gateway:
         asked = _read(header, End)
         self._cells.end(who, asked.id or None, idle=asked.idle)
         return {}, b""
+
+
+class _Reply(Response):
+    """A sealed answer, which counts to its researcher's until it was sent, or cannot be."""
+
+    def __init__(self, sealed: bytes, going: Amounts, researcher: str) -> None:
+        super().__init__(sealed, media_type="application/octet-stream")
+        self._going, self._researcher = going, researcher
+        going.add(researcher, len(sealed))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._going.add(self._researcher, -len(self.body))
 
 
 def _to_anybody(error: RaphaError) -> RaphaError:

@@ -12,7 +12,7 @@ from ipaddress import ip_address, ip_network
 
 from rapha_lab.protocol.errors import SiteError
 
-__all__ = ["Limits", "Queue", "Turns", "neighbourhood"]
+__all__ = ["Amounts", "Limits", "Queue", "Turns", "neighbourhood"]
 
 
 @dataclass
@@ -91,6 +91,25 @@ class Turns:
                 self._taken[name] -= free
                 if not self._taken[name]:
                     del self._taken[name]
+
+
+class Amounts:
+    """How much there is of something for each name, told by any thread."""
+
+    def __init__(self) -> None:
+        self._amounts, self._lock = Counter[str](), threading.Lock()
+
+    def of(self, name: str) -> int:
+        """How much there is for `name`."""
+        with self._lock:
+            return self._amounts[name]
+
+    def add(self, name: str, amount: int) -> None:
+        """So much more, or less."""
+        with self._lock:
+            self._amounts[name] += amount
+            if not self._amounts[name]:
+                del self._amounts[name]
 
 
 class Queue:

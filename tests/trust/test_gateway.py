@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import threading
@@ -22,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rapha_lab.cli import main
+from rapha_lab.enclave import gateway
 from rapha_lab.enclave.cells import Cell, Cells, Order
 from rapha_lab.enclave.gateway import MINE, ROOMS, WAITING, Gateway
 from rapha_lab.enclave.identity import LONGEST, Login, Provider, token_nonce
@@ -119,7 +121,7 @@ class Door:
             signing_key=SIGNING,
             identity=lambda: IDENTITY,
             known=self._known,
-            custody={},
+            custody={"item": lambda who, text: ({}, bytes(1 << 20))},
             login=login,
         )
 
@@ -175,7 +177,7 @@ def opened(envelope: bytes, response: httpx.Response) -> Any:
         raise from_wire(response.json())
     given = {"request": envelope, "to": SEALING.public, "key": MAILBOX, "site": SIGNING.public}
     reply = sealing.open_reply(response.content, **given)
-    said = json.loads(reply.body[16 : 16 + int.from_bytes(reply.body[4:8], "little")])
+    said = json.loads(reply.body[16 : 16 + int.from_bytes(reply.body[4:8], "big")])
     if "error" in said:
         raise from_wire(said["error"])
     return said["result"]
@@ -279,6 +281,36 @@ class TestDoor:
         assert len(refused) == len(answers) - MINE
         assert {str(each.what) for each in refused} == {"Too many requests."}
         assert len(held) == MINE
+
+    def test_answers_that_nobody_takes_fill_no_memory(
+        self, door: Door, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of one researcher so many bytes are on their way at once, and no more; sent or broken off, they are no longer."""
+        monkeypatch.setattr(gateway, "GOING", 5 << 19)
+
+        def ask(key: PrivateKey = RESEARCHER) -> tuple[bytes, Any]:
+            envelope = seal("item", {"text": ""}, key)
+            return envelope, door.gateway.answer(envelope)
+
+        def outcome(envelope: bytes, reply: Any) -> Any:
+            return opened(envelope, httpx.Response(200, content=reply.body))
+
+        async def sent(message: Any) -> None:
+            pass
+
+        async def broken(message: Any) -> None:
+            raise OSError
+
+        first, second, third = ask(), ask(), ask()
+        assert outcome(*first) == outcome(*second) == outcome(*ask(COLLEAGUE)) == {}
+        with pytest.raises(SiteError, match="on its way to you"):
+            outcome(*third)
+        for send, (_, reply) in ((sent, first), (broken, second)):
+            with contextlib.suppress(OSError):
+                asyncio.run(reply({"type": "http"}, None, send))
+            assert outcome(*ask()) == {}
+            with pytest.raises(SiteError, match="on its way to you"):
+                outcome(*ask())
 
     def test_a_few_wait_for_news_and_the_rest_are_told_how_things_stand(self, door: Door) -> None:
         """So that many notebooks of one researcher go on, only a little later."""
