@@ -23,10 +23,25 @@ if TYPE_CHECKING:
     import polars
     import torch
 
-__all__ = ["attack", "canaries", "lira"]
+__all__ = ["Report", "attack", "canaries", "lira"]
 
 CANARIES, GUESSES = 5000, 200
 SHADOWS, PATIENTS, STEPS, PLAIN = 64, 60, 60, 200
+
+
+class Report(dict[str, Any]):
+    """What both attacks found, as it goes into a dossier; shown without its curves."""
+
+    def __repr__(self) -> str:
+        found, told = self["canaries"], self["membership"]
+        verdict = "not refuted" if found["holds"] else "REFUTED"
+        private, plain = (told[name]["auc"] for name in ("private", "plain"))
+        return (
+            f"canaries: ε is {found['bound']:.3g} or more with {found['confidence']:.0%} confidence; "
+            f"ε {found['epsilon']:g} is {verdict}\n"
+            f"membership: AUC {private:.3f} with the recipe, {plain:.3f} in plain training; 0.5 is a guess\n"
+            f"on {self['on']}"
+        )
 
 
 def attack(
@@ -38,7 +53,7 @@ def attack(
     seed: int = 0,
     *,
     records: polars.DataFrame | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Both attacks on the recipe of `release`.
 
     Args:
@@ -52,11 +67,11 @@ def attack(
             instead of made-up ones; what is reported of them is no private answer. Never a hospital's.
     """
     whose = "made-up patients" if records is None else "public records that the researcher holds"
-    return {
-        "canaries": canaries(release, seed),
-        "membership": lira(model, release, schema, inputs, target, seed, records=records),
-        "on": f"{whose}, with the recipe's own noise, clip, rate and steps",
-    }
+    return Report(
+        canaries=canaries(release, seed),
+        membership=lira(model, release, schema, inputs, target, seed, records=records),
+        on=f"{whose}, with the recipe's own noise, clip, rate and steps",
+    )
 
 
 def canaries(release: Release, seed: int = 0) -> dict[str, Any]:

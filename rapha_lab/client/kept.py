@@ -96,10 +96,16 @@ def keep(
         attack: a report of `rapha_lab.client.attacks.attack`.
 
     Raises:
-        RequestError: no release of a training is among them.
+        RequestError: the model is no module, or no release of a training is among the others.
     """
+    import torch
     from safetensors.torch import save_file
 
+    if not isinstance(model, torch.nn.Module):
+        why = "What is kept is a module with the released weights."
+        raise RequestError(
+            f"The model is a {type(model).__name__}.", why, "Say keep(path, model, history).", field="model"
+        )
     if not any(release.op in ("fit", "open") for release in releases):
         why = "The dossier of a model tells how it was trained."
         raise RequestError(

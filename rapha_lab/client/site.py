@@ -470,11 +470,17 @@ class Job:
             into: modules by those names, to load the weights into; else they come as dicts of tensors.
 
         Raises:
-            RaphaError: what ended the job, or weights that do not fit.
+            RaphaError: what ended the job, weights that do not fit, or a name that it does not bring.
         """
         from rapha_lab.client.rehearsal import Rehearsal
 
         self.wait()
+        for name in into.keys() - self.values.get("values", {}).keys():
+            brings = ", ".join(self.values.get("values", {})) or "nothing"
+            raise RequestError(
+                f"The job {self.id[:8]} brings no {name!r}.", f"Its cell's -o brings {brings}.",
+                "Choose the job: site.jobs() lists them all, the newest last, each with its source_line.", field=name,
+            )  # fmt: skip
         return Rehearsal().take(self.values, self.blob, into)
 
     def raise_error(self) -> None:

@@ -52,6 +52,8 @@ def test_it_bites_on_plain_training_of_real_records_and_not_on_the_recipe(
     assert told["patients"] == PATIENTS
     assert told["plain"]["auc"] > 0.6
     assert abs(told["private"]["auc"] - 0.5) < 0.06
+    assert repr(report).startswith("canaries: ε is ")
+    assert len(repr(report)) < 400
 
 
 def _of(schema: Schema, records: pl.DataFrame) -> torch.nn.Module:

@@ -258,6 +258,7 @@ def test_a_job_whose_kernel_is_gone_still_brings_its_values(notebook: Notebook) 
         True,
     ]
     assert "no such job" in said(notebook.run("site.attach('no such number')"))
+    assert "brings seen, layer" in said(notebook.run("job.bring(model=mine)"))
 
 
 def test_a_name_of_a_refused_cell_is_explained(notebook: Notebook) -> None:

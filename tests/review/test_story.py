@@ -375,6 +375,8 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, kept: Path) -> None:
             write(tmp_path / name, tmp_path / "d")
     with pytest.raises(RequestError, match="training"):
         rapha.keep(tmp_path / "x", torch.nn.Linear(1, 1), load(kept).releases[1])
+    with pytest.raises(RequestError, match="The model is a Release"):
+        rapha.keep(tmp_path / "x", *load(kept).releases)
 
 
 def test_canaries_refute_an_epsilon_that_the_noise_does_not_carry(kept: Path) -> None:
