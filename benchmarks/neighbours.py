@@ -17,13 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "end_to_end"))
 
-ROUNDS = 5
+ROUNDS = 3
 TRAIN = """
 import torch
 from torch import nn
 torch.manual_seed({seed})
 model = nn.Sequential(nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 1))
-patients.train.fit(model, nn.BCEWithLogitsLoss(), inputs={features}, target="died", epochs=4, batch=200, epsilon=1)
+patients.train.fit(model, nn.BCEWithLogitsLoss(), inputs={features}, target="died", epochs=40, batch=200, epsilon=1)
 """
 BOMB = """
 import os, threading
