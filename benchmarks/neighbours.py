@@ -23,7 +23,7 @@ import torch
 from torch import nn
 torch.manual_seed({seed})
 model = nn.Sequential(nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 1))
-patients.train.fit(model, nn.BCEWithLogitsLoss(), inputs={features}, target="died", epochs=40, batch=200, epsilon=1)
+patients.train.fit(model, nn.BCEWithLogitsLoss(), inputs={features}, target="died", epochs=600, batch=200, epsilon=1)
 """
 BOMB = """
 import os, threading
@@ -98,7 +98,7 @@ def main() -> None:
             for turn in range(ROUNDS):
                 for sessions, times in found.items():
                     with bombs(theirs, sessions) if sessions else contextlib.nullcontext():
-                        times.append(trained(mine, 1 + len(found) * turn + sessions))
+                        times.append(trained(mine, 1 + 100 * turn + sessions))
             grouped = {"control groups": site._zygote.report.layers["cgroup"]}
     told: dict[str, Any] = {"tier": site.tier, **grouped}
     for sessions, times in found.items():

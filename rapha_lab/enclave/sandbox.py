@@ -70,7 +70,7 @@ class Limits:
     wall_seconds: float = 6 * 3600
     threads: int = 64
     output: int = 8 << 30
-    share: int = 25
+    share: int = 5
     core: int | None = None
 
     @classmethod

@@ -262,7 +262,7 @@ def test_a_custodian_is_walked_from_the_database_to_a_schema(database, tmp_path,
     line = ["data", "add", str(tmp_path), "--database", database, "--answers", str(tmp_path / "answers.txt")]
     assert main(line) == 0
     said = capsys.readouterr().out
-    assert "person_id (Int64)" in said
+    assert "person_id (whole number)" in said
     assert "2,694 patients" in said
     assert Schema.load(tmp_path / "omop.toml").table("conditions").most == 9
 

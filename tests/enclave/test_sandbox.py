@@ -97,7 +97,7 @@ result = [r.getrlimit(which)[1] for which in (r.RLIMIT_FSIZE, r.RLIMIT_CORE, r.R
             if path.name in ("cpu.shares", "cpu.weight", "pids.max", "memory.max", "memory.limit_in_bytes")
         }
         assert said["pids.max"] == str(Limits().threads)
-        assert {said.get("cpu.shares", "256"), said.get("cpu.weight", "25")} == {"256", "25"}
+        assert {said.get("cpu.shares", "51"), said.get("cpu.weight", "5")} == {"51", "5"}
         assert int(said.get("memory.max") or said["memory.limit_in_bytes"]) <= Limits().memory + (256 << 20)
 
     def test_a_shard_does_not_give_way(self):
