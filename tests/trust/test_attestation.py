@@ -11,12 +11,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
-from test_vectors import CASES, JUNE, Amd, read
+from test_vectors import CASES, JUNE, Amd, pinned, read
 from trust_material import fixed, page
 
 from rapha_lab.client import attestation
 from rapha_lab.client.attestation import Attestation, reappraise
-from rapha_lab.client.verifiers import sev_snp
 from rapha_lab.protocol.builds import KIND, Build
 from rapha_lab.protocol.checkpoint import Checkpoint, Inclusion, leaf_hash, sign_checkpoint
 from rapha_lab.protocol.errors import EvidenceError
@@ -72,9 +71,7 @@ def training() -> Release:
 @pytest.fixture
 def amd(monkeypatch: pytest.MonkeyPatch) -> Amd:
     """A made-up AMD whose root is pinned for one test."""
-    made = Amd()
-    monkeypatch.setattr(sev_snp, "ROOTS", {made.root.fingerprint(hashes.SHA256()).hex(): "ARK-Turin"})
-    return made
+    return pinned(Amd(), monkeypatch)
 
 
 def real(

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
-from test_vectors import JUNE, NOBODY, PSS, Amd, read, verify
+from test_vectors import JUNE, NOBODY, PSS, Amd, pinned, read, verify
 
 from rapha_lab.client.appraisal import AppraisalPolicy, Endorsements, Verifier, appraise
 from rapha_lab.client.verifiers import certificates, intel, nitro, nvidia, sev_snp
@@ -41,9 +41,7 @@ ISSUED = JUNE.replace(hour=12)
 @pytest.fixture
 def amd(monkeypatch: pytest.MonkeyPatch) -> Amd:
     """A made-up AMD whose root is pinned for one test."""
-    made = Amd()
-    monkeypatch.setattr(sev_snp, "ROOTS", {made.root.fingerprint(hashes.SHA256()).hex(): "ARK-Turin"})
-    return made
+    return pinned(Amd(), monkeypatch)
 
 
 def snp(

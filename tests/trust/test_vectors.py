@@ -251,6 +251,12 @@ class Amd:
         return bytes(body) + b"".join(n.to_bytes(72, "little") for n in (r, s)) + bytes(368)
 
 
+def pinned(made: Amd, monkeypatch: pytest.MonkeyPatch) -> Amd:
+    """The made-up AMD, its root the only one that is known, for one test."""
+    monkeypatch.setattr(sev_snp, "ROOTS", {made.root.fingerprint(hashes.SHA256()).hex(): "ARK-Turin"})
+    return made
+
+
 @pytest.fixture(scope="module")
 def amd() -> Amd:
     """A made-up AMD."""
@@ -260,7 +266,7 @@ def amd() -> Amd:
 @pytest.fixture
 def judge(amd: Amd, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Claims]:
     """Verifies reports of the made-up AMD, whose root is pinned for one test."""
-    monkeypatch.setattr(sev_snp, "ROOTS", {amd.root.fingerprint(hashes.SHA256()).hex(): "ARK-Turin"})
+    pinned(amd, monkeypatch)
 
     def judge(
         report: bytes,
@@ -347,8 +353,7 @@ class TestMadeUpAmd:
         self, judge: Callable[..., Claims], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An issuer that does not say it is an authority is none, whatever its own issuer."""
-        lame = Amd(authority=False)
-        monkeypatch.setattr(sev_snp, "ROOTS", {lame.root.fingerprint(hashes.SHA256()).hex(): "ARK-Turin"})
+        lame = pinned(Amd(authority=False), monkeypatch)
         endorsements = Endorsements(lame.vcek.public_bytes(Encoding.DER), lame.chain)
         with pytest.raises(EvidenceError, match="may not issue"):
             Verifier().verify(Evidence(SNP, lame.report(), NOBODY), endorsements, JUNE)
