@@ -143,6 +143,12 @@ class TestIntervals:
             assert 0 <= low <= found["value"] <= high <= (16 if name == "logloss" else 1)
             assert np.isfinite(found["error"])
 
+    def test_noise_alone_takes_no_figure_past_its_limit(self):
+        """Of nobody, at a small ε, a log loss of noise would now and then be more than the largest there is."""
+        nobody = np.zeros(0)
+        found = [judged(nobody, nobody, 0.05, ["logloss"])["metrics"]["logloss"] for _ in range(150)]
+        assert all(0 <= f["interval"][0] <= f["value"] <= f["interval"][1] <= 16 for f in found)
+
     def test_a_mutant_that_forgets_the_noise_does_not_cover(self, mutant):
         """The test of coverage has teeth: intervals of sampling alone miss far too often."""
         broken = mutant(

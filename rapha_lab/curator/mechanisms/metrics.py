@@ -70,7 +70,7 @@ def judge(
             answer["metrics"][name] = _rate(counts, sd, name, edges, cut)
         else:
             metric, most = METRICS[name]
-            value = float(metric(fine, logits))
+            value = min(float(metric(fine, logits)), most)
             if few:
                 answer["metrics"][name] = _within(value, most, 0.0, most, most)
             elif name == "auprc":
