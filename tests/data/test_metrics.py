@@ -145,7 +145,7 @@ class TestIntervals:
 
     def test_noise_alone_takes_no_figure_past_its_limit(self):
         """Of nobody, at a small ε, a log loss of noise would now and then be more than the largest there is."""
-        nobody = np.zeros(0)
+        nobody = np.arange(0)
         found = [judged(nobody, nobody, 0.05, ["logloss"])["metrics"]["logloss"] for _ in range(150)]
         assert all(0 <= f["interval"][0] <= f["value"] <= f["interval"][1] <= 16 for f in found)
 
