@@ -103,7 +103,7 @@ def _noise_of(counts: Counts, sd: float) -> float:
 
 def _few(counts: Counts, sd: float) -> bool:
     """Whether hardly any patient of a class is distinguished from noise, so that nothing is known."""
-    return _noise_of(counts, sd) >= 0.5
+    return _noise_of(counts, sd) >= 1 / 3
 
 
 def _caution(counts: Counts, sd: float) -> float:
