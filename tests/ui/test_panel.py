@@ -116,6 +116,9 @@ class TestCommands:
         lab.cell(0).locator(".jp-InputPrompt").click()
         lab.page.keyboard.press("Alt+Shift+R")
         expect(lab.page.get_by_role("dialog")).to_contain_text("Inclusion proof")
+        expect(lab.page.locator(".jp-Dialog :focus")).to_have_count(
+            1
+        )  # a dialog is drawn before it takes keys
         lab.page.keyboard.press("Escape")
         expect(lab.page.get_by_role("dialog")).to_have_count(0)
 
