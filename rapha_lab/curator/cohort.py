@@ -195,9 +195,9 @@ class View:
         """A keyed hash of each patient's identifier below 2^32, int64 (n,), whoever else is there."""
         return self._cohort._points[self._rows]
 
-    def present(self) -> Tensor:
-        """Who of them has not opted out since, bool (n,): a step of a training leaves the others out."""
-        return self._cohort.present[self._rows]
+    def present(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Who of some of them has not opted out since, bool: a step of a training leaves the others out."""
+        return self._cohort.present[self._rows[rows]]
 
     def knows(self, text: str) -> bool:
         """Whether a text is the identifier of a patient of the cohort."""

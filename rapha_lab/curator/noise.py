@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
@@ -41,8 +42,8 @@ class Noise(Protocol):
         """`n` independent uniform numbers in [0, 1), float64."""
         ...
 
-    def bernoulli(self, n: int, rate: float) -> Tensor:
-        """`n` independent booleans, each True with probability `rate`."""
+    def sample(self, n: int, rate: float) -> Tensor:
+        """Which of 0 .. n - 1 are in a Poisson sample, int64 in order: each independently, at `rate` or 2^-64 below."""
         ...
 
 
@@ -60,12 +61,22 @@ class _Words:
             parts.append(_whole(self._words(min(_WORDS, n - start))).mul_(2.0**-_BITS))
         return torch.cat(parts)
 
-    def bernoulli(self, n: int, rate: float) -> Tensor:
-        """`n` independent booleans, each True with probability `rate` to within 2^-53."""
-        out = torch.empty(n, dtype=torch.bool)
-        for part in out.split(_WORDS):
-            torch.lt(self.uniform(len(part)), rate, out=part)
-        return out
+    def sample(self, n: int, rate: float) -> Tensor:
+        """Which of 0 .. n - 1 are in a Poisson sample, int64 in order: each independently, at `rate` or 2^-64 below.
+
+        Sixteen bits decide for each one, and 48 more where they are the rate's own, once in 65,536 times.
+        """
+        first, rest = divmod(int(rate * 2.0**64), 1 << 48)  # exact, and never above the rate
+        found = [np.empty(0, dtype=np.int64)]
+        for start in range(0, n, 4 * _WORDS):
+            count = min(4 * _WORDS, n - start)
+            bits = self._words(-(-count // 4)).numpy().view(np.uint16)[:count]
+            at = np.flatnonzero(bits <= first)
+            taken = bits[at] < first
+            ties = np.flatnonzero(~taken)
+            taken[ties] = self._words(len(ties)).numpy() >> 16 & (1 << 48) - 1 < rest
+            found.append(at[taken] + start)
+        return torch.from_numpy(np.concatenate(found))
 
     def gaussian(self, n: int) -> Tensor:
         """`n` independent standard normal numbers, float64."""

@@ -124,10 +124,13 @@ def twice(patch: pytest.MonkeyPatch) -> None:
 
 
 class Every:
-    """Stands for a patient's turn: it is always theirs."""
+    """Stands for patients' turns: it is always theirs."""
+
+    def __getitem__(self, rows: Any) -> Every:
+        return self
 
     def __eq__(self, other: object) -> Any:
-        return torch.ones(int(PRESENT.sum()), dtype=torch.bool)
+        return torch.ones(1, dtype=torch.bool)
 
     __hash__ = None  # type: ignore[assignment]
 

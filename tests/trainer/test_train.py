@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import node, program
@@ -38,8 +40,8 @@ class Records:
     def __len__(self) -> int:
         return len(self.values)
 
-    def present(self) -> Tensor:
-        return torch.ones(len(self), dtype=torch.bool)
+    def present(self, rows: Tensor) -> Tensor:
+        return torch.ones(len(rows), dtype=torch.bool)
 
 
 class Public:
@@ -190,13 +192,24 @@ def test_patients_are_drawn_independently_at_the_rate() -> None:
 
 
 def test_a_step_has_the_same_shape_however_many_are_drawn() -> None:
-    """Slots depend on the public batch alone, and hold 2^-60 of the tail."""
+    """Slots depend on the public batch alone."""
     for count in (0, 1, N):
         assert len(train.draw(count, 0.1, train.capacity(100, 8), SeededNoise(2))) == train.capacity(100, 8)
-    # exact Poisson tail at the expected 100, in bits
-    slots = train.capacity(100, 1)
-    tail = -slots * math.log2(100) + 100 / math.log(2) + math.lgamma(slots + 1) / math.log(2)
-    assert tail > 60
+
+
+@pytest.mark.parametrize("expected", [0.01, 0.3, 1.1, 16.0, 100.0, 281.6, 4506.0])
+def test_slots_are_too_few_once_in_2_to_the_60_and_hardly_any_is_spare(expected: float) -> None:
+    """By the exact tail of the Poisson distribution; with a few slots less it would be more often."""
+
+    def more_than(slots: int) -> float:
+        return math.fsum(
+            math.exp(k * math.log(expected) - expected - math.lgamma(k + 1))
+            for k in range(slots + 1, slots + 2000)
+        )
+
+    slots = train.capacity(expected, 1)
+    assert more_than(slots) <= 2.0**-60 < more_than(math.floor(0.97 * slots) - 1)
+    assert 0 <= train.capacity(expected, 8) - slots < 8
 
 
 def test_another_patient_leaves_the_others_slots_alone() -> None:
@@ -308,6 +321,48 @@ def test_noise_has_the_normal_law(noise: Any) -> None:
     assert 250 < int((z.abs() > 3.29).sum()) < 350
     pairs = z[:300_000].reshape(2, -1)
     assert abs(float((pairs[0] * pairs[1]).mean())) < 5 / math.sqrt(150_000)
+
+
+class Scripted(SystemNoise):
+    """First every number of 16 bits in order, then one word wherever more bits are asked for."""
+
+    def __init__(self, word: int) -> None:
+        every = np.arange(1 << 16, dtype=np.uint16).view(np.int64)
+        self.parts = [*torch.from_numpy(every).split(1 << 13)]
+        self.parts.insert(
+            1, torch.empty(0, dtype=torch.int64)
+        )  # none of the first half has the rate's own bits
+        self.parts.append(torch.tensor([word - (1 << 64) if word >> 63 else word]))
+
+    def _words(self, n: int) -> Tensor:
+        part = self.parts.pop(0)
+        assert len(part) == n
+        return part
+
+
+@pytest.mark.parametrize("rate", [0.7, 2 / 3, math.nextafter(1.0, 0.0), 0.5 + 2.0**-53])
+def test_a_sample_is_at_the_rate_to_the_last_bit(rate: float) -> None:
+    """Of all numbers of 16 bits those below the rate's own are in; at its own it is the next 48 bits that are below."""
+    whole = math.floor(Fraction(rate) * 2**64)
+    first, rest = whole >> 48, whole % (1 << 48)
+    for below, word in ((True, ((rest - 1) << 16) + 0xFFFF), (False, rest << 16)):
+        if rest or not below:
+            assert torch.equal(Scripted(word).sample(1 << 16, rate), torch.arange(first + below))
+
+
+@pytest.mark.parametrize("rate", [0.0, 2.0**-64, 1.5 * 2.0**-17, 1.5 * 2.0**-16, 0.3, 1.0])
+def test_samples_have_the_size_of_a_binomial(rate: float) -> None:
+    """At rates that more bits decide alone, at some that they decide half of, and at none of theirs."""
+    n = 3_000_017
+    for noise in (SystemNoise(), SeededNoise(5)):
+        found = noise.sample(n, rate)
+        assert abs(len(found) - n * rate) <= 5 * math.sqrt(n * rate * (1 - rate))
+        assert len(found) == len(found.unique()) == int(((found >= 0) & (found < n)).sum())
+        # as many in each part of the keystream, and in each place of a word
+        for where in (found * 4 // n, found % 4):
+            off = where.bincount(minlength=4) - n * rate / 4
+            assert float(off.abs().max()) <= 5 * math.sqrt(n * rate * (1 - rate) / 4) + 1
+    assert SystemNoise().sample(0, rate).shape == (0,)
 
 
 def test_halved_noise_fails_the_law() -> None:

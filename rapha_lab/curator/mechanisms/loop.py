@@ -73,10 +73,8 @@ class Loop:
         clip, batch = self.ask.clip, self.ask.batch
         self._announce(progress)
         rows = self._inputs(ask.inputs, view)
-        drawn = train.draw(
-            len(view), self.rate, train.capacity(train.most(batch, self.rate), lifted.microbatch), noise
-        )
-        drawn = train.staying(drawn, view.present())
+        slots = train.capacity(train.most(batch, self.rate), lifted.microbatch)
+        drawn = train.draw(len(view), self.rate, slots, noise, view.present)
         total = train.clipped_sum(lifted, parameters, constants, rows, drawn, clip)
         deviation = self.sigma * clip * (1 + train.slack(lifted.microbatch))
         share = batch if ask.reduction == "mean" else 1

@@ -9,6 +9,7 @@ whose norm was clipped, whatever the model. Neither a step's shape nor its work 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 
 import torch
@@ -107,11 +108,11 @@ def train(
     sigma: float,
     noise: Noise,
     progress: Progress,
-    present: Callable[[], Tensor] | None = None,
+    present: Callable[[Tensor], Tensor],
 ) -> Tensors:
     """The parameters after `ask.steps` steps on the patients' rows, each `(n + 1, *shape)`, the last of zeros.
 
-    Who is no longer `present`, bool (n,), takes no part in the next step.
+    Who of some rows is no longer `present` takes no part in the next step.
     """
     weights = Weights(parameters)
     optimizer = updates(ask, weights.vectors, sigma)
@@ -128,9 +129,12 @@ def train(
         if step % block(ask.steps) == 0:
             _finite(weights, step)
             progress(min(block(ask.steps), ask.steps - step))
-        drawn = draw(count, rate, slots, noise, None if turn is None else turn == step % ask.bands)
-        if present is not None:
-            drawn = staying(drawn, present())
+
+        def takes_part(rows: Tensor, step: int = step) -> Tensor:
+            there = present(rows)
+            return there if turn is None else there & (turn[rows] == step % ask.bands)
+
+        drawn = draw(count, rate, slots, noise, takes_part)
         clipped_sum(lifted, weights, constants, rows, drawn, ask.clip, total)
         with memory.of(total.flat, ask.batch):
             private(total, sigma * sensitivity * memory.norm, ask.batch, noise)
@@ -233,23 +237,20 @@ def rate_of(batch: int, expected: float | None) -> float:
     return batch / expected
 
 
-def draw(count: int, rate: float, slots: int, noise: Noise, turn: Tensor | None = None) -> Tensor:
+def draw(
+    count: int, rate: float, slots: int, noise: Noise, takes_part: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """A Poisson sample of patients as `slots` row numbers, `count` (the row of zeros) where there is none.
 
-    Only of those whose `turn` it is, if that is given, bool (count,).
+    Only of those rows that `takes_part` says True of, if it is given.
 
     Patients take slots at random, so that one more leaves the others' slots as they were (in distribution):
     no one's arithmetic moves with anybody's presence.
     """
-    those = noise.bernoulli(count, rate)
-    drawn = (those if turn is None else those & turn).nonzero().squeeze(1)[:slots]
+    drawn = noise.sample(count, rate)
+    drawn = (drawn if takes_part is None else drawn[takes_part(drawn)])[:slots]
     places = noise.uniform(slots).argsort()[: len(drawn)]
     return torch.full((slots,), count).scatter(0, places, drawn)
-
-
-def staying(drawn: Tensor, present: Tensor) -> Tensor:
-    """The draw with the row of zeros in the slots of patients who have opted out, bool (n,)."""
-    return torch.where(torch.cat([present, present.new_ones(1)])[drawn], drawn, len(present))
 
 
 def most(batch: int, rate: float) -> float:
@@ -260,12 +261,16 @@ def most(batch: int, rate: float) -> float:
 def capacity(batch: float, microbatch: int) -> int:
     """Slots of a step, in whole microbatches: more patients than that are drawn with probability below 2^-60.
 
-    With N the declared number of patients and each one drawn with probability q independently, L = qN are
-    expected, and by Bernstein's inequality P(more than L + t) <= exp(-t²/(2(L + t/3))). Only L decides.
+    Of patients drawn independently, L of whom are expected, P(k or more) <= E[x^(number - k)] <= exp(L(x - 1)) / x^k
+    for any x >= 1 (Chernoff), which is least at x = k/L: exp(-(k ln(k/L) - k + L)). Only L decides.
     """
-    bits = 60 * math.log(2)
-    t = bits / 3 + math.sqrt((bits / 3) ** 2 + 2 * bits * batch)
-    return math.ceil((batch + t) / microbatch) * microbatch
+
+    def exponent(k: int) -> float:
+        return k * math.log(k / batch) - k + batch
+
+    larger = range(math.ceil(batch), math.ceil(3 * batch) + 100)
+    too_many = larger[bisect_left(larger, 60 * math.log(2), key=exponent)]
+    return math.ceil((too_many - 1) / microbatch) * microbatch
 
 
 def clipped_sum(
