@@ -9,6 +9,7 @@ export HATCH_JUPYTER_BUILDER_SKIP_NPM = 1
 else
 FRONT_END := $(wildcard $(addprefix extensions/rapha-lab/,src/* style/* schema/* package.json yarn.lock))
 endif
+MINUTES ?= 25
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help demo test lab lint bench screenshots clean
@@ -45,10 +46,10 @@ test: .venv/test  ## Run every test.
 	@bash scripts/system-packages
 	$(BIN)/pytest
 
-bench: .venv/test  ## Measure the trainer against its peers, in some 25 minutes; writes benchmarks/README.md.
+bench: .venv/test  ## Measure the trainer against its peers, in some 25 minutes (MINUTES=25); writes benchmarks/README.md.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 --editable '.[lab,demo,demos,hospital,test,bench]'
-	$(BIN)/python benchmarks/scaling.py || echo "Without the figures of growth, then."
-	$(BIN)/python benchmarks/trainer.py --write
+	$(BIN)/python benchmarks/scaling.py --minutes $$(( $(MINUTES) / 4 )) || echo "Without the figures of growth, then."
+	$(BIN)/python benchmarks/trainer.py --minutes $$(( $(MINUTES) - $(MINUTES) / 4 )) --write
 
 screenshots: .venv/test  ## Take the README's pictures anew.
 	@bash scripts/system-packages

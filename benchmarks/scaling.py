@@ -1,10 +1,10 @@
-"""How a step's cost grows: with patients on disk, parameters, batch and sessions at once. Plots in benchmarks/pictures.
+"""How a step's cost grows: with patients on disk, parameters, batch and sessions at once; and what judging a model costs.
 
     python benchmarks/scaling.py [--minutes 6]
 
 CPU milliseconds of a whole step: the Poisson draw, the padded clipped sum, noise and update, without a compiler. Patients
 are read from a file as the curator maps one; the others' axes hold them in memory. Points are kept as they come in
-build/bench/scaling.json; those for which no time is left are left out with a note.
+build/bench/scaling.json; those for which no time is left are left out with a note. Plots are in benchmarks/pictures.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import gc
 import json
 import math
 import os
+import statistics
 import threading
 import time
 import warnings
@@ -26,17 +27,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import matplotlib
 
 matplotlib.use("Agg")
+import numpy as np
+import polars as pl
 import torch
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from trainer import CLIP, RATE, cpu, memory, status
+from workloads import mlp
 
+from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.lift import lift
 from rapha_lab.curator.lift.compiling import keep_pages
 from rapha_lab.curator.mapped import OnDisk, filled, on_disk, with_absent
-from rapha_lab.curator.mechanisms import train
+from rapha_lab.curator.mechanisms import evaluate, train
 from rapha_lab.curator.noise import SystemNoise
-from rapha_lab.session.tracing import loss_program
+from rapha_lab.protocol.messages import Evaluate
+from rapha_lab.protocol.schema import Schema
+from rapha_lab.session.tracing import loss_program, score_program
 
 PICTURES = Path(__file__).parent / "pictures"
 TARGET = Path("build/bench/scaling.json")
@@ -45,6 +52,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "parameters": (10**4, 10**5, 10**6, 10**7, 10**8),
     "batch": (16, 64, 256, 1024, 4096, 16384),
     "sessions": (1, 2, 4, 8, 16),
+    "patients judged": (10**3, 10**4, 10**5),
 }
 # about as long as a point takes on a calm machine, in seconds, where it is more than a few
 LONG = {("patients", 10**7): 30, ("parameters", 10**8): 75, ("parameters", 10**7): 10}
@@ -71,7 +79,7 @@ def step_of(rows: dict[str, Tensor], width: int, batch: int) -> Callable[[], Non
     )
     traced = loss_program(model, nn.CrossEntropyLoss(), {"x": rows["x"][0]}, rows["target"][0])
     it, noise, patients = lift(traced.program), SystemNoise(), len(rows["x"]) - 1
-    slots = it.for_batches_of(train.capacity(batch, 1)) * it.microbatch
+    slots = it.for_batches_of(train.capacity(train.most(batch, batch / patients), 1)) * it.microbatch
     parameters, constants = it.tensors(traced.blob)
     weights, total = train.Weights(parameters), it.zeros()
     del model, traced, parameters
@@ -125,6 +133,48 @@ def together(sessions: int, seconds: float = 4.0) -> tuple[float, float]:
     return sum(counts) / took[0], took[1] / sum(counts) * 1e3
 
 
+def ward(patients: int) -> Cohort:
+    """Made-up patients with thirty numbers and a yes or no, most of them in the test split."""
+    said = {"meaning": "made up", "public": "made up", "missing": "never"}
+    numbers = [f"x{k}" for k in range(30)]
+    columns = [{"name": name, "type": "number", "bounds": [-5, 5], **said} for name in numbers]
+    about = dict.fromkeys(("name", "title", "citation", "licence"), "made-up")
+    schema = Schema.from_dict(
+        about
+        | {"patient": "id", "source": "made-up.parquet", "patients": patients}
+        | {"columns": [*columns, {"name": "y", "type": "boolean", **said}]}
+        | {"splits": {"train": 0.01, "validation": 0.01, "test": 0.98}}
+    )
+    random = np.random.default_rng(0)
+    frame = {name: random.standard_normal(patients) for name in numbers}
+    named = {"id": np.arange(patients), "y": random.random(patients) < 0.3}
+    return Cohort(schema, pl.DataFrame(frame | named), bytes(16))
+
+
+def judged(patients: int) -> tuple[float, float, float]:
+    """CPU milliseconds of a whole answer to `evaluate`, of a plain forward pass on the same patients, and their ratio."""
+    cohort, model = ward(patients), mlp(1)
+    view, inputs = cohort.view("test"), [f"x{k}" for k in range(30)]
+    traced = score_program(model, {"x": torch.zeros(30)})
+    ask = Evaluate(
+        dataset="made-up", split="test", program=traced.program, inputs={"x": inputs}, target="y",
+        metrics=["auroc", "brier"], epsilon=1.0,
+    )  # fmt: skip
+    plan, x = evaluate.plan(ask, traced.blob, cohort.schema, 1e-5), view.tensor(inputs)
+
+    @torch.no_grad()
+    def plain() -> None:
+        for part in x.split(512):
+            model(part)
+
+    def ours() -> None:
+        plan.run(view, lambda steps: None)
+
+    rounds = [(cpu(ours, 1), cpu(plain, 1)) for _ in range(9)]
+    ratio = statistics.median(mine / other for mine, other in rounds)
+    return min(r[0] for r in rounds) * 1e3, min(r[1] for r in rounds) * 1e3, ratio
+
+
 def point(axis: str, value: int) -> tuple[float, ...]:
     if axis == "patients":
         return figures(lambda: step_of(from_disk(value), 128, 256))
@@ -133,6 +183,8 @@ def point(axis: str, value: int) -> tuple[float, ...]:
         return figures(lambda: step_of(in_memory(10_000), width, 256))
     if axis == "batch":
         return figures(lambda: step_of(in_memory(20_000), 128, value))
+    if axis == "patients judged":
+        return judged(value)
     return together(value)
 
 
@@ -172,7 +224,8 @@ def decades(values: Any) -> tuple[float, float]:
 def draw(found: dict[str, list[Any]]) -> None:
     """One picture of four panels."""
     figure, axes = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
-    for axis, (what, rows) in zip(axes, found.items(), strict=True):
+    shown = [(what, rows) for what, rows in found.items() if what != "patients judged"]
+    for axis, (what, rows) in zip(axes, shown, strict=True):
         if not rows:
             continue
         x, y, *more = zip(*rows, strict=True)

@@ -43,22 +43,25 @@ from rapha_lab.curator.lift.compiling import assembled, keep_pages
 from rapha_lab.curator.mapped import with_absent
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.curator.noise import SystemNoise, compile_noise
+from rapha_lab.protocol.program import Program
 from rapha_lab.session.tracing import loss_program
 
 Step = Callable[[], Any]
 BUILD = Path("build/bench")
 OURS = ("compiled", "eager")
+PATIENTS = 100
+"""Batches that the patients would make, where a step's slots are told."""
 START, TURNS = 100, 5.0
 """Seconds that an engine may take to start, ours excepted, and all its turns of a workload together."""
 
 
-def plain(workload: Workload) -> Step:
-    """Ordinary training; a bag's records packed, without padding."""
+def plain(workload: Workload, pad: bool = False) -> Step:
+    """Ordinary training; a bag's records packed, without padding, unless `pad`."""
     torch.manual_seed(0)
     model, loss = workload.make(), nn.CrossEntropyLoss()
     x, y = workload.data()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    forward = packed(model, x) if isinstance(model, Bag) else lambda: model(x)
+    forward = packed(model, x) if isinstance(model, Bag) and not pad else lambda: model(x)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -82,7 +85,7 @@ def ours(workload: Workload, engine: str, facts: dict[str, Any]) -> Step:
     traced = loss_program(model, nn.CrossEntropyLoss(), {"x": x[0]}, y[0])
     it = lift(traced.program)
     slots = it.for_batches_of(workload.batch) * it.microbatch
-    facts["slots"] = train.capacity(workload.batch, 1) / workload.batch
+    facts["slots"] = slots_of(traced.program, workload.batch) / workload.batch
     parameters, constants = it.tensors(traced.blob)
     weights, total = train.Weights(parameters), it.zeros()
     if engine == "compiled":
@@ -103,6 +106,12 @@ def ours(workload: Workload, engine: str, facts: dict[str, Any]) -> Step:
     return step
 
 
+def slots_of(program: Program, batch: int) -> int:
+    """Slots of a step of `fit`, in whole microbatches."""
+    it = lift(program)
+    return it.for_batches_of(train.capacity(train.most(batch, 1 / PATIENTS), 1)) * it.microbatch
+
+
 def steps_of(
     name: str, engines: list[str], facts: dict[str, Any], seconds: float
 ) -> tuple[dict[str, Step], dict[str, str], float]:
@@ -111,6 +120,8 @@ def steps_of(
     Ours are made ready first, however long that takes; the seconds are for the peers and for all turns.
     """
     workload, steps, notes = WORKLOADS[name], {"plain": plain(WORKLOADS[name])}, {}
+    if WORKLOADS[name].make is Bag:
+        steps["padded"] = plain(workload, pad=True)
     first = [engine for engine in OURS if engine in engines]
     for engine in first:
         steps |= ready(lambda e=engine: ours(workload, e, facts), engine, None, notes)
@@ -197,11 +208,7 @@ def turns(steps: dict[str, Step], rounds: int, until: float) -> list[dict[str, f
     for number in range(rounds):
         if number and time.monotonic() > until:
             break
-        due = [
-            e
-            for e in steps
-            if number == 0 or spent[e] + repeats[e] * cost[e] < TURNS or e in (*OURS, "plain")
-        ]
+        due = [e for e in steps if number == 0 or spent[e] + repeats[e] * cost[e] < TURNS or e not in PEERS]
         seen.append({engine: cpu(steps[engine], repeats[engine]) for engine in due})
         for engine in due:
             spent[engine] += seen[-1][engine] * repeats[engine]
@@ -218,6 +225,8 @@ def measure(name: str, engines: list[str], rounds: int, seconds: float) -> dict[
         step()
     seen = turns(steps, rounds, until)
     rows = []
+    if "padded" in steps and "compiled" in steps:
+        facts["padded_ratio"] = round(statistics.median(r["compiled"] / r["padded"] for r in seen), 3)
     for engine in steps:
         own = [r for r in seen if engine in r]
         rows.append({

@@ -235,7 +235,8 @@ def logits(ask: Evaluate, tensors: bytes, schema: Schema) -> Callable[[View], Te
 
 def turns_of(slots: np.ndarray) -> np.ndarray:
     """How many patients before each one have the same slot."""
-    order, counts = slots.argsort(kind="stable"), np.bincount(slots)
+    # sixteen bits, all that a microbatch needs, are sorted several times faster
+    order, counts = slots.astype(np.uint16).argsort(kind="stable"), np.bincount(slots)
     turns = np.empty_like(slots)
     turns[order] = np.arange(len(slots)) - (counts.cumsum() - counts)[slots[order]]
     return turns
