@@ -213,7 +213,8 @@ class Fit(Ask, frozen=True, tag="fit"):
     """Train by DP-SGD: `program` is one patient's loss, its parameters come in the tensors blob.
 
     `bands` of noise that later steps take back (1: independent noise); `average`, the decay of the average of the
-    weights that is released in place of the last ones; `corrected`, Adam without the noise in its second moment.
+    weights that is released in place of the last ones; `corrected`, Adam without the noise in its second moment;
+    `clip_quantile`, the share of patients whose gradient a clip that begins at `clip` comes to leave whole.
     """
 
     program: Program
@@ -225,6 +226,7 @@ class Fit(Ask, frozen=True, tag="fit"):
     bands: Annotated[int, Meta(ge=1, le=256)] = 1
     average: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     corrected: bool = False
+    clip_quantile: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
 
 
 class Open(Ask, frozen=True, tag="open"):

@@ -229,6 +229,7 @@ _RECIPE = {
     "batch": "expected patients a step",
     "noise": "noise multiplier",
     "clip": "clipping norm",
+    "last_clip": "clipping norm in the end",
 }
 
 

@@ -96,6 +96,7 @@ class Patients(Questions):
         epochs: float | None = None,
         batch: int | None = None,
         clip: float | None = None,
+        clip_quantile: float = 0.0,
         bands: int = 1,
         average: float = 0.0,
         corrected: bool = False,
@@ -103,7 +104,7 @@ class Patients(Questions):
         """Train `model` in place by DP-SGD (Abadi et al. 2016) on these patients.
 
         Starting weights are the model's own: those of a public pre-training cost nothing. docs/methods.md says
-        when each of the last three options wins.
+        when each of the last four options wins.
 
         Args:
             model: called with one tensor if `inputs` is a column or a list, else with keyword arguments.
@@ -117,6 +118,7 @@ class Patients(Questions):
             epochs: passes over the expected number of patients.
             batch: expected patients in a step.
             clip: the most one patient's gradient may weigh.
+            clip_quantile: from `clip` on follow this quantile of the patients' gradient norms, 0.5 say (Andrew et al. 2021).
             bands: of noise that later steps take back (Choquette-Choo et al. 2023), for large ε and small batches.
             average: release the average of the weights over the steps with this decay, 0.99 say.
             corrected: Adam without the noise in its second moment (Tang et al. 2023).
@@ -137,7 +139,7 @@ class Patients(Questions):
         )
         loss = loss or recipe.loss_for(self.schema.column(target))
         traced = tracing.loss_program(model, loss, self._examples(named), self._example(target))
-        options = {"bands": bands, "average": average, "corrected": corrected}
+        options = {"bands": bands, "average": average, "corrected": corrected, "clip_quantile": clip_quantile}
         asked = {"inputs": {**named, "target": target}, **chosen, **common, **options}
         wire, blob = self._ask(made(messages.Fit, program=traced.program, **asked), traced.blob)
         _load(model, load(blob))

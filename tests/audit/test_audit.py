@@ -89,6 +89,7 @@ PATHS: dict[str, Callable[[House], np.ndarray]] = {
     "bands": lambda house: fit(house, share=0.25, steps=8, bands=4),
     "average": lambda house: fit(house, average=0.5),
     "corrected": lambda house: fit(house, steps=4, corrected=True, optimizer=torch.optim.Adam),
+    "adaptive clip": lambda house: fit(house, share=0.5, steps=4, clip_quantile=0.5),
 }
 
 

@@ -74,6 +74,7 @@ def test_a_patient_keeps_every_bit_whoever_the_neighbours_are(name: str, bad: fl
                 t[~only] = value if t.is_floating_point() else 10**9
             again = it.clipped_sum(parameters, constants, rows, only, CLIP)
             assert all(torch.equal(t, again[n]) for n, t in mine.items())
+            assert torch.equal(mine.counted, again.counted)
 
 
 def test_a_gradient_that_is_not_finite_adds_nothing() -> None:
@@ -204,33 +205,36 @@ def test_hostile_graphs_move_the_sum_by_at_most_the_norm(
         rest = it.clipped_sum(parameters, {}, x, torch.arange(8) != i, CLIP)
         assert norm(only) <= bound
         assert norm({n: whole[n].double() - rest[n].double() for n in whole}) <= bound
+        assert torch.equal(whole.counted - rest.counted, only.counted)
 
 
 # Teeth: each broken engine is caught by the checks above
 
 
-def unclipped(found: dict, mask: Tensor, clip: float) -> dict[str, Tensor]:
+Sums = tuple[dict[str, Tensor], Tensor]
+
+
+def unclipped(found: dict, mask: Tensor, clip: float) -> Sums:
     ones = torch.where(mask, 1.0, 0.0).double()
-    return {name: part.total(ones, mask) for name, part in found.items()}
+    return {name: part.total(ones, mask) for name, part in found.items()}, torch.zeros(2)
 
 
-def first_use_only(found: dict, mask: Tensor, clip: float) -> dict[str, Tensor]:
+def first_use_only(found: dict, mask: Tensor, clip: float) -> Sums:
     square = next(iter(found.values())).square()
     scale = torch.where(mask, (clip / square.sqrt()).clamp(max=1.0), 0.0)
-    return {name: part.total(scale, mask) for name, part in found.items()}
+    return {name: part.total(scale, mask) for name, part in found.items()}, torch.zeros(2)
 
 
-def twice(found: dict, mask: Tensor, clip: float) -> dict[str, Tensor]:
-    return {name: 2 * t for name, t in gradients_clipped(found, mask, clip).items()}
+def twice(found: dict, mask: Tensor, clip: float) -> Sums:
+    sums, counted = gradients_clipped(found, mask, clip)
+    return {name: 2 * t for name, t in sums.items()}, counted
 
 
 gradients_clipped = gradients.clipped_sum
 
 
 @pytest.mark.parametrize("mutant", [unclipped, first_use_only, twice])
-def test_broken_clipping_is_caught(
-    mutant: Callable[..., dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_broken_clipping_is_caught(mutant: Callable[..., Sums], monkeypatch: pytest.MonkeyPatch) -> None:
     """Skipping the clip, measuring one parameter only, or adding a patient twice breaks the bound."""
     it, parameters, constants, batch = batch_for("mlp", 8)
     batch["x"] *= 100

@@ -44,8 +44,10 @@ def test_the_traced_step_gives_the_same_sums(name: str) -> None:
     mask = torch.arange(10) != 4
     eager = it.clipped_sum(parameters, constants, batch, mask, 0.3)
     assert it.compile(parameters, constants) is not None
-    for parameter, t in it.clipped_sum(parameters, constants, batch, mask, 0.3).items():
+    fast = it.clipped_sum(parameters, constants, batch, mask, 0.3)
+    for parameter, t in fast.items():
         torch.testing.assert_close(t, eager[parameter], rtol=1e-5, atol=1e-7)
+    assert torch.equal(fast.counted, eager.counted)
 
 
 @pytest.mark.usefixtures("quick")
@@ -78,8 +80,10 @@ def test_machine_code_gives_the_same_sums(name: str, monkeypatch: pytest.MonkeyP
     seconds = it.compile(parameters, constants)
     assert seconds is not None
     assert seconds > 0
-    for parameter, t in it.clipped_sum(parameters, constants, batch, mask, 0.3).items():
+    fast = it.clipped_sum(parameters, constants, batch, mask, 0.3)
+    for parameter, t in fast.items():
         torch.testing.assert_close(t, eager[parameter], rtol=1e-5, atol=1e-7)
+    assert torch.equal(fast.counted, eager.counted)
     it.selftest(parameters, constants)
 
 
@@ -125,6 +129,7 @@ def test_machine_code_holds_hostile_graphs_to_the_norm(seed: int, monkeypatch: p
             rest = it.clipped_sum(parameters, {}, x, torch.arange(8) != i, CLIP)
             assert norm(only) <= bound
             assert norm({n: whole[n] - rest[n] for n in whole}) <= bound
+            assert torch.equal(whole.counted - rest.counted, only.counted)
 
 
 def test_compiled_noise_is_the_same_noise() -> None:

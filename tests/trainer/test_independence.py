@@ -161,6 +161,8 @@ def check(names: list[str], seed: int) -> bool:
     everyone, less = torch.ones(PATIENTS, dtype=torch.bool), torch.arange(PATIENTS) != who
     whole, rest = (it.clipped_sum(chain.parameters, {}, hostile, m, CLIP) for m in (everyone, less))
     assert norm({n: whole[n] - rest[n] for n in whole}) <= CLIP * (1 + train.slack(PATIENTS)), (names, seed)
+    one = it.clipped_sum(chain.parameters, {}, hostile, ~less, CLIP)
+    assert torch.equal(whole.counted - rest.counted, one.counted), (names, seed)
     return True
 
 

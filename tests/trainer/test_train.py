@@ -149,8 +149,11 @@ def test_a_step_s_sum_is_of_that_step_alone() -> None:
     it, rows = lift(DOT), with_absent({"x": torch.ones(8, 4)})
     used = Totals({"w": [4]})
     used.flat.fill_(7.0)
+    used.counted.fill_(7.0)
     step = it, {"w": torch.zeros(4)}, {}, rows, torch.arange(8), 1.0
-    assert torch.equal(train.clipped_sum(*step, used).flat, train.clipped_sum(*step).flat)
+    again, fresh = train.clipped_sum(*step, used), train.clipped_sum(*step)
+    assert torch.equal(again.flat, fresh.flat)
+    assert torch.equal(again.counted, fresh.counted)
 
 
 def test_no_step_and_no_number_has_anothers_noise() -> None:
@@ -282,16 +285,16 @@ def test_every_named_optimiser_runs(name: Any) -> None:
     assert run(torch.ones(N, 4), SystemNoise(), steps=3, optimizer=Optimizer(name=name))[0].isfinite().all()
 
 
-def test_a_machine_that_mixes_rows_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The self-test at the start of a run sees a kernel that lets one row's values into another's."""
+@pytest.mark.parametrize("what", ["flat", "counted"])
+def test_a_machine_that_mixes_rows_is_not_used(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-test at the start of a run sees a kernel that lets one row's values into another's, or into the count."""
     it = lift(DOT)
     original = type(it).clipped_sum
 
-    def leaky(
-        self: Any, parameters: Any, constants: Any, inputs: Any, mask: Tensor, clip: float
-    ) -> dict[str, Tensor]:
-        drift = 1e-7 * inputs["x"].nan_to_num().sum()
-        return {n: t + drift for n, t in original(self, parameters, constants, inputs, mask, clip).items()}
+    def leaky(self: Any, parameters: Any, constants: Any, inputs: Any, mask: Tensor, clip: float) -> Totals:
+        totals = original(self, parameters, constants, inputs, mask, clip)
+        getattr(totals, what).add_(1e-7 * inputs["x"].nan_to_num().sum())
+        return totals
 
     it.selftest({"w": torch.ones(4)}, {})
     monkeypatch.setattr(type(it), "clipped_sum", leaky)

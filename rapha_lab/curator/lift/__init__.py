@@ -61,11 +61,13 @@ class Totals(dict[str, Tensor]):
 
     Attributes:
         flat: all of them in one vector, for one draw of noise.
+        counted: how many patients' gradients were added, and how many of them whole, float64 (2,); without noise.
     """
 
     def __init__(self, wanted: Mapping[str, Sequence[int]]) -> None:
         self._wanted = wanted
         self.flat = torch.zeros(sum(map(math.prod, wanted.values())), dtype=torch.float64)
+        self.counted = torch.zeros(2, dtype=torch.float64)
         super().__init__(self._views(self.flat))
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
@@ -157,7 +159,7 @@ class Lifted:
         clip: float,
         totals: Totals | None = None,
     ) -> Totals:
-        """The sum of the masked patients' gradients, each scaled down to norm `clip`, float64.
+        """The sum of the masked patients' gradients, each scaled down to norm `clip`, float64, and how many that left whole.
 
         Args:
             parameters: their values by name.
@@ -168,7 +170,8 @@ class Lifted:
             totals: what to add the sum to, in place; zeros if not given.
         """
         totals = self.zeros() if totals is None else totals
-        self._step(totals, parameters, constants, inputs, mask, torch.tensor(clip, dtype=torch.float64))
+        norm = torch.tensor(clip, dtype=torch.float64)
+        self._step(totals, parameters, constants, inputs, mask, norm, totals.counted)
         return totals
 
     def zeros(self) -> Totals:
@@ -183,9 +186,12 @@ class Lifted:
         inputs: Tensors,
         mask: Tensor,
         clip: Tensor,
+        counted: Tensor,
     ) -> None:
         found = gradients.parts(self.graph, self.routes, parameters, constants, inputs)
-        for name, t in gradients.clipped_sum(found, mask, clip).items():
+        sums, more = gradients.clipped_sum(found, mask, clip)
+        counted.add_(more)
+        for name, t in sums.items():
             # piece by piece, since torch converts all that it adds to another dtype first
             for total, part in zip(
                 totals[name].view(-1).split(LARGE), t.reshape(-1).split(LARGE), strict=True
@@ -197,7 +203,8 @@ class Lifted:
         generator = torch.Generator().manual_seed(0)
         batch = {spec.name: _made_up(spec, self.microbatch, generator) for spec in self.program.inputs}
         mask, clip = torch.ones(self.microbatch, dtype=torch.bool), torch.tensor(1.0, dtype=torch.float64)
-        example = (self.zeros(), {**parameters}, {**constants}, batch, mask, clip)
+        totals = self.zeros()
+        example = (totals, {**parameters}, {**constants}, batch, mask, clip, totals.counted)
         fast = compiled(self._add, (structure(self.program), self.microbatch), example)
         if fast is None:
             self._step, self.note = (
@@ -215,7 +222,7 @@ class Lifted:
         return parts
 
     def selftest(self, parameters: Tensors, constants: Tensors) -> float:
-        """Check on this machine that a made-up patient's gradient has the same bits in any company.
+        """Check on this machine that a made-up patient's gradient, and whether it is whole, has the same bits in any company.
 
         A kernel that rounds a row by its neighbours could be amplified until a patient moves another's part.
 
@@ -225,9 +232,12 @@ class Lifted:
         Raises:
             RefusedError: if it does not; a function of program and machine alone.
         """
-        return self._reproducible(
-            lambda rows, only: [*self.clipped_sum(parameters, constants, rows, only, 1.0).values()]
-        )
+
+        def added(rows: Tensors, only: Tensor) -> list[Tensor]:
+            totals = self.clipped_sum(parameters, constants, rows, only, 1.0)
+            return [*totals.values(), totals.counted]
+
+        return self._reproducible(added)
 
     def selftest_scores(self, parameters: Tensors, constants: Tensors) -> float:
         """The same for a made-up patient's score."""

@@ -33,7 +33,7 @@ from rapha_lab.curator.lift.stored import KEPT
 __all__ = ["NODES", "Compiled", "Step", "assembled", "compiled", "keep_pages"]
 
 Step = Callable[..., None]
-"""`(totals, parameters, constants, inputs, mask, clip)`: adds a microbatch's clipped sum to the totals."""
+"""`(totals, parameters, constants, inputs, mask, clip, counted)`: adds a microbatch's clipped sum and counts to them."""
 
 NODES = 3_000
 """Operations above which a step is not compiled: a compiler takes some 20 ms for each, so about a minute at most."""

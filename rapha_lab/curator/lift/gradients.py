@@ -152,16 +152,19 @@ def _one(several: list[Part]) -> Part:
     return Stored(several[0].name, reduce(torch.add, (part.dense() for part in several)))
 
 
-def clipped_sum(found: Mapping[str, Part], mask: Tensor, clip: float | Tensor) -> dict[str, Tensor]:
-    """The sum over patients of their gradients scaled down to norm `clip`.
+def clipped_sum(
+    found: Mapping[str, Part], mask: Tensor, clip: float | Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The sum over patients of their gradients scaled down to norm `clip`, and (2,) how many and how many of them whole.
 
-    A patient whose mask is False, or whose gradient is not finite or is huge, adds nothing.
+    A patient whose mask is False, or whose gradient is not finite or is huge, adds nothing and does not count.
     """
     found = {name: in_memory(part) for name, part in found.items()}
     square = reduce(torch.add, (part.square() for part in found.values()))
     counts = kept(mask & (square <= HUGE**2))
     scale = kept(torch.where(counts, (clip / square.sqrt()).clamp(max=1.0), 0.0))
-    return {name: part.total(scale, counts) for name, part in found.items()}
+    counted = torch.stack([counts.sum(), (scale == 1.0).sum()])
+    return {name: part.total(scale, counts) for name, part in found.items()}, counted
 
 
 def per_patient(found: Mapping[str, Part]) -> dict[str, Tensor]:

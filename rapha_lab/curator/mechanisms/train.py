@@ -24,6 +24,7 @@ from rapha_lab.curator.lift.taps import GROUP
 from rapha_lab.curator.mapped import taken
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress, banded
 from rapha_lab.curator.mechanisms.adam import CorrectedAdam
+from rapha_lab.curator.mechanisms.adaptive import Clip
 from rapha_lab.curator.noise import Noise, compile_noise, noisy
 from rapha_lab.protocol.errors import ProgramError, RefusedError, RequestError
 from rapha_lab.protocol.messages import Columns, Fit, Open, Optimizer
@@ -84,13 +85,17 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
     loss = price(ask, schema, delta)
     rate, sigma = loss.rate, loss.noise
     updates(ask, [t.clone() for t in parameters.values()], sigma)
+    Clip(ask, sigma)
 
     def run(view: View, progress: Progress) -> Answer:
         those = view.of(with_target(view, ask.inputs))
         rows = those.rows(ask.inputs)
-        weights = train(lifted, parameters, constants, rows, ask, rate, sigma, noise, progress, those.present)
+        clip = Clip(ask, sigma)
+        weights = train(lifted, parameters, constants, rows, ask, rate, clip, noise, progress, those.present)
         values = {"steps": ask.steps, "noise": sigma, "clip": ask.clip, "rate": rate, "batch": ask.batch}
         options = {"bands": ask.bands > 1 and ask.bands, "average": ask.average, "corrected": ask.corrected}
+        options |= {"clip_quantile": ask.clip_quantile, "count_noise": clip.count_noise}
+        options |= {"last_clip": ask.clip_quantile and clip.norm}
         values |= {name: value for name, value in options.items() if value}
         return Answer({"kind": "fit", **values, "engine": lifted.note}, save(weights))
 
@@ -105,7 +110,7 @@ def train(
     rows: Tensors,
     ask: Fit,
     rate: float,
-    sigma: float,
+    clip: Clip,
     noise: Noise,
     progress: Progress,
     present: Callable[[Tensor], Tensor],
@@ -115,12 +120,12 @@ def train(
     Who of some rows is no longer `present` takes no part in the next step.
     """
     weights = Weights(parameters)
-    optimizer = updates(ask, weights.vectors, sigma)
+    optimizer = updates(ask, weights.vectors, clip.noise)
     memory = banded.Memory(ask.bands, float(ask.optimizer.settings.get("momentum", 0.0)))  # type: ignore[arg-type]
     averages = {name: t.clone() for name, t in weights.items()} if ask.average else weights
     parts = lifted.for_batches_of(capacity(most(ask.batch, rate / ask.bands), 1))
     slots = parts * lifted.microbatch
-    sensitivity = ask.clip * (1 + slack(lifted.microbatch))
+    rounding = 1 + slack(lifted.microbatch)
     prepare(lifted, weights, constants, ask.steps * parts)
     total = lifted.zeros()
     count = len(next(iter(rows.values()))) - 1
@@ -135,9 +140,10 @@ def train(
             return there if turn is None else there & (turn[rows] == step % ask.bands)
 
         drawn = draw(count, rate, slots, noise, takes_part)
-        clipped_sum(lifted, weights, constants, rows, drawn, ask.clip, total)
+        clipped_sum(lifted, weights, constants, rows, drawn, clip.norm, total)
         with memory.of(total.flat, ask.batch):
-            private(total, sigma * sensitivity * memory.norm, ask.batch, noise)
+            private(total, clip.noise * clip.norm * rounding * memory.norm, ask.batch, noise)
+        clip.follow(total.counted, noise)
         weights.follow(total)
         optimizer.step()
         if ask.average:
@@ -286,6 +292,7 @@ def clipped_sum(
     if total is None:
         total = lifted.zeros()
     total.flat.zero_()
+    total.counted.zero_()
     absent = len(next(iter(rows.values()))) - 1
     for part in drawn.split(lifted.microbatch):
         batch = taken(rows, part, absent)
