@@ -26,7 +26,10 @@ from IPython.core.formatters import DisplayFormatter
 from rapha_lab.protocol.errors import CellError, RaphaError, RefusedError
 from rapha_lab.protocol.release import Release, canonical
 from rapha_lab.session import pictures, tracing
+from rapha_lab.session.bars import undrawn
+from rapha_lab.session.loops import close_open
 from rapha_lab.session.opacus import recognised
+from rapha_lab.session.sealed import SealedTensor
 
 __all__ = ["Screen", "cell_error", "run"]
 
@@ -159,7 +162,8 @@ def _captured(screen: Screen, name: str) -> Iterator[None]:
     torch.compile, torch.amp.GradScaler = _as_written, _unscaled  # type: ignore[misc,assignment]
     cell = tracing.CELL.set(name)
     try:
-        yield
+        with tracing.derived(lambda _, args: any(isinstance(arg, SealedTensor) for arg in args)):
+            yield
     finally:
         tracing.CELL.reset(cell)
         screen.streams = ()
@@ -190,12 +194,13 @@ def run(source: str, namespace: dict[str, Any], screen: Screen, name: str = "<ce
     namespace.setdefault("__name__", "__main__")
     namespace["display"] = screen.show
     screen.released.clear()
-    with _captured(screen, name), recognised(source):
+    with _captured(screen, name), recognised(source), undrawn(source):
         try:
             body, last = _compile(source, name)
             exec(body, namespace)  # noqa: S102 - running the cell is what this process is for
             if last is not None:
                 _show_last(eval(last, namespace), namespace, screen)  # noqa: S307
+            close_open()
             screen.figures()
         except RaphaError as error:
             error.line = error.line or _line(error, name)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 from rapha_lab.protocol.errors import RequestError
-from rapha_lab.session.sealed import Batch, SealedTensor
+from rapha_lab.session.loops import Batches
+from rapha_lab.session.sealed import SealedTensor
 
 __all__ = ["Loader", "PrivacyEngine", "recognised"]
 
@@ -32,14 +33,14 @@ class Loader:
         epochs: how often it can be gone through.
     """
 
-    open: Callable[[float, float, float], Generator[Batch]]
+    open: Callable[[float, float, float], Batches]
     inputs: Any
     target: str
     steps: int
     epochs: float
     epsilon: float | None = None
     clip: float = 1.0
-    _batches: Generator[Batch] | None = None
+    _batches: Batches | None = None
     _left: int = 0
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ from rapha_lab.protocol.program import Program, digest
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
 from rapha_lab.session import parcels, recipe, shard, tracing
+from rapha_lab.session.loops import Batches
 from rapha_lab.session.opacus import Loader
 from rapha_lab.session.questions import Ask, Questions, made
 from rapha_lab.session.sealed import PATIENTS, Batch
@@ -153,11 +154,12 @@ class Patients(Questions):
         epochs: float | None = None,
         epsilon: float | None = None,
         clip: float | None = None,
-    ) -> Generator[Batch]:
+    ) -> Batches:
         """Batches for a training loop of your own; `loss.backward()` puts private gradients into `.grad`.
 
-        `batch["age"]` and `batch[["age", "sex"]]` are sealed tensors: shape, dtype, arithmetic, no values. Every
-        batch is a fresh Poisson sample of patients and pays for one `backward()`. What is not used is refunded.
+        `batch["age"]` and `batch[["age", "sex"]]` are sealed tensors: shape, dtype, arithmetic, no values. Numbers are
+        scaled: -1 and 1 are the column's public bounds. Every batch is a fresh Poisson sample of patients and pays for
+        one `backward()`. What is not used is refunded. `len()` is the number of batches; the loop ends with its cell.
 
         Args:
             size: expected patients in a batch.
@@ -166,12 +168,17 @@ class Patients(Questions):
             clip: the most one patient's gradient may weigh.
         """
         chosen = recipe.steps(self._expected(), epochs=epochs, batch=size, clip=clip)
-        opened = self._ask(made(messages.Open, **chosen, **self._common(epsilon)), b"")[0]
-        noise = opened["noise"] * chosen["clip"] / chosen["batch"]
-        batch = Batch(_Examples(self._made_up), _Gradients(self._ask, opened["loop"]), chosen["batch"], noise)
+        return Batches(self._loop(made(messages.Open, **chosen, **self._common(epsilon))), chosen["steps"])
+
+    def _loop(self, ask: messages.Open) -> Generator[Batch]:
+        opened = self._ask(ask, b"")[0]
+        gradients = _Gradients(self._ask, opened["loop"])
+        noise = opened["noise"] * ask.clip / ask.batch
+        batch = Batch(_Examples(self._made_up), gradients, ask.batch, noise)
         try:
-            for _ in range(min(chosen["steps"], self._most_steps)):
+            for _ in range(given := min(ask.steps, self._most_steps)):
                 yield replace(batch, _seen={})
+            _refuse_more(gradients.taken, given)
         finally:
             wire = self._ask(messages.Close(loop=opened["loop"]), b"")[0]
             if "op" in wire:
@@ -189,7 +196,7 @@ class Patients(Questions):
         """
         size, steps = itemgetter("batch", "steps")(recipe.steps(self._expected(), epochs=1, batch=batch_size))
 
-        def opened(epochs: float, epsilon: float, clip: float) -> Generator[Batch]:
+        def opened(epochs: float, epsilon: float, clip: float) -> Batches:
             passes = (math.ceil(epochs * steps) - 0.5) * size / self._expected()
             return self.batches(size, epochs=passes, epsilon=epsilon, clip=clip)
 
@@ -476,6 +483,7 @@ class _Gradients:
     def __init__(self, ask: Ask, loop: str) -> None:
         self._ask, self._loop, self._sent = ask, loop, set[str]()
         self._digests: dict[int, tuple[Program, str]] = {}
+        self.taken = 0
 
     def __call__(
         self, traced: tracing.Traced, columns: dict[str, Columns], reduction: Any
@@ -493,7 +501,20 @@ class _Gradients:
         )
         found = load(self._ask(request, traced.blob)[1])
         self._sent.add(name)
+        self.taken += 1
         return found
+
+
+def _refuse_more(taken: int, given: int) -> None:
+    """Refuse, in the rehearsal already, a loop whose steps would be used up before its batches are."""
+    if taken > given:
+        raise RequestError(
+            f"backward() was called {taken} times on {given} batches.",
+            "Each is a step of its own, and a loop pays for one a batch: at the site it would end half-way.",
+            "Add the losses and call backward() once. Where it takes two, take two batches: "
+            "loop = patients.train.batches(...); for first, second in zip(loop, loop).",
+            field="epochs",
+        )
 
 
 _COUNT = "patients.count(epsilon=0.1)"

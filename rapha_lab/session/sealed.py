@@ -9,7 +9,7 @@ refused because a made-up value would mislead, not because a real one could get 
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -185,7 +185,7 @@ def _name(func: Any) -> str:
 
 
 def _remembered(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
-    made = Made(func, args, kwargs, line=_line(), grad=torch.is_grad_enabled())
+    made = Made(func, args, kwargs, line=tracing.cell_line(), grad=torch.is_grad_enabled())
     inplace = (name.endswith("_") and not name.endswith("__")) or name in (
         "__setitem__",
         "__iadd__",
@@ -214,7 +214,7 @@ def _rebound(it: SealedTensor, made: Made, name: str) -> SealedTensor:
     ):
         raise ProgramError(
             f"{name} changes a part of another sealed tensor in place.", "Programs only make new tensors.",
-            f"Use the function without the underscore: {name.strip('_')}.", line=_line(),
+            f"Use the function without the underscore: {name.strip('_')}.", line=tracing.cell_line(),
         )  # fmt: skip
     old = SealedTensor.wrap(it.as_subclass(Tensor), it._made, it._index)
     made.args = (old, *made.args[1:])
@@ -267,27 +267,19 @@ def _mapped(value: Any, change: Callable[[SealedTensor], Any]) -> Any:
     return value
 
 
-def _line() -> int | None:
-    """The line of the cell that is running."""
-    frame = sys._getframe(1)
-    while frame is not None and not tracing.authors(frame.f_code.co_filename):
-        frame = frame.f_back  # type: ignore[assignment]
-    return None if frame is None else frame.f_lineno
-
-
 def _refuse(name: str) -> NoReturn:
     _refuse_torch()
     what, why, instead = REFUSALS[name]
-    raise SealedError(what.format(name=name.strip("_")), why, instead, line=_line())
+    raise SealedError(what.format(name=name.strip("_")), why, instead, line=tracing.cell_line())
 
 
 def _refuse_torch() -> None:
     """Raise SealedError in words of its own for what torch's code, called by the cell, looks at values for."""
-    frame = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None:
         for file, words in _OF_TORCH.items():
             if frame.f_code.co_filename.endswith(file):
-                raise SealedError(*words, line=_line())
+                raise SealedError(*words, line=tracing.cell_line())
         frame = frame.f_back  # type: ignore[assignment]
 
 
@@ -300,7 +292,7 @@ def _refuse_norms(name: str, kwargs: dict[str, Any]) -> None:
         raise ProgramError(
             f"{name} mixes patients.", "It keeps statistics over the patients of a batch.",
             "Use nn.GroupNorm or nn.LayerNorm, which rapha.fix(model) puts in for BatchNorm, or model.eval().",
-            line=_line(),
+            line=tracing.cell_line(),
         )  # fmt: skip
 
 
@@ -310,7 +302,7 @@ def _refuse_order(name: str, args: Any) -> None:
         _refuse_torch()
         raise ProgramError(
             f"{name} goes by the order of patients.", "What is one patient's would depend on the others.",
-            tracing.INTERVALS, line=_line(),
+            tracing.INTERVALS, line=tracing.cell_line(),
         )  # fmt: skip
 
 
@@ -346,10 +338,18 @@ class Batch:
     def __len__(self) -> NoReturn:
         _refuse("__len__")
 
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise SealedError(
+            f"A batch has no {name}.", "It gives columns by their names, as tensors of the processor.",
+            'Write x, y = batch[FEATURES], batch["death"].', line=tracing.cell_line(),
+        )  # fmt: skip
+
     def __iter__(self) -> NoReturn:
         raise SealedError(
             "A batch was taken apart.", "It gives columns by their names.",
-            'Write x, y = batch[FEATURES], batch["death"].', line=_line(),
+            'Write x, y = batch[FEATURES], batch["death"].', line=tracing.cell_line(),
         )  # fmt: skip
 
 
@@ -363,6 +363,7 @@ class _Tape:
         self.values: dict[int, Tensor] = {}
         self.parameters: list[Tensor] = []
         self.constants: list[Tensor] = []
+        self.filled: set[int] = set()
         seen: set[int] = set()
         stack: list[tuple[Made, bool]] = [(of._made, False)]
         while stack:
@@ -427,7 +428,8 @@ class _Tape:
                 out = found[id(value._made)]
                 return out if value._index is None else out[value._index]
             if isinstance(value, Tensor):
-                return _narrowed(outside.get(id(value), value), patients)
+                now = outside.get(id(value), value)
+                return _narrowed(now, patients) if id(value) in self.filled else now
             if isinstance(value, Count):
                 return value.factor * patients
             if isinstance(value, tuple | list):
@@ -458,13 +460,18 @@ def _detached(value: Any) -> Any:
     return type(value)(map(_detached, value)) if type(value) in (tuple, list) else value
 
 
-def _narrowed(constant: Tensor, patients: int) -> Tensor:
-    """A constant with the number of patients as a size, such as a recurrent layer's zeros, for another."""
-    if constant.requires_grad or PATIENTS not in constant.shape:
-        return constant
+def _filled(constant: Tensor) -> bool:
+    """Whether it has the number of patients as a size and the same for each, such as a recurrent layer's zeros."""
+    if PATIENTS not in constant.shape:
+        return False
     d = list(constant.shape).index(PATIENTS)
-    first = constant.narrow(d, 0, 1)
-    return first.expand([patients if k == d else n for k, n in enumerate(constant.shape)])
+    return torch.equal(constant.narrow(d, 0, 1).expand_as(constant), constant)
+
+
+def _narrowed(constant: Tensor, patients: int) -> Tensor:
+    """A constant that is filled, for another number of patients."""
+    d = list(constant.shape).index(PATIENTS)
+    return constant.narrow(d, 0, 1).expand([patients if k == d else n for k, n in enumerate(constant.shape)])
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -535,10 +542,12 @@ def _check_backward(tape: _Tape, create_graph: bool) -> None:
             "Call backward() alone.",
         )  # fmt: skip
     if wrong:
-        raise ProgramError(*wrong, line=_line())
+        raise ProgramError(*wrong, line=tracing.cell_line())
 
 
 def _program(tape: _Tape) -> _Known:
+    tape.filled = {id(t) for t in tape.constants if _filled(t)}
+    _refuse_drawn(tape)
     made_up = [tape.values[id(m)].as_subclass(Tensor) for m in tape.leaves]
     reduction = _reduction(tape, made_up)
     reached = _reached(tape, made_up)
@@ -556,6 +565,24 @@ def _program(tape: _Tape) -> _Known:
     return _Known(tracing.trace(function, parameters, constants, inputs), reduction, reached)
 
 
+def _refuse_drawn(tape: _Tape) -> None:
+    """Raise ProgramError for a tensor with other numbers for each patient that no patient's values went into."""
+    for made in tape.order:
+        both = list(_tensors((made.args, made.kwargs)))
+        with torch._C.DisableTorchFunctionSubclass():
+            shapes = [t.shape for t in both if isinstance(t, SealedTensor) and t.dim() > 1]
+            own = [t for t in both if not isinstance(t, SealedTensor) and not t.requires_grad]
+            drawn = any(
+                t.shape in shapes and t.shape[0] == PATIENTS and id(t) not in tape.filled for t in own
+            )
+        if drawn:
+            raise ProgramError(
+                "A tensor was made with numbers of its own for each patient.",
+                "How many patients a batch holds is made up here, and none of them is anybody at the site.",
+                tracing.DROPOUT, line=made.line,
+            )  # fmt: skip
+
+
 def _reached(tape: _Tape, made_up: list[Tensor]) -> list[int]:
     """The parameters that the loss's gradient reaches: not those behind detach() or torch.no_grad()."""
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), tracing._quiet():
@@ -567,7 +594,7 @@ def _reached(tape: _Tape, made_up: list[Tensor]) -> list[int]:
     if not reached:
         raise ProgramError(
             "backward() found no parameter.", "No gradient of the loss reaches one: detach() or no_grad() cuts it off.",
-            "Leave them out where the model is to learn.", line=_line(),
+            "Leave them out where the model is to learn.", line=tracing.cell_line(),
         )  # fmt: skip
     return reached
 
@@ -575,15 +602,19 @@ def _reached(tape: _Tape, made_up: list[Tensor]) -> list[int]:
 def _reduction(tape: _Tape, made_up: list[Tensor]) -> str:
     """ "mean" or "sum", by comparing made-up patients together with each alone."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]), tracing._quiet():
-        together = tape.replay(PATIENTS, made_up, {}, random=False)
+        together, again = (tape.replay(PATIENTS, made_up, {}, random=False) for _ in range(2))
         if together.numel() != 1:
             raise ProgramError(
                 "backward() was called on a value for each patient.", "A loss is one number.",
-                "Reduce it with .mean() first.", line=_line(),
+                "Reduce it with .mean() first.", line=tracing.cell_line(),
             )  # fmt: skip
         alone = [tape.replay(1, [t[i : i + 1] for t in made_up], {}, random=False) for i in range(PATIENTS)]
+    tracing.refuse_random(together, again, tracing.cell_line())
     rows = torch.stack([t.double().reshape(()) for t in alone])
-    tracing.refuse_nan(rows, _line())
+    if (
+        not together.isfinite()
+    ):  # else it is by being alone that a patient has none, as of a standard deviation
+        tracing.refuse_nan(rows, tracing.cell_line())
     if tracing._close(together, rows.mean()):
         return "mean"
     if tracing._close(together, rows.sum()):
@@ -593,5 +624,5 @@ def _reduction(tape: _Tape, made_up: list[Tensor]) -> str:
         "On made-up patients its value is neither the mean nor the sum of what each gives alone.",
         "Compute every patient alone: LayerNorm or GroupNorm for BatchNorm, no statistics over the batch, and divide "
         f"a weighted sum by batch.expected. Penalties on weights go with a mean, or into weight_decay. {tracing.INTERVALS}",
-        line=_line(),
+        line=tracing.cell_line(),
     )

@@ -10,6 +10,7 @@ import io
 import logging
 import math
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +40,8 @@ _OURS = re.compile(r"[\\/](torch|rapha_lab)[\\/]|site-packages|[\\/]lib[\\/]pyth
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 INTERVALS = "A Cox loss compares patients: give the model a logit for each interval of time instead, as docs/methods.md shows."
+
+DROPOUT = "Write nn.Dropout, or F.dropout(torch.ones_like(x), 0.2) for a mask; leave noise and sampling out."
 
 CELL: ContextVar[str | None] = ContextVar("cell", default=None)
 """The file name of the cell that runs: a line of another cell would only mislead."""
@@ -91,7 +94,34 @@ class _Wrapper(nn.Module):
         self.function, self.it = function, modules
 
     def forward(self, parameters: Any, constants: Any, inputs: Any) -> Tensor:
-        return self.function(parameters, constants, inputs)
+        with derived(lambda function, _: not function.__module__.startswith("torch.")):
+            return self.function(parameters, constants, inputs)
+
+
+@contextmanager
+def derived(refuses: Callable[[Any, tuple[Any, ...]], bool]) -> Iterator[None]:
+    """Refuse functions with a backward of their own, of which `refuses` says on which arguments.
+
+    A program is the forward pass, of which the curator derives the gradients: the other backward would be lost unseen.
+    """
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def checked(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if refuses(function, args):
+            raise ProgramError(
+                f"{function.__name__} has a backward of its own.",
+                "Gradients are derived at the site from the forward pass, so that it would be lost.",
+                "Write use_reentrant=False." if function.__name__ == "CheckpointFunction" else
+                "Write it with detach(): (2 * x).detach() - x turns a gradient round, x + (x.round() - x).detach() lets it "
+                "pass straight through.", field="model", line=cell_line(),
+            )  # fmt: skip
+        return apply.__get__(None, function)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(checked)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 def loss_program(model: nn.Module, loss: Callable[..., Tensor], inputs: Tensors, target: Tensor) -> Traced:
@@ -266,7 +296,8 @@ def refuse_mixing(function: Callable[[dict[str, Tensor]], Tensor], inputs: Tenso
                 f"The loss has shape {tuple(alone[0].shape)}.", "A loss is one number.",
                 "Reduce it with .mean() or .sum().", field="loss",
             )  # fmt: skip
-        together = _run(function, batch)
+        together, again = _run(function, batch), _run(function, batch)
+    refuse_random(together, again)
     if reduced:
         losses = torch.stack([t.double().reshape(()) for t in alone])
         refuse_nan(losses)
@@ -285,6 +316,16 @@ def refuse_mixing(function: Callable[[dict[str, Tensor]], Tensor], inputs: Tenso
             f"One logit of a yes or no takes nn.BCEWithLogitsLoss, not CrossEntropyLoss. {INTERVALS}",
             field="model",
         )
+
+
+def refuse_random(once: Tensor, again: Tensor, line: int | None = None) -> None:
+    """Raise ProgramError if the same patients gave another loss when it was computed again."""
+    if not torch.allclose(once, again, rtol=1e-6, atol=0, equal_nan=True):
+        raise ProgramError(
+            "The loss is another each time it is computed.",
+            "Random numbers for each patient are drawn at the site, which knows dropout and no others.",
+            DROPOUT, field="loss", line=line,
+        )  # fmt: skip
 
 
 def refuse_nan(losses: Tensor, line: int | None = None) -> None:
@@ -407,6 +448,14 @@ def _spec(name: str, tensor: Tensor) -> TensorSpec:
         allowed = ", ".join(DTYPES)
         raise ProgramError(f"{name} is {dtype}.", f"Allowed: {allowed}.", "Convert it first.", field=name)
     return TensorSpec(name, dtype, list(tensor.shape))  # type: ignore[arg-type]
+
+
+def cell_line() -> int | None:
+    """The line of the cell that is running."""
+    frame = sys._getframe(1)
+    while frame is not None and not authors(frame.f_code.co_filename):
+        frame = frame.f_back  # type: ignore[assignment]
+    return None if frame is None else frame.f_lineno
 
 
 def authors(file: str) -> bool:

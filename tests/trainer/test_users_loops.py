@@ -12,8 +12,9 @@ import pytest
 import torch
 from house import House, numbers
 
-from rapha_lab.protocol.errors import RaphaError
+from rapha_lab.protocol.errors import ProgramError, RaphaError
 from rapha_lab.session.interpreter import Screen, run
+from rapha_lab.session.patients import Patients
 
 N = 600
 PUBLIC = {"meaning": "A number.", "public": "By design."}
@@ -92,6 +93,54 @@ for batch in batches():
     first, second = logits(out[:, 0], batch["y"].float()), F.mse_loss(out[:, 1], batch["t"])
     update(torch.exp(-weigh[0]) * first + torch.exp(-weigh[1]) * second + weigh.sum())
 """,
+    "a schedule as long as the batches": """
+loader = batches(0.5)
+opt = torch.optim.AdamW(model.parameters())
+schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=len(loader))
+for i, batch in enumerate(loader):
+    update(loss_of(batch)); schedule.step()
+assert i + 1 == len(loader) == 3
+""",
+    "an early end, and another loop": """
+for batch in batches(2):
+    update(loss_of(batch)); break
+loader = batches(2)
+try:
+    update(loss_of(next(loader))); 1 / 0
+except ZeroDivisionError:
+    update(loss_of(next(loader)))
+""",
+    "a network of convolutions over visits, focal loss, an average by hand": """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 8, 2, padding=2, dilation=2))
+        self.out = nn.Linear(8 + 3, 1)
+    def forward(self, v, x):
+        h = F.relu(self.conv(v.transpose(1, 2))[:, :, :-2].contiguous())
+        return self.out(torch.cat([h[:, :, -1], x], 1)).squeeze(-1)
+model = torch.compile(nn.DataParallel(Net()))
+decay, rest = [[p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False)]
+opt = torch.optim.AdamW([{"params": decay, "weight_decay": 1e-2}, {"params": rest, "weight_decay": 0.0}], lr=3e-3)
+average = {k: v.clone() for k, v in model.state_dict().items()}
+for batch in batches():
+    v = torch.stack([batch["labs.value"], batch["labs.time"]], -1)
+    v = 0.8 * v + 0.2 * v.flip(1)
+    with torch.amp.autocast("cpu", dtype=torch.bfloat16):
+        bce = logits(model(v, batch[X]), batch["y"] * 0.9 + 0.05, reduction="none")
+        loss = (0.25 * (1 - torch.exp(-bce)) ** 2 * bce).mean()
+    update(loss)
+    for k, p in model.state_dict().items():
+        average[k] = 0.9 * average[k] + 0.1 * p
+""",
+    "a progress bar": """
+from tqdm.auto import tqdm, trange
+for epoch in trange(2):
+    with tqdm(batches(), desc="training") as bar:
+        for batch in bar:
+            loss = loss_of(batch); update(loss); bar.set_postfix(loss=loss)
+        assert bar.n == len(bar) == 2
+""",
     "hazards by interval": """
 model = nn.Linear(3, 5)
 opt = torch.optim.Adam(model.parameters())
@@ -131,6 +180,25 @@ REFUSED = {
     ),
     "own places": ('model(batch[X])[torch.arange(13), batch["y"].long()]', "x.gather"),
     "unpacked": ("x, y = batch", "batch[FEATURES]"),
+    "its columns on another device": ("batch = {k: v.cuda() for k, v in batch.items()}", "batch[FEATURES]"),
+    "a backward of its own": (
+        "type('Turned', (torch.autograd.Function,), dict(forward=staticmethod(lambda ctx, x: x), "
+        "backward=staticmethod(lambda ctx, g: -g))).apply(loss)",
+        "(2 * x).detach() - x",
+    ),
+    "in two parts": (
+        "torch.utils.checkpoint.checkpoint(model, batch[X], use_reentrant=True)",
+        "use_reentrant=False",
+    ),
+    "noise": (
+        "logits(model(batch[X] + 1e-3 * torch.randn_like(batch[X]))[:, 0], batch['y']).backward()",
+        "nn.Dropout",
+    ),
+    "numbers for each": (
+        "(model(batch[X]) * torch.rand(batch[X].size(0), 1)).mean().backward()",
+        "nn.Dropout",
+    ),
+    "standardised": ("model(batch[X] / batch[X].std(0)).mean().backward()", "no statistics over the batch"),
     "its length": ("len(batch[X])", "batch.expected"),
     "another device": ("model.cuda()", "Leave .cuda()"),
     "its rows on another device": ('batch[X].to("cuda")', "Leave .cuda()"),
@@ -182,6 +250,56 @@ def test_a_loop_of_this_kind_is_refused_in_words(house: House, name: str) -> Non
         ran(house, f"\nfor batch in batches():\n    loss = loss_of(batch)\n    {line}\n")
     assert instead in (refused.value.instead or "")
     assert refused.value.line == HEAD.count("\n") + 4
+
+
+def test_batches_are_gone_through_once(house: House) -> None:
+    """A second epoch over them would train nothing, and is refused with what to write instead."""
+    with pytest.raises(RaphaError, match="gone through before") as refused:
+        ran(
+            house,
+            "loader = batches(0.1)\nfor epoch in range(2):\n    for batch in loader: update(loss_of(batch))",
+        )
+    assert "epochs=30" in (refused.value.instead or "")
+
+
+def test_a_loop_ends_with_its_cell(house: House) -> None:
+    """One that is kept by a name gives its release all the same, while the cell is there to show it."""
+    before = len(house.releases)
+    kept = ran(house, "loader = batches(2)\nupdate(loss_of(next(loader)))")["loader"]
+    assert len(house.releases) == before + 1
+    assert next(kept, None) is None
+
+
+def test_a_rehearsal_finds_steps_that_are_not_paid_for(house: House) -> None:
+    """Two on a batch would end the loop half-way at the site, with half of its ε spent."""
+    patients = Patients(house.schema, house.ask, most_steps=2)
+    twice = "for batch in batches(2):\n    update(loss_of(batch)); update(loss_of(batch))"
+    with pytest.raises(RaphaError, match="4 times on 2 batches") as refused:
+        run(HEAD + twice, {"patients": patients}, Screen(lambda output: None), "<enclave cell 1>")
+    assert "zip(loop, loop)" in (refused.value.instead or "")
+
+
+def test_a_fit_refuses_a_backward_of_its_own_and_random_numbers(house: House) -> None:
+    """Either would be lost: a gradient that is turned round would not be, noise would be everybody's or nobody's."""
+    cell = """
+class Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, g): return -g
+class Net(nn.Linear):
+    def forward(self, x): return CHANGE
+patients.train.fit(Net(3, 1), inputs=X, target="y", epsilon=1)
+"""
+    changes = {
+        "Turned.apply(super().forward(x))": "backward of its own",
+        "super().forward(x + torch.randn_like(x))": "another each",
+    }
+    for change, what in changes.items():
+        with pytest.raises(ProgramError, match=what):
+            ran(house, cell.replace("CHANGE", change))
+    function = torch.autograd.Function.apply
+    assert "checked" not in repr(function)
 
 
 def test_a_scaler_leaves_the_loss_as_it_is(house: House) -> None:
