@@ -280,7 +280,7 @@ def _refuse_torch() -> None:
         for file, words in _OF_TORCH.items():
             if frame.f_code.co_filename.endswith(file):
                 raise SealedError(*words, line=tracing.cell_line())
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
 
 
 def _refuse_norms(name: str, kwargs: dict[str, Any]) -> None:
