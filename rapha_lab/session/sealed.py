@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rapha_lab.protocol.errors import ProgramError, SealedError
 from rapha_lab.session import tracing
+from rapha_lab.session.refusals import OF_TORCH, REFUSALS
 from rapha_lab.session.tracing import Traced
 
 __all__ = ["PATIENTS", "Batch", "Gradients", "SealedTensor"]
@@ -30,60 +31,6 @@ PATIENTS = 13
 Columns = str | list[str]
 Gradients = Callable[[Traced, dict[str, Columns], str], dict[str, Tensor]]
 """`(traced, columns by input, "mean" or "sum")` → a private gradient by parameter of the program."""
-
-_MISSING = "A sealed tensor stands for patients at the site; no value of theirs is here."
-_ASK = 'patients.validation.evaluate(model, ["logloss"], inputs=FEATURES, target="death", epsilon=0.1)'
-_LOSS = f"Ask for a priced figure: {_ASK}."
-_OF_TORCH = {
-    "torch/optim/lbfgs.py": (
-        "LBFGS decides by the value of the loss.",
-        "Its line search and stopping rule look at losses of patients, which are not here.",
-        "Use torch.optim.SGD or AdamW, whose steps use gradients alone.",
-    ),
-    "torch/optim/lr_scheduler.py": (
-        "This schedule decides by the value of the loss.", _MISSING,
-        f"Use CosineAnnealingLR or OneCycleLR, or give step() a figure of {_ASK}.",
-    ),
-    "torch/nn/utils/rnn.py": (
-        "Packing needs the length of each patient's sequence.", _MISSING,
-        'Give the layer the padded sequence: the latest row is last, h[:, -1]; batch["visits.present"] is 0 where there is '
-        "no row, to pool by (h * present[..., None]).sum(1) / present.sum(1, keepdim=True).clamp(min=1).",
-    ),
-}  # fmt: skip
-_AGGREGATE = "Ask for an aggregate: patients.mean(column, epsilon=0.1) or .histogram(...)."
-_DECIDE = (
-    f"Use torch.where instead of if. To stop early or keep the best model, decide by a figure of {_ASK}."
-)
-_TENSORS = "Keep to tensors: torch.where instead of if, and losses left as they are."
-_INDEX = "Index the other dimensions: x[:, 0]. A place of each patient's own is x.gather(1, place[:, None])."
-_WHOLE = "Compute on the whole batch; columns of a table come padded."
-
-REFUSALS: dict[str, tuple[str, str, str]] = {
-    **dict.fromkeys(
-        ("item", "tolist", "__float__", "__int__", "__complex__", "__index__", "__format__"),
-        ("{name} would show a value computed from patients.", _MISSING, _LOSS),
-    ),
-    **dict.fromkeys(
-        ("numpy", "__array__", "__dlpack__", "data", "data_ptr", "storage", "untyped_storage"),
-        ("{name} would copy patients' values out.", _MISSING, _AGGREGATE),
-    ),
-    **dict.fromkeys(
-        ("__bool__", "is_nonzero", "equal", "allclose", "__contains__"),
-        ("A decision on patients' values was asked for.", "It would tell one of them.", _DECIDE),
-    ),
-    **dict.fromkeys(
-        ("nonzero", "unique", "masked_select", "argwhere", "bincount"),
-        ("{name} gives a shape that depends on patients' values.", "Shapes are public.", _TENSORS),
-    ),
-    **dict.fromkeys(
-        ("__reduce_ex__", "__deepcopy__", "share_memory_"),
-        ("A sealed tensor cannot be copied or saved.", _MISSING, "Save the model's weights."),
-    ),
-    "__iter__": ("Going through patients one by one was asked for.", _MISSING, _WHOLE),
-    "__len__": ("The number of patients in a batch was asked for.", "It is secret.", "Use batch.expected."),
-    "__getitem__": ("Single patients were asked for.", _MISSING, _INDEX),
-    "grad": ("{name} of a loss on patients was asked for.", _MISSING, "loss.backward() fills p.grad."),
-}  # fmt: skip
 
 
 class Count(int):
@@ -277,7 +224,7 @@ def _refuse_torch() -> None:
     """Raise SealedError in words of its own for what torch's code, called by the cell, looks at values for."""
     frame = inspect.currentframe()
     while frame is not None:
-        for file, words in _OF_TORCH.items():
+        for file, words in OF_TORCH.items():
             if frame.f_code.co_filename.endswith(file):
                 raise SealedError(*words, line=tracing.cell_line())
         frame = frame.f_back
