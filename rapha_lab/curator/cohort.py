@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rapha_lab.curator import mapped
-from rapha_lab.curator.columns import Findings, Values, bounded, identifiers, present
+from rapha_lab.curator.columns import Findings, Records, Values, bounded, identifiers, own, present
 from rapha_lab.curator.mapped import OnDisk, filled, on_disk, with_nobody
 from rapha_lab.curator.sources import Reader
 from rapha_lab.curator.tables import Rows
@@ -57,10 +58,11 @@ class Cohort:
 
     Args:
         schema: what is public about them.
-        frame: one row a patient, with the schema's columns and its patient column.
+        frame: one row a patient, with the schema's columns and its patient column; or what reads it, so that each
+            column is given up as soon as it is held.
         salt: the secret key of the split; the same for every snapshot of the same patients.
         opt_outs: identifiers of patients who are left out before anything else.
-        tables: the rows of each of the schema's tables, by name.
+        tables: the rows of each of the schema's tables by name, or what reads them.
         scratch: a folder of the site's own, for what is too large for memory; everything is held there without one.
 
     Attributes:
@@ -77,10 +79,10 @@ class Cohort:
     def __init__(
         self,
         schema: Schema,
-        frame: pl.DataFrame,
+        frame: Records,
         salt: bytes,
         opt_outs: Collection[str] = (),
-        tables: Mapping[str, pl.DataFrame] = MappingProxyType({}),
+        tables: Mapping[str, Records] = MappingProxyType({}),
         scratch: Path | None = None,
     ) -> None:
         if len(salt) < 16:
@@ -90,14 +92,15 @@ class Cohort:
         self.schema, self.scratch = schema, scratch
         self.digest, self.snapshot = b"", os.urandom(16)
         self.findings: dict[str, Findings] = {}
-        left = [str(patient) for patient in opt_outs]
+        left, frame = [str(patient) for patient in opt_outs], own(frame)
         patients = _unique(schema, identifiers(schema.patient, present(frame, schema.patient)))
         kept = ~patients.is_in(left)
-        patients, frame = patients.filter(kept), frame.filter(kept)
+        patients = patients.filter(kept)
         self._columns: dict[str, Values] = {}
         for column in schema.columns:
-            found = bounded(column, present(frame, column.name))
+            found = bounded(column, present(frame, column.name).filter(kept))
             self._columns[column.name], self.findings[column.name] = found
+            frame.drop_in_place(column.name)
         self._tables: dict[str, Rows] = {}
         for table in schema.tables:
             if table.name not in tables:
@@ -135,11 +138,11 @@ class Cohort:
             OSError: if one is not there.
         """
         reader = Reader(folder)
-        frame = reader.read(schema.source, schema.patient, schema.columns)
         tables = {
-            t.name: reader.read(t.source, t.patient, t.columns, time=t.time, table=t.name)
+            t.name: partial(reader.read, t.source, t.patient, t.columns, time=t.time, table=t.name)
             for t in schema.tables
         }
+        frame = partial(reader.read, schema.source, schema.patient, schema.columns)
         cohort = cls(schema, frame, salt, opt_outs, tables, scratch)
         cohort.digest = reader.digest
         for name, count in reader.unreadable.items():

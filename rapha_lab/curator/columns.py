@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.tokenizer import token_ids
 
-__all__ = ["Findings", "Values", "bounded", "identifiers", "present"]
+__all__ = ["Findings", "Records", "Values", "bounded", "identifiers", "own", "present", "taken"]
 
 _TRUTHS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 _TEXTS = (pl.String, pl.Categorical, pl.Enum)
@@ -123,6 +124,15 @@ class Values:
         return ((values - low) / (high - low) * 2 - 1).clamp(-1, 1).float()
 
 
+Records = pl.DataFrame | Callable[[], pl.DataFrame]
+"""A frame, or what reads one."""
+
+
+def own(records: Records) -> pl.DataFrame:
+    """A frame that columns can be taken out of: nobody else's, with the same values."""
+    return records.clone() if isinstance(records, pl.DataFrame) else records()
+
+
 def present(frame: pl.DataFrame, name: str, where: str = "The records have") -> pl.Series:
     """The column of that name.
 
@@ -178,7 +188,7 @@ def bounded(column: Column, series: pl.Series, name: str = "") -> tuple[Values, 
         codes = typed.replace_strict(
             column.categories, range(len(column.categories)), default=None, return_dtype=pl.Int64
         )
-        known, values = codes.is_not_null().to_numpy(), codes.fill_null(0).to_numpy()
+        known, values = codes.is_not_null().to_numpy(), codes.fill_null(0).to_numpy().astype(np.int32)
         clamped, unlisted = 0, codes.null_count() - typed.null_count()
     else:
         low, high = column.limits
@@ -187,6 +197,7 @@ def bounded(column: Column, series: pl.Series, name: str = "") -> tuple[Values, 
         known = ~np.isnan(raw)
         values = np.clip(np.where(known, raw, low), low, high)
         clamped, unlisted = int(np.sum(known & (values != raw))), 0
+        values = values.astype(np.int8) if column.type == "boolean" else values
     return _found(column, values, known, clamped, unlisted, text)
 
 

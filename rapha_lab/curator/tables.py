@@ -9,7 +9,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from rapha_lab.curator.columns import Findings, Values, bounded, identifiers, present, taken
+from rapha_lab.curator.columns import Findings, Records, Values, bounded, identifiers, own, present, taken
 from rapha_lab.protocol.columns import TIME, Table
 from rapha_lab.protocol.errors import RequestError
 
@@ -26,7 +26,7 @@ class Rows:
 
     Args:
         table: what is public about them.
-        frame: the rows, in any order, with the table's columns.
+        frame: the rows, in any order, with the table's columns; or what reads them.
         patients: identifiers of the cohort's patients, as text.
         opt_outs: identifiers of those who are left out before anything else.
 
@@ -35,10 +35,10 @@ class Rows:
     """
 
     def __init__(
-        self, table: Table, frame: pl.DataFrame, patients: pl.Series, opt_outs: Collection[str] = ()
+        self, table: Table, frame: Records, patients: pl.Series, opt_outs: Collection[str] = ()
     ) -> None:
         self.table = table
-        where = f"The table {table.name} has"
+        where, frame = f"The table {table.name} has", own(frame)
         names = identifiers(f"{table.name}.{table.patient}", present(frame, table.patient, where))
         kept = ~names.is_in(list(opt_outs))
         names, frame = names.filter(kept), frame.filter(kept)
@@ -63,6 +63,7 @@ class Rows:
             name = f"{table.name}.{column.name}"
             series = present(frame, column.name, where).gather(order["row"])
             self._columns[column.name], self.findings[name] = bounded(column, series, name)
+            frame.drop_in_place(column.name)
         if self.times is not None:
             self._columns[TIME] = self._before(order["place"])
 

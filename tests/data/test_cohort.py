@@ -105,6 +105,14 @@ class TestSplits:
 
 
 class TestOpening:
+    def test_columns_are_given_up_as_they_are_held_but_a_callers_own_stay(self):
+        """What a source gave is left with its identifiers alone, so that opening takes little more than is held."""
+        mine, read = mock(ward(), 20), mock(ward(), 20)
+        held = Cohort(ward(), mine, SALT).view("all").tensor(NAMES)
+        assert torch.equal(Cohort(ward(), lambda: read, SALT).view("all").tensor(NAMES), held)
+        assert read.columns == [ward().patient]
+        assert mine.equals(mock(ward(), 20))
+
     def test_the_custodian_learns_what_was_mended(self):
         """Clamped, unlisted and unexpectedly missing values are counted by column."""
         patients = [dict.fromkeys(NAMES) | {"crp": 1e9, "site": "Nowhere"}, dict.fromkeys(NAMES)]

@@ -51,15 +51,15 @@ def read(path: Path, names: list[str], seen: Seen = digest_of) -> pl.DataFrame:
         OSError: if there is no such file.
     """
     _check_snapshot(path, seen(path))
+    there = columns(path)
+    wanted = [name for name in names if name in there]
     try:
         if path.suffix == ".parquet":
-            there = pl.read_parquet_schema(path)
-            return pl.read_parquet(path, glob=False, columns=[name for name in names if name in there])
-        frame = pl.read_csv(path, infer_schema=False, glob=False)
+            return pl.read_parquet(path, glob=False, columns=wanted)
+        return pl.read_csv(path, infer_schema=False, glob=False, columns=wanted)
     except BROKEN:
         what = f"The file {path.name} cannot be read as {path.suffix[1:]}."
         raise RequestError(what, instead="Write it again.", field="source") from None
-    return frame.select(name for name in names if name in frame.columns)
 
 
 def _check_snapshot(path: Path, digest: bytes) -> None:
