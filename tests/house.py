@@ -57,6 +57,7 @@ class House:
         self.desk = Desk(
             lambda: self.policy, self.ledger, cohorts, noise or SystemNoise(), "house", simulated=True
         )
+        self.told: list[tuple[Any, ...]] = []
         touch = self.ledger.touch
 
         def noted(job: str, steps: int) -> None:
@@ -73,7 +74,9 @@ class House:
     def ask(self, request: messages.ASKS, tensors: bytes) -> tuple[dict[str, Any], bytes]:
         """One request, as the session's pipe would carry it."""
         caller = Caller(self.key, "p", f"c-{next(self._numbers)}")
-        answer, blob = self.desk.answer(caller, messages.encode(request), tensors, lambda *_: None)
+        answer, blob = self.desk.answer(
+            caller, messages.encode(request), tensors, lambda *far: self.told.append(far)
+        )
         return (msgspec.to_builtins(answer) if isinstance(answer, Release) else answer), blob
 
     def spent(self, split: str = "train") -> float:

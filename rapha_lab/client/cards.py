@@ -186,17 +186,20 @@ _STATES = {
 
 
 def job(card: dict[str, Any]) -> dict[str, Any]:
-    """A job's card: state, steps, ε spent of granted, time left."""
+    """A job's card: state, what is done before its steps, these, ε spent of granted, time left."""
     state = _STATES.get(card["state"], card["state"])
     step, steps = card.get("step") or 0, card.get("steps") or 0
     share = step / steps if steps else 0.0
     left = card.get("seconds_left")
     words = [f"<b>{escape(state)}</b>"]
+    doing = str(card.get("doing") or "") if card["state"] == "running" else ""
+    if doing:
+        words.append(escape(doing))
     if steps:
         words.append(f"step {step} of {steps}")
     if card.get("epsilon"):
         words.append(f"ε {card['spent']:.3g} of {card['epsilon']:.3g} spent")
-    if left and card["state"] == "running":
+    if left and card["state"] == "running" and not doing:
         words.append(f"about {left:.0f} s left")
     bar = (
         f'<div style="height:6px;border-radius:3px;background:#8883;max-width:30em" role="progressbar" '
@@ -210,9 +213,8 @@ def job(card: dict[str, Any]) -> dict[str, Any]:
         f"{bar}<div>{' · '.join(words)}</div>"
         f'<small style="{_MUTED}">job {escape(card["id"][:8])} · {escape(card["dataset"])} at {escape(card["site"])}</small>',
     )
-    plain = f"job {card['id'][:8]} at {card['site']}: {state}" + (
-        f", step {step} of {steps}" if steps else ""
-    )
+    plain = f"job {card['id'][:8]} at {card['site']}: {state}" + (f", {doing}" if doing else "")
+    plain += f", step {step} of {steps}" if steps else ""
     return {JOB: card, "text/html": html, "text/plain": plain}
 
 

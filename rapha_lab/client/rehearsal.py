@@ -94,7 +94,7 @@ class Rehearsal:
             plan = _few(request, small, (schema.expected(request.split) or 0) / whole.beats)
         else:
             plan = plan_of(request, tensors, small, DELTA, SystemNoise(), _Kernel(), DELTA)
-        answer = plan.run(cohort.view(request.split), lambda steps: None)
+        answer = plan.run(cohort.view(request.split), lambda *_: None)
         release = Release(
             job=uuid.uuid4().hex,
             op=str(type(request).__struct_config__.tag),
@@ -119,7 +119,7 @@ class Rehearsal:
             self._loop = loop.plan(small, self._cohort(schema, request).schema, DELTA)
             return {"loop": "rehearsal", "noise": self._loop.sigma}, b""
         view = self._cohort(schema, self._loop.ask).view(self._loop.ask.split)
-        return {}, self._loop.gradient(request, tensors, view, SystemNoise(), lambda steps: None).tensors
+        return {}, self._loop.gradient(request, tensors, view, SystemNoise(), lambda *_: None).tensors
 
     def _cohort(self, schema: Schema, ask: messages.Ask) -> Cohort:
         """A few made-up patients, and of them those that are asked about."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -43,8 +43,17 @@ from rapha_lab.protocol.schema import Schema
 
 __all__ = ["Caller", "Cancelled", "Desk", "permit"]
 
-OnStep = Callable[[int, int, float], None]
-"""Told (steps done, steps planned, ε once the next block has run) before each block; raises to cancel."""
+
+class OnStep(Protocol):
+    """Told how far a request is, before each block of steps."""
+
+    def __call__(self, done: int, planned: int, spent: float, doing: str = "", /) -> None:
+        """Say the steps done and planned, and ε once the next block has run; or what is done before it.
+
+        Raises to cancel.
+        """
+        ...
+
 
 LANES = {"review": "review", "fit": "train", "open": "train", "evaluate": "evaluate", "shards": "shards"}
 
@@ -177,9 +186,9 @@ class Desk:
             caller.job, caller.project, ask.dataset, plan.touches, plan.loss, question, basis
         )
 
-        def told(done: int, planned: int, ran: int) -> None:
+        def told(done: int, planned: int, ran: int, doing: str) -> None:
             self._permit(self._policy(), caller, ask)  # a veto or a revocation holds from the next step on
-            on_step(done, planned, epsilon_of(plan.loss.part(ran), account.delta))
+            on_step(done, planned, epsilon_of(plan.loss.part(ran), account.delta), doing)
 
         hold = self._hold(caller, ask, mode, account.delta)
         tell = partial(_told, caller.job, ask, account.delta)
@@ -217,9 +226,9 @@ class Desk:
         _, found, delta, view = self._loop(caller, ask.loop)
         _at_once(self._permit(self._policy(), caller, found.ask, program=ask.program))
 
-        def progress(steps: int) -> None:
+        def progress(steps: int, doing: str = "") -> None:
             if not steps:
-                return on_step(found.done, 0, 0.0)  # of a block that was announced
+                return on_step(found.done, 0, 0.0, doing)  # of a block that was announced
             ran = min(found.done + steps, found.ask.steps)
             on_step(found.done, found.ask.steps, epsilon_of(found.loss.part(ran), delta))
             self._ledger.touch(ask.loop, steps)
@@ -374,19 +383,19 @@ class Desk:
         plan: Plan,
         cohort: Cohort,
         split: str,
-        told: Callable[[int, int, int], None],
+        told: Callable[[int, int, int, str], None],
         mode: Mode,
         tell: Callable[[Answer], dict[str, Any]],
         hold: Callable[[Answer, Any], None],
     ) -> tuple[Answer, Receipt]:
         done = beats = 0
 
-        def progress(steps: int) -> None:
+        def progress(steps: int, doing: str = "") -> None:
             nonlocal done, beats
-            told(done + beats, plan.steps + plan.beats, done + steps)
+            told(done + beats, plan.steps + plan.beats, done + steps, doing)
             if steps:
                 self._ledger.touch(job, steps)
-            done, beats = done + steps, beats + (not steps)
+            done, beats = done + steps, beats + (not steps and not doing)
 
         began = clock.now()
         try:

@@ -2,7 +2,7 @@
 
 in   {"do": "ask", "id", "researcher", "project"}, and the session's request with its tensors as a second frame
      {"do": "cancel", "id"}   {"do": "sweep", "id": cell}   {"do": "catalog", "id", "project"}   {"do": "log", "id", "start"}
-out  {"id", "step", "steps", "spent"}   {"id", "release" | "result" | "error"}
+out  {"id", "step", "steps", "spent", "doing"}   {"id", "release" | "result" | "error"}
 """
 
 from __future__ import annotations
@@ -92,13 +92,14 @@ class Server:
         self._say(header, tensors)
 
     def _answer(self, call: Call, request: bytes, tensors: bytes, came: float) -> None:
-        def on_step(done: int, planned: int, spent: float) -> None:
+        def on_step(done: int, planned: int, spent: float, doing: str = "") -> None:
             if not self._cancelled.isdisjoint((call.id, "*")):
                 raise Cancelled(
                     "The job was cancelled.", "The steps that had run stay charged.", "Run it again."
                 )
-            if planned > 1:
-                self._say({"id": call.id, "step": done, "steps": planned, "spent": spent})
+            if doing or planned > 1:
+                told = {"step": done, "steps": planned, "spent": spent, "doing": doing}
+                self._say({"id": call.id, **told})
 
         self._reply(call, self._desk.answer, came, request, tensors, on_step)
 

@@ -54,6 +54,7 @@ class Cell:
     outputs: list[dict[str, Any]] = field(default_factory=list)
     step: int = 0
     steps: int = 0
+    doing: str = ""
     asked: dict[str, float] = field(default_factory=dict)
     spent: dict[str, float] = field(default_factory=dict)
     started: float = 0.0
@@ -81,20 +82,15 @@ class Cell:
         telling = next((line for line in lines if "patients" in line), lines[0] if lines else "")
         rate = (time.time() - self.asked_at) / self.step if self.step and self.state == "running" else 0
         return {
-            "id": self.id,
-            "dataset": self.order.dataset,
-            "state": self.state,
-            "step": self.step,
-            "steps": self.steps,
-            "epsilon": math.fsum(self.asked.values()),
-            "spent": math.fsum(self.spent.values()),
+            "id": self.id, "dataset": self.order.dataset, "state": self.state,
+            "step": self.step, "steps": self.steps, "doing": self.doing,
+            "epsilon": math.fsum(self.asked.values()), "spent": math.fsum(self.spent.values()),
             "seconds_left": round(rate * (self.steps - self.step), 1) if rate else None,
-            "started": self.started,
-            "ended": self.ended,
+            "started": self.started, "ended": self.ended,
             "source_line": telling[:200],
             "origin": self.order.origin,
             "waits": self.waits,
-        }
+        }  # fmt: skip
 
 
 def kept(cell: str, told: dict[str, Any]) -> dict[str, Any]:
@@ -359,9 +355,13 @@ class Cells:
         """One request of a cell's: carried to the curator, its release shown as a card."""
         epsilon, loop = _price(request)
 
-        def on_step(step: int, steps: int, spent: float) -> None:
+        def on_step(step: int, steps: int, spent: float, doing: str) -> None:
             with self._changed:
-                cell.step, cell.steps, cell.spent[job] = step, steps, spent
+                if cell.doing:
+                    cell.asked_at = time.time()  # how long steps take is reckoned from when they begin
+                cell.doing = doing
+                if not doing:
+                    cell.step, cell.steps, cell.spent[job] = step, steps, spent
                 self._changed.notify_all()
 
         with self._changed:
@@ -388,7 +388,7 @@ class Cells:
                 raise
             finally:
                 with self._changed:
-                    cell.asking = None
+                    cell.asking, cell.doing = None, ""
             with self._changed:
                 cell.asking = number
         if "op" not in wire:

@@ -20,7 +20,7 @@ from rapha_lab.protocol.errors import RaphaError, SiteError, from_wire
 
 __all__ = ["Curator", "CuratorLost"]
 
-Progress = Callable[[int, int, float], None]
+Progress = Callable[[int, int, float, str], None]
 
 
 class _Waiting:
@@ -158,7 +158,7 @@ class Curator:
             while (reply := mine.replies.get()) is not None:
                 said, blob = reply
                 if "step" in said:
-                    on_step(said["step"], said["steps"], said["spent"])
+                    on_step(said["step"], said["steps"], said["spent"], said["doing"])
                 elif "error" in said:
                     raise from_wire(said["error"])
                 else:

@@ -169,7 +169,7 @@ def _back(job: Job) -> str:
 
 
 class _Card:
-    """A job's card: shown once it takes steps or waits, kept up to date from then on."""
+    """A job's card: shown once it takes steps, makes ready for them or waits, kept up to date from then on."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._shown = job, None
@@ -178,7 +178,9 @@ class _Card:
         """Show how far the job is."""
         if self._shown is not None:
             self._shown.update(self._job._repr_mimebundle_(), raw=True)
-        elif self._job.told.get("steps", 0) > 1 or self._job.state == "waiting":
+        elif (
+            self._job.told.get("steps", 0) > 1 or self._job.told.get("doing") or self._job.state == "waiting"
+        ):
             self._shown = display(self._job._repr_mimebundle_(), raw=True, display_id=True)
 
 

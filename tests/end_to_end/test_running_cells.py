@@ -18,6 +18,7 @@ import torch
 import ward
 from ward import Ward
 
+from rapha_lab.client import cards
 from rapha_lab.client.site import Job, Site
 from rapha_lab.curator import accounting
 from rapha_lab.enclave import cells as cells_module
@@ -648,3 +649,20 @@ class TestSessions:
                 job.wait()
         site.end_sessions()
         assert came
+
+
+def test_a_job_says_what_it_does_before_its_steps() -> None:
+    """Instead of a time left that nobody can know yet, and only while it runs."""
+    told = {
+        "id": "j" * 12,
+        "site": "s",
+        "dataset": "d",
+        "state": "running",
+        "doing": "compiling",
+        "seconds_left": 9,
+    }
+    for state, says in (("running", True), ("done", False)):
+        bundle = cards.job(told | {"state": state})
+        assert ("compiling" in bundle["text/plain"]) is says
+        assert ("compiling" in bundle["text/html"]) is says
+        assert "9 s left" not in bundle["text/html"]

@@ -171,7 +171,7 @@ class TestAtTheDesk:
         made, ledger = desk
         monkeypatch.setattr(Here, "answers", _beaten)
 
-        def on_step(done, planned, spent):
+        def on_step(done, planned, spent, doing):
             if done:
                 raise Cancelled("cancelled")
 

@@ -15,6 +15,8 @@ import torch
 from conftest import lifted
 from test_clipping import CLIP, norm, random_program
 from test_models import MODELS
+from torch._inductor import cpp_builder
+from torch._inductor.exc import CppCompileError
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from rapha_lab.curator import noise
@@ -62,6 +64,79 @@ def test_a_second_job_of_the_same_shape_starts_at_once(monkeypatch: pytest.Monke
     assert again.compile(parameters, constants) == 0
     it.microbatch = again.microbatch
     assert again._step is it._step
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_short_run_uses_a_compiled_step_that_is_there_and_makes_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compiling pays for a long run only; what an earlier one left is free, for a loop as for a fit."""
+    monkeypatch.setattr(train, "compile_noise", lambda assembled: True)
+    make, loss, xs, ys = MODELS["logistic"]
+    x, y, said = xs(), ys(), []
+
+    def prepared(microbatches: int) -> str:
+        it, *tensors = lifted(make(), loss, x, y)
+        it.for_batches_of(64)
+        train.prepare(it, *tensors, microbatches, lambda steps, doing: said.append((steps, doing)))
+        return it.note
+
+    assert "too short" in prepared(1)
+    assert not said
+    assert prepared(10**9).startswith("compiled in")
+    assert said == [(0, train.COMPILING)]  # what its owner reads meanwhile
+    assert prepared(1) == "compiled before, for a model of the same shape"
+    assert len(said) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_did_not_compile_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two minutes are lost once, not by every job of that shape."""
+    tries = []
+
+    def never(*args: object) -> None:
+        tries.append(args)
+        raise RuntimeError("no code for this")
+
+    monkeypatch.setattr(compiling, "_machine_code", never)
+    make, loss, xs, ys = MODELS["logistic"]
+    x, y = xs(), ys()
+    for _ in range(2):
+        it, parameters, constants = lifted(make(), loss, x, y)
+        assert it.compile(parameters, constants) is None
+        assert it.note.startswith("not compiled")
+    assert len(tries) == 1
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.5])
+def test_compiling_ends_when_its_time_is_up(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is traced, or in the compiler; nothing of it is left that would change what is computed next."""
+    compiling._ready()
+    monkeypatch.setattr(compiling, "_steps", {})
+    monkeypatch.setattr(compiling, "SECONDS", seconds)
+    make, loss, xs, ys = MODELS["text transformer"]
+    x, y = xs(), ys()
+    it, parameters, constants = lifted(make(), loss, x, y)
+    rows, mask = {"x": x, "target": y}, torch.ones(5, dtype=torch.bool)
+    eager = it.clipped_sum(parameters, constants, rows, mask, 1.0)
+    assert it.compile(parameters, constants) is None
+    assert "more than" in it.note
+    for name, t in it.clipped_sum(parameters, constants, rows, mask, 1.0).items():
+        assert torch.equal(t, eager[name])
+    assert torch._C._len_torch_dispatch_stack() == 0
+    assert torch.is_grad_enabled()
+
+
+def test_the_compilers_processes_end_with_its_time(tmp_path: Path) -> None:
+    """Those that it started too: a driver's own children would go on for as long as they like."""
+    with compiling._bounded(0.5), pytest.raises(CppCompileError):
+        cpp_builder.run_compile_cmd("sh -c 'sleep 60 & echo $! > child; wait'", str(tmp_path))
+    child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+    for _ in range(100):
+        if not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.02)
+    pytest.fail("the compiler's child is still there")
 
 
 @pytest.mark.parametrize("name", ["mlp"])

@@ -104,13 +104,16 @@ function Progress({ job }: { job: IJob }): JSX.Element | null {
 
 function Figures({ job }: { job: IJob }): JSX.Element {
   const figures: string[] = [];
+  if (isLive(job) && job.doing) {
+    figures.push(job.doing);
+  }
   if (job.steps && job.step !== null) {
     figures.push(`step ${job.step} of ${job.steps}`);
   }
   if (job.epsilon !== null && job.epsilon !== undefined) {
     figures.push(`ε ${epsilon(job.spent ?? 0)} spent of ${epsilon(job.epsilon)} granted`);
   }
-  if (isLive(job) && typeof job.seconds_left === 'number') {
+  if (isLive(job) && !job.doing && typeof job.seconds_left === 'number') {
     figures.push(`about ${duration(job.seconds_left)} left`);
   }
   return (

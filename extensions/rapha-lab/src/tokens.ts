@@ -62,6 +62,8 @@ export interface IJob {
   state: JobState;
   step: number | null;
   steps: number | null;
+  /** What the job does before its steps, such as compiling them. */
+  doing?: string | null;
   epsilon: number | null;
   spent: number | null;
   seconds_left: number | null;

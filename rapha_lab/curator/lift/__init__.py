@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rapha_lab.curator.lift import gradients, layers, losses, recurrent, reductions, shapes  # noqa: F401
-from rapha_lab.curator.lift.compiling import Step, compiled
+from rapha_lab.curator.lift.compiling import Step, compiled, is_kept
 from rapha_lab.curator.lift.graph import Graph, refused
 from rapha_lab.curator.lift.table import TABLE
 from rapha_lab.curator.lift.taps import GROUP, Stored
@@ -100,7 +100,7 @@ class Lifted:
         paths: dict[str, str],
     ) -> None:
         self.graph, self.routes, self.microbatch, self.output = graph, routes, microbatch, output
-        self.paths, self.note = paths, "not compiled"
+        self.paths, self.note = paths, "not compiled: too short a run to gain by it"
         self.program = graph.program
         self._step: Step = self._add
 
@@ -198,6 +198,16 @@ class Lifted:
             ):
                 total.add_(part)
 
+    @property
+    def _shape(self) -> tuple[str, int]:
+        """Programs that share it share a compiled step."""
+        return structure(self.program), self.microbatch
+
+    @property
+    def compiled_before(self) -> bool:
+        """Whether `compile` takes no time."""
+        return is_kept(self._shape)
+
     def compile(self, parameters: Tensors, constants: Tensors) -> float | None:
         """Compile the clipped sum for its one shape; the seconds it took, or None if it stays as it is."""
         generator = torch.Generator().manual_seed(0)
@@ -205,15 +215,9 @@ class Lifted:
         mask, clip = torch.ones(self.microbatch, dtype=torch.bool), torch.tensor(1.0, dtype=torch.float64)
         totals = self.zeros()
         example = (totals, {**parameters}, {**constants}, batch, mask, clip, totals.counted)
-        fast = compiled(self._add, (structure(self.program), self.microbatch), example)
-        if fast is None:
-            self._step, self.note = (
-                self._add,
-                "not compiled: no compiler here, or it does not take this model",
-            )
-            return None
-        self._step, self.note = fast.step, f"compiled in {fast.seconds:.0f} s"
-        return fast.seconds
+        fast = compiled(self._add, self._shape, example)
+        self._step, self.note = fast.step or self._add, fast.note
+        return None if fast.step is None else fast.seconds
 
     def for_batches_of(self, most: int) -> int:
         """Let microbatches divide `most` patients evenly, with little room to spare; how many there are then."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import dataclasses
 import math
 import os
 import shutil
@@ -17,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,13 +31,16 @@ from torch.fx.graph_module import GraphModule
 
 from rapha_lab.curator.lift.stored import KEPT
 
-__all__ = ["NODES", "Compiled", "Step", "assembled", "compiled", "keep_pages"]
+__all__ = ["NODES", "SECONDS", "Compiled", "Step", "assembled", "compiled", "is_kept", "keep_pages"]
 
 Step = Callable[..., None]
 """`(totals, parameters, constants, inputs, mask, clip, counted)`: adds a microbatch's clipped sum and counts to them."""
 
 NODES = 3_000
-"""Operations above which a step is not compiled: a compiler takes some 20 ms for each, so about a minute at most."""
+"""Operations above which a step is not compiled: a compiler takes some 20 ms for each, so about a minute."""
+
+SECONDS = 120.0
+"""What compiling may take, however busy the machine; then the job goes on without."""
 
 WORTH = 1 << 19
 """Floating-point operations from which on oneDNN multiplies two matrices faster than the default library."""
@@ -46,37 +50,49 @@ _LINEAR = torch.ops.mkldnn._linear_pointwise.default
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled step.
+    """What came of compiling a step.
 
     Attributes:
-        step: the same as the eager one.
+        step: the same as the eager one, None if it stays as it is.
         seconds: what compiling took; 0 where the step was there already.
+        note: both in words.
     """
 
-    step: Step
+    step: Step | None
     seconds: float
+    note: str
 
 
-_steps: dict[tuple[Any, ...], Step] = {}
+_BEFORE = Compiled(None, 0.0, "compiled before, for a model of the same shape")
+_steps: dict[tuple[Any, ...], Compiled] = {}
 _KEPT = 32
 _turn = threading.RLock()
 PATIENCE = 120.0
 """Seconds that a job waits for others' compiling; then it goes on without."""
 
 
+class _Busy(Exception):
+    """Others compile."""
+
+
 @contextmanager
 def _alone() -> Iterator[None]:
     """Nobody else compiles meanwhile: tracing, the compiler's settings and its rules are the process's, not a thread's."""
     if not _turn.acquire(timeout=PATIENCE):
-        raise TimeoutError("others compile")
+        raise _Busy
     try:
         yield
     finally:
         _turn.release()
 
 
-def compiled(step: Step, key: tuple[Any, ...], example: tuple[Any, ...]) -> Compiled | None:
-    """`step` compiled for arguments shaped as in `example`; None if there is no compiler, or it fails or is busy.
+def is_kept(key: tuple[Any, ...]) -> bool:
+    """Whether a step of this key was compiled, or failed to be, so that `compiled` takes no time."""
+    return key in _steps
+
+
+def compiled(step: Step, key: tuple[Any, ...], example: tuple[Any, ...]) -> Compiled:
+    """`step` compiled for arguments shaped as in `example`, if there is a compiler that takes it in `SECONDS`.
 
     Args:
         step: a function of dicts of tensors and tensors, without data-dependent control flow.
@@ -85,16 +101,32 @@ def compiled(step: Step, key: tuple[Any, ...], example: tuple[Any, ...]) -> Comp
     """
     try:
         with _alone():
-            began = time.monotonic()
-            if key in _steps:
-                return Compiled(_steps[key], 0.0)
-            while len(_steps) >= _KEPT:
-                del _steps[next(iter(_steps))]
-            _steps[key] = _compile(step, example)
-            return Compiled(_steps[key], time.monotonic() - began)
+            if key not in _steps:
+                while len(_steps) >= _KEPT:
+                    del _steps[next(iter(_steps))]
+                _steps[key] = made = _tried(step, example)
+                return made
+            kept = _steps[key]
+            return kept if kept.step is None else dataclasses.replace(_BEFORE, step=kept.step)
+    except _Busy:
+        return Compiled(None, 0.0, "not compiled: others' models were being compiled")
+
+
+def _tried(step: Step, example: tuple[Any, ...]) -> Compiled:
+    began = time.monotonic()
+    try:
+        fast = _compile(step, example)
     except Exception:
         # whatever a compiler stumbles on, the step computes without it
-        return None
+        late = time.monotonic() - began > SECONDS
+        why = (
+            f"it takes more than {SECONDS:.0f} s"
+            if late
+            else "no compiler here, or it does not take this model"
+        )
+        return Compiled(None, 0.0, f"not compiled: {why}")
+    seconds = time.monotonic() - began
+    return Compiled(fast, seconds, f"compiled in {seconds:.0f} s")
 
 
 def _compile(step: Step, example: tuple[Any, ...]) -> Step:
@@ -127,11 +159,11 @@ def assembled(function: Callable[..., Any], example: list[Tensor]) -> Callable[[
     Raises:
         Exception: whatever the compiler says.
     """
-    _own_cache()  # before anything of the compiler is imported, which makes a folder of its own
+    _ready()
     import torch._inductor.lowering  # some decompositions look there
     from torch._inductor.decomposition import select_decomp_table
 
-    with _alone(), warnings.catch_warnings(), torch.no_grad():
+    with _alone(), _bounded(SECONDS), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         graph = make_fx(function, tracing_mode="fake", decomposition_table=select_decomp_table())(*example)
         graph.graph.eliminate_dead_code()
@@ -140,6 +172,45 @@ def assembled(function: Callable[..., Any], example: list[Tensor]) -> Callable[[
         _faster_products(graph)
         graph.recompile()
         return _machine_code(graph, [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"])
+
+
+@contextmanager
+def _bounded(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in this thread's tracing or compiling once it takes longer than that.
+
+    Nearly all of the time goes by in the C++ compiler's processes, which are ended; for the rest, what tracing and
+    the compiler's own stages call all the time looks at the clock. It raises once a second at most, so that what
+    is tidied up on the way out can be.
+    """
+    import torch._inductor.cpp_builder as builder
+    from torch._inductor.virtualized import Virtualized
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mine, due = threading.get_ident(), time.monotonic() + seconds
+
+    def watching(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal due
+            # with False, handlers are put back
+            if time.monotonic() > due and threading.get_ident() == mine and args[-1] is not False:
+                due = time.monotonic() + 1
+                raise TimeoutError
+            return function(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as patches:
+        for owner, name in ((Virtualized, "_get_handler"), (FakeTensorMode, "__torch_dispatch__")):
+            patches.enter_context(patch.object(owner, name, watching(getattr(owner, name))))
+        run = builder._run_compile_cmd
+
+        def timed(command: str, folder: str) -> None:
+            left = max(due - time.monotonic(), 0.01)
+            # by coreutils, which ends what a driver starts too
+            run(f"timeout --signal=KILL {left:.2f} {command}", folder)
+
+        patches.enter_context(patch.object(builder, "_run_compile_cmd", timed))
+        yield
 
 
 def _machine_code(graph: GraphModule, example: list[Tensor]) -> Callable[[list[Tensor]], Any]:
@@ -177,6 +248,15 @@ def keep_pages() -> None:
         trim, mmap, most = -1, -3, 1 << 30
         mallopt(mmap, most)
         mallopt(trim, most)
+
+
+@cache
+def _ready() -> None:
+    """What must be there before anything is compiled, and does not depend on what."""
+    _own_cache()  # before anything of the compiler is imported, which makes a folder of its own
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    pick_vec_isa()  # tries the compiler; a try cut short would count as the processor's want of instructions
 
 
 @cache

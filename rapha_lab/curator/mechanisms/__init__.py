@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rapha_lab.curator.accounting import Loss
 from rapha_lab.curator.cohort import View
 
 __all__ = ["Answer", "Plan", "Progress"]
 
-Progress = Callable[[int], None]
-"""Called with the number of further steps about to run, before they touch a record, or with 0 for a beat of
-the public clock between; raises to stop."""
+
+class Progress(Protocol):
+    """Called before further steps touch a record."""
+
+    def __call__(self, steps: int, doing: str = "", /) -> None:
+        """Say how many steps are about to run, or 0 for a beat of the public clock between, or for what else is done.
+
+        Raises to stop.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Loop:
             return self._step(ask, tensors, view, noise, progress)
 
     def _step(self, ask: Gradient, tensors: bytes, view: View, noise: Noise, progress: Progress) -> Answer:
-        lifted = self._program(ask, tensors)
+        lifted = self._program(ask, tensors, progress)
         parameters, constants = lifted.tensors(tensors)
         train.fits(lifted.program, ask.inputs, self.schema)
         clip, batch = self.ask.clip, self.ask.batch
@@ -91,13 +91,13 @@ class Loop:
         self._ahead = ahead - 1
         self.done += 1
 
-    def _program(self, ask: Gradient, tensors: bytes) -> Lifted:
+    def _program(self, ask: Gradient, tensors: bytes, progress: Progress) -> Lifted:
         if ask.program is not None and ask.digest not in self._lifted:
             if digest(ask.program) != ask.digest:
                 raise ProgramError("The program is not the one its digest names.", field="digest")
             lifted = lift(ask.program)
             parts = lifted.for_batches_of(train.capacity(train.most(self.ask.batch, self.rate), 1))
-            train.prepare(lifted, *lifted.tensors(tensors), self.ask.steps * parts)
+            train.prepare(lifted, *lifted.tensors(tensors), self.ask.steps * parts, progress)
             while len(self._lifted) >= MOST:
                 del self._lifted[next(iter(self._lifted))]
             self._lifted[ask.digest] = lifted

@@ -49,8 +49,11 @@ __all__ = [
 
 Tensors = dict[str, Tensor]
 
-WORTH = 100.0
-"""Seconds of training from which on a compiler's half minute or so is worth it: the step becomes two to three times as fast."""
+WORTH, EACH = 20.0, 1.0
+"""Seconds of training from which on compiling is worth it, and for each of the program's operations: a compiler takes
+about half as long, and the step becomes two to three times as fast."""
+
+COMPILING = "compiling the step, once for this shape of model"
 
 MEMORY = 1 << 27
 """Numbers of noise that a run remembers, a gigabyte of them."""
@@ -126,7 +129,7 @@ def train(
     parts = lifted.for_batches_of(capacity(most(ask.batch, rate / ask.bands), 1))
     slots = parts * lifted.microbatch
     rounding = 1 + slack(lifted.microbatch)
-    prepare(lifted, weights, constants, ask.steps * parts)
+    prepare(lifted, weights, constants, ask.steps * parts, progress)
     total = lifted.zeros()
     count = len(next(iter(rows.values()))) - 1
     turn = banded.turns(count, ask.bands, noise) if ask.bands > 1 else None
@@ -195,14 +198,22 @@ def with_target(view: View, inputs: dict[str, Columns]) -> Tensor:
     return view.known(target)
 
 
-def prepare(lifted: Lifted, parameters: Tensors, constants: Tensors, microbatches: int) -> None:
-    """Test the machine's arithmetic on made-up patients; compile the step if the run is long enough to gain by it.
+def prepare(
+    lifted: Lifted, parameters: Tensors, constants: Tensors, microbatches: int, progress: Progress
+) -> None:
+    """Test the machine's arithmetic on made-up patients; use the compiled step if there is one or the run gains by it.
+
+    Which it is depends on this program, on those that were compiled before, and on how busy the machine is.
 
     Raises:
         RefusedError: if a patient's gradient depends on the others in the batch.
     """
-    seconds = lifted.selftest(parameters, constants)
-    if seconds * microbatches > WORTH and lifted.compile(parameters, constants) is not None:
+    seconds, before = lifted.selftest(parameters, constants), lifted.compiled_before
+    if not before:
+        if seconds * microbatches < WORTH + EACH * len(lifted.program.nodes):
+            return
+        progress(0, COMPILING)
+    if lifted.compile(parameters, constants) is not None:
         compile_noise(assembled)
         lifted.selftest(parameters, constants)
 
