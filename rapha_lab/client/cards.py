@@ -5,12 +5,14 @@ JupyterLab with the extension renders the JSON form of each instead.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from rapha_lab.protocol.quote import Quote, Standing
 
-__all__ = ["BLOCKED", "JOB", "blocked", "budget", "dataset", "gauge", "job", "quote", "site"]
+__all__ = ["BLOCKED", "JOB", "blocked", "budget", "dataset", "gauge", "job", "jobs", "quote", "site"]
 
 JOB = "application/vnd.rapha.job+json"
 BLOCKED = "application/vnd.rapha.blocked+json"
@@ -216,6 +218,47 @@ def job(card: dict[str, Any]) -> dict[str, Any]:
     plain = f"job {card['id'][:8]} at {card['site']}: {state}" + (f", {doing}" if doing else "")
     plain += f", step {step} of {steps}" if steps else ""
     return {JOB: card, "text/html": html, "text/plain": plain}
+
+
+def jobs(cards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A list of jobs as a table: when, what, how far, and what of its ε was spent."""
+    head = ("", "job", "begun", "dataset", "state", "steps", "ε spent", "cell")
+    rows = [(str(number), *_told(card)) for number, card in enumerate(cards)]
+    cells = "".join(
+        "<tr>" + "".join(f'<td style="text-align:left">{escape(cell)}</td>' for cell in row) + "</tr>"
+        for row in rows
+    )
+    heads = "".join(f'<th style="text-align:left">{name}</th>' for name in head)
+    simulated = any(card.get("simulated") for card in cards)
+    html = _box(
+        AMBER if simulated else TEAL,
+        f"<b>Your jobs</b><table><tr>{heads}</tr>{cells}</table><div style='{_MUTED}'>{escape(_ATTACH)}</div>"
+        if rows
+        else _NO_JOBS,
+    )
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    ]
+    return {"text/html": html, "text/plain": "\n".join([*lines, _ATTACH]) if rows else _NO_JOBS}
+
+
+_NO_JOBS = "You have no job at this site."
+_ATTACH = 'site.attach(site.jobs()[-1]["id"]) comes back to the last one, site.cancel(...) stops one.'
+
+
+def _told(card: dict[str, Any]) -> tuple[str, ...]:
+    begun = card.get("started")
+    return (
+        card["id"][:8],
+        time.strftime("%d %b %H:%M", time.localtime(begun)) if begun else "",
+        card["dataset"],
+        _STATES.get(card["state"], card["state"]),
+        f"{card.get('step') or 0} of {card['steps']}" if card.get("steps") else "",
+        f"{card['spent']:.3g} of {card['epsilon']:.3g}" if card.get("epsilon") else "",
+        str(card.get("source_line") or "")[:60],
+    )
 
 
 def blocked(error: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rapha_lab.client.home import home, read
+from rapha_lab.client.progress import Progress
 from rapha_lab.protocol.errors import SiteError
 from rapha_lab.protocol.keys import PrivateKey
 
@@ -57,24 +58,36 @@ def hold() -> None:
         _leases[path] = lease
 
 
-def start(seconds: float = 90) -> str:
-    """Start the demo site unless it runs, hold it, and give its URL.
+def start(progress: Progress, seconds: float = 90) -> str:
+    """Start the demo site unless it runs, hold it, and give its URL; `progress` is told what it does.
 
     Raises:
         SiteError: it did not come up; says where its output is.
     """
     folder().mkdir(parents=True, exist_ok=True, mode=0o700)
     with (folder() / "start.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two kernels at once start one site
+        while not _taken(lock):  # two kernels at once start one site
+            progress.say("Another kernel starts the demo's hospital")
+            time.sleep(0.05)
         hold()
         told = running()
         if told is None:
-            told = _launch(seconds)
+            told = _launch(progress, seconds)
     return str(told["url"])
 
 
-def _launch(seconds: float) -> dict[str, Any]:
-    (folder() / "site.json").unlink(missing_ok=True)
+def _taken(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _launch(progress: Progress, seconds: float) -> dict[str, Any]:
+    doing = folder() / "starting"
+    for old in (folder() / "site.json", doing):
+        old.unlink(missing_ok=True)
     said = folder() / "site.log"
     key = str(researcher().public)
     command = [sys.executable, "-m", "rapha_lab.demo", str(folder()), "--researcher", key]
@@ -87,11 +100,20 @@ def _launch(seconds: float) -> dict[str, Any]:
         told = running()
         if told is not None:
             return told
+        progress.say(f"Starting a simulated hospital on this machine: {_read(doing) or 'its processes'}")
         time.sleep(0.05)
     process.kill()
+    progress.end("Given up")
     last = said.read_text().strip().splitlines()[-1:]
     raise SiteError(
         "The demo site did not start.",
         f"It wrote: {last[0] if last else 'nothing'}",
         f"See {said} for the rest.",
     )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""

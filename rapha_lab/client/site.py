@@ -19,6 +19,7 @@ from rapha_lab.client.appraisal import AppraisalPolicy, Endorsements
 from rapha_lab.client.channel import Channel
 from rapha_lab.client.home import home, read, write
 from rapha_lab.client.mock import mock, mock_tables
+from rapha_lab.client.progress import Progress
 from rapha_lab.client.quotes import Budget, Quote, inquiry
 from rapha_lab.client.witness import witness
 from rapha_lab.protocol.errors import CellError, RaphaError, RequestError, SiteError, from_wire
@@ -75,8 +76,9 @@ def connect(
         SiteError: it cannot be reached or did not start.
         LogError: its log does not extend what was seen of it before.
     """
+    progress = Progress()
     if where == "demo":
-        url, secret, simulated = demo.start(), demo.researcher(), True
+        url, secret, simulated = demo.start(progress), demo.researcher(), True
     elif re.match(r"https?://", where):
         url, secret, simulated = where, _key(key, passphrase), allow_simulated
     else:
@@ -90,6 +92,7 @@ def connect(
         minimum_tcb=minimum_tcb or {},
     )
     page = None if policy is None else hashlib.sha256(Path(policy).read_bytes()).digest()
+    progress.say(f"Verifying the attestation of {where}")
     with _lock:
         found = _open.get((url, str(secret.public)))
         # what was accepted under other terms is appraised anew
@@ -102,6 +105,7 @@ def connect(
     witness(found._channel)
     _remember(found, where, key if isinstance(key, (str, Path)) else None)
     _latest[:] = [found]
+    progress.end(f"Connected to {found.name}")
     return found
 
 
@@ -263,9 +267,9 @@ class Site:
         order |= {"epsilon": epsilon, "outputs": list(outputs), "inputs": parcel, "origin": origin or {}}
         return Job(self, self._channel.call("run", order, blob)[0]["cell"])
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """Your cells at the site, oldest first, as the job card shows them."""
-        return [told | self._tag() for told in self._channel.call("jobs", {})[0]]
+    def jobs(self) -> Jobs:
+        """Your cells at the site, oldest first: a list of what the job card shows of each, which shows as a table."""
+        return Jobs(told | self._tag() for told in self._channel.call("jobs", {})[0])
 
     def attach(self, job: str) -> Job:
         """A cell of yours at the site, whether or not the kernel lives that started it; `jobs` has their numbers.
@@ -418,6 +422,16 @@ class Dataset:
 
     def __repr__(self) -> str:
         return f"<dataset {self.name} at {self.site.name}: {len(self.schema.columns)} columns, no row to see>"
+
+
+class Jobs(list[dict[str, Any]]):
+    """Jobs at a site, oldest first, each with its id, state, steps and ε; shown as a table."""
+
+    def __repr__(self) -> str:
+        return str(cards.jobs(self)["text/plain"])
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        return cards.jobs(self)
 
 
 class Job:

@@ -80,7 +80,10 @@ def main() -> None:
     line.add_argument("--researcher", required=True)
     args = line.parse_args()
     try:
-        site = Site(_prepare(args.folder, args.researcher))
+        _doing(args.folder, "its patients' data")
+        config = _prepare(args.folder, args.researcher)
+        _doing(args.folder, "its curator, who reads the records, and its sandbox")
+        site = Site(config)
     except RaphaError as error:
         sys.exit(str(error))
     try:
@@ -105,6 +108,13 @@ def _prepare(folder: Path, researcher: str) -> Config:
     # a new ledger is a new log, and has a name of its own
     name = f"demo-{os.urandom(8).hex()}"
     return Config("demo", str(folder / "state"), str(path), datasets, listen="127.0.0.1:0", log=name)
+
+
+def _doing(folder: Path, what: str) -> None:
+    """Say what is being started, for those who wait."""
+    part = folder / "starting.part"
+    part.write_text(what)
+    part.replace(folder / "starting")
 
 
 def _tell(folder: Path, url: str) -> None:

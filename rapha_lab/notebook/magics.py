@@ -30,6 +30,11 @@ __all__ = ["EnclaveMagics"]
 SOON = 1.0
 """Seconds after an interrupt in which a kernel that shuts down has been told so."""
 
+MOST_HELD = 10_000
+"""Characters that are shown of what a failed rehearsal printed, the last ones."""
+
+_HELD = "What the rehearsal on made-up patients showed before it ended as said below:"
+
 USAGE = "%%enclave DATASET [--epsilon E] [-o NAMES] [-i NAMES] [--no-rehearsal | --rehearse-only]"
 
 
@@ -101,8 +106,13 @@ class EnclaveMagics(Magics):
         dataset = latest().dataset(args.dataset)
         sent = self._rehearsal.send(self.shell.user_ns, args.input)
         if args.rehearse_only or not args.no_rehearsal:
-            show = _show if args.rehearse_only else None
-            self._rehearsal.run(cell, dataset.schema, epsilon=args.epsilon, inputs=sent, show=show)
+            held: list[dict[str, Any]] = []
+            show = _show if args.rehearse_only else held.append
+            try:
+                self._rehearsal.run(cell, dataset.schema, epsilon=args.epsilon, inputs=sent, show=show)
+            except BaseException:
+                _show_held(held)
+                raise
         if args.rehearse_only:
             print("Made-up patients: it would run at the site. Nothing was sent, no ε was spent.")
             return
@@ -197,6 +207,14 @@ def _follow(job: Job, card: _Card) -> None:
 def _show(output: dict[str, Any]) -> None:
     data = output.get("data") or {"text/plain": output["text"].rstrip("\n")}
     display(data, raw=True, metadata=output.get("metadata") or {})
+
+
+def _show_held(outputs: list[dict[str, Any]]) -> None:
+    """What a rehearsal showed before it failed, in words; pictures of made-up patients would only mislead."""
+    told = [output.get("text") or (output.get("data") or {}).get("text/plain", "") for output in outputs]
+    text = "\n".join(part.rstrip("\n") for part in told if part)
+    if text:
+        display({"text/plain": f"{_HELD}\n{text[-MOST_HELD:]}"}, raw=True)
 
 
 def _origin(shell: InteractiveShell) -> dict[str, str]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load
 
 from rapha_lab.protocol import messages
+from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.errors import CellError, RequestError, SealedError
 from rapha_lab.protocol.messages import Columns, Split
 from rapha_lab.protocol.program import Program, digest
@@ -174,7 +175,7 @@ class Patients(Questions):
         opened = self._ask(ask, b"")[0]
         gradients = _Gradients(self._ask, opened["loop"])
         noise = opened["noise"] * ask.clip / ask.batch
-        batch = Batch(_Examples(self._made_up), gradients, ask.batch, noise)
+        batch = Batch(_Examples(self._made_up), gradients, ask.batch, noise, self._number)
         try:
             for _ in range(given := min(ask.steps, self._most_steps)):
                 yield replace(batch, _seen={})
@@ -399,6 +400,10 @@ class Patients(Questions):
         elif column is None or (column.type in ("number", "image") and not flag):
             example = example * 2 - 1
         return example
+
+    def _number(self, columns: Columns) -> Column | None:
+        column, flag = self.schema.find(columns) if isinstance(columns, str) else (None, True)
+        return column if column is not None and column.numeric and not flag else None
 
     # -- what they refuse -----------------------------------------------------------------------------
 

@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.errors import ProgramError, SealedError
-from rapha_lab.session import tracing
+from rapha_lab.session import scaled, tracing
 from rapha_lab.session.refusals import OF_TORCH, REFUSALS
 from rapha_lab.session.tracing import Traced
 
@@ -112,7 +113,8 @@ class SealedTensor(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = ", ".join(repr(n) for n in self.shape)
-        return f"<sealed tensor: ({shape}{',' if self.dim() == 1 else ''}), {str(self.dtype)[6:]}>"
+        about = self._made.batch.about(self._made.columns) if self._made.columns is not None else ""
+        return f"<sealed tensor: ({shape}{',' if self.dim() == 1 else ''}), {str(self.dtype)[6:]}{about}>"
 
     def __format__(self, spec: str) -> str:
         return _refuse("__format__") if spec else repr(self)
@@ -262,12 +264,14 @@ class Batch:
         gradients: asks the curator for a private gradient.
         expected: how many patients a batch holds in expectation, a public number.
         noise: the standard deviation of the noise in each number of a mean's gradient, which is public too.
+        number: the column that is meant where it is one scaled number, else None.
     """
 
     example: Callable[[Columns], Tensor]
     gradients: Gradients
     expected: float
     noise: float = 0.0
+    number: Callable[[Columns], Column | None] = lambda columns: None
     _seen: dict[str, SealedTensor] = field(default_factory=dict)
 
     def __getitem__(self, columns: Columns | Sequence[str]) -> SealedTensor:
@@ -278,6 +282,13 @@ class Batch:
             made = Made(columns=columns, batch=self)
             self._seen[key] = SealedTensor.wrap(self.example(columns), made)
         return self._seen[key]
+
+    def about(self, columns: Columns) -> str:
+        """What -1 and 1 are in a column, or that they are public bounds in several."""
+        column = self.number(columns)
+        if column is not None:
+            return f"; {columns}: {scaled.words(column)}"
+        return "" if isinstance(columns, str) else "; numbers scaled, -1 and 1 are their public bounds"
 
     def __repr__(self) -> str:
         return f"<batch of about {self.expected:g} patients: sealed; batch[columns] is a tensor of them>"
@@ -495,6 +506,7 @@ def _check_backward(tape: _Tape, create_graph: bool) -> None:
 def _program(tape: _Tape) -> _Known:
     tape.filled = {id(t) for t in tape.constants if _filled(t)}
     _refuse_drawn(tape)
+    _refuse_unscaled(tape)
     made_up = [tape.values[id(m)].as_subclass(Tensor) for m in tape.leaves]
     reduction = _reduction(tape, made_up)
     reached = _reached(tape, made_up)
@@ -528,6 +540,15 @@ def _refuse_drawn(tape: _Tape) -> None:
                 "How many patients a batch holds is made up here, and none of them is anybody at the site.",
                 tracing.DROPOUT, line=made.line,
             )  # fmt: skip
+
+
+def _refuse_unscaled(tape: _Tape) -> None:
+    """Raise ProgramError for a column compared with a number in its own unit."""
+    for made in tape.order:
+        of = made.args[0]._made if made.args and isinstance(made.args[0], SealedTensor) else made
+        if len(made.args) == 2 and isinstance(of.columns, str) and (column := of.batch.number(of.columns)):
+            written = f'batch["{of.columns}"]'
+            scaled.refuse_unscaled(column, written, _name(made.function), made.args[1], made.line)
 
 
 def _reached(tape: _Tape, made_up: list[Tensor]) -> list[int]:

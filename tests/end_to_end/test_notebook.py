@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ class Notebook:
     """A kernel that runs one cell after another."""
 
     def __init__(self, home: Path) -> None:
-        self.home = home
+        self.home, self.connected = home, list[nbformat.NotebookNode]()
         self._book = nbformat.v4.new_notebook()
         self._client = NotebookClient(self._book, timeout=120, allow_errors=True)
         self._client.extra_arguments = ["--log-level=40"]
@@ -60,7 +61,8 @@ def notebook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notebook]:
     """A notebook connected to a demo site of its own."""
     home = tmp_path_factory.mktemp("home")
     with Notebook(home) as book:
-        assert not [o for o in book.run(CONNECT) if o["output_type"] == "error"]
+        book.connected = book.run(CONNECT)
+        assert not errors(book.connected)
         yield book
 
 
@@ -86,6 +88,13 @@ def said(outputs: list[nbformat.NotebookNode]) -> str:
     return "\n".join([*lines, *(str(output.get("text", "")) for output in outputs)])
 
 
+def test_connecting_says_what_is_waited_for(notebook: Notebook) -> None:
+    """In one line, which ends with how long it took; nothing once the site is up."""
+    (line,) = notebook.connected
+    assert re.fullmatch(r"Connected to demo after \d+ s\.", line["data"]["text/plain"])
+    assert not notebook.run('again = rapha.connect("demo")')
+
+
 def test_an_aggregate_shows_a_release_once(notebook: Notebook) -> None:
     """Value, error bar, price and receipt; the last expression does not show it again."""
     outputs = notebook.run("%%enclave flchain\npatients.mean('age', epsilon=0.2)")
@@ -105,6 +114,33 @@ def test_a_blocked_cell_shows_a_card_and_one_line(notebook: Notebook) -> None:
     assert card["suggestion"].startswith("%%enclave flchain\n")
     assert errors(outputs) == ["SealedError"]
     assert "[blocked]" in bundles(outputs, "text/plain")[0]
+
+
+def test_what_was_printed_before_a_block_stands_above_the_card(notebook: Notebook) -> None:
+    """Said to be of made-up patients; without a picture of them, and nothing where nothing was printed."""
+    source = "print('so far')\npatients.histogram('age', epsilon=0.1)\npatients.head()"
+    printed, card, *rest = notebook.run(f"%%enclave flchain\n{source}")
+    assert "made-up patients" in printed["data"]["text/plain"]
+    assert "so far" in printed["data"]["text/plain"]
+    assert set(printed["data"]) == {"text/plain"}
+    assert bundles([card], "application/vnd.rapha.blocked+json")
+    assert errors(rest) == ["SealedError"]
+
+
+def test_jobs_show_as_a_table_and_are_a_list(notebook: Notebook) -> None:
+    """Number, dataset, state, steps, ε, and the line that tells most of the cell."""
+    notebook.run("%%enclave flchain\npatients.validation.count(epsilon=0.07)")
+    (output,) = notebook.run("jobs = site.jobs(); jobs")
+    head, *rows, attach = output["data"]["text/plain"].splitlines()
+    assert head.split() == ["job", "begun", "dataset", "state", "steps", "ε", "spent", "cell"]
+    assert "0.07 of 0.07  patients.validation.count(epsilon=0.07)" in rows[-1]
+    assert "site.attach" in attach
+    assert output["data"]["text/html"].count("<tr>") == len(rows) + 1
+    assert notebook.value("[len(jobs), jobs[-1]['state'], isinstance(jobs, list)]") == [
+        len(rows),
+        "done",
+        True,
+    ]
 
 
 def test_a_typo_is_caught_before_anything_is_sent(notebook: Notebook) -> None:

@@ -88,6 +88,7 @@ def test_the_session_idle_for_longest_makes_room(place, monkeypatch):
     assert len([key for key, s in site.cells._sessions.items() if not s.over]) == 1 + cells.MAX_SESSIONS
     back = mine.run("print('kept' in dir())", "ward", session="s2").wait()
     assert "another notebook of yours needed room" in text(back)
+    assert "models included that no -o brought back" in text(back)
     assert "False" in text(back)
     still = mine.run("print(kept)", "ward", session="s1").wait()
     assert text(still) == "1"

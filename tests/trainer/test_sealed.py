@@ -365,9 +365,11 @@ def test_a_value_is_refused_with_what_why_and_what_instead(name: str) -> None:
 
 
 def test_printing_shows_shape_and_dtype_alone() -> None:
-    """The first dimension has no number."""
+    """The first dimension has no number; what was read from a record says how it is scaled."""
     x = batch()[FEATURES]
-    assert repr(x) == "<sealed tensor: (patients, 8), float32>"
+    assert (
+        repr(x) == "<sealed tensor: (patients, 8), float32; numbers scaled, -1 and 1 are their public bounds>"
+    )
     assert str(x.mean(1)) == "<sealed tensor: (patients,), float32>"
     assert f"{x.mean()}" == "<sealed tensor: (), float32>"
     assert repr(x.shape[0]) == "patients"

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from datetime import date
 from typing import Any
 
+import msgspec
 import numpy as np
 import polars
 import pytest
 import torch
 from house import House, numbers
 
+from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.errors import ProgramError, RaphaError
+from rapha_lab.session import scaled
 from rapha_lab.session.interpreter import Screen, run
 from rapha_lab.session.patients import Patients
 
@@ -202,6 +205,10 @@ REFUSED = {
     "its length": ("len(batch[X])", "batch.expected"),
     "another device": ("model.cuda()", "Leave .cuda()"),
     "its rows on another device": ('batch[X].to("cuda")', "Leave .cuda()"),
+    "in days": (
+        "(logits(model(batch[X])[:, 0], (batch['t'] > 5).float())).mean().backward()",
+        'Write batch["t"] > 0.',
+    ),
     "loader": ("torch.utils.data.DataLoader(patients.train, shuffle=True)", "patients.train.batches"),
 }
 
@@ -268,6 +275,22 @@ def test_a_loop_ends_with_its_cell(house: House) -> None:
     kept = ran(house, "loader = batches(2)\nupdate(loss_of(next(loader)))")["loader"]
     assert len(house.releases) == before + 1
     assert next(kept, None) is None
+
+
+def test_a_column_says_what_it_is_scaled_by(house: House) -> None:
+    """Its public bounds stand where one looks at it, and a comparison that holds for nobody names the number meant."""
+    shown = ran(
+        house, "batch = next(batches())\nt, x, y = repr(batch['t']), repr(batch[X]), repr(batch['y'])"
+    )
+    assert shown["t"] == "<sealed tensor: (patients,), float32; t: -1 and 1 are 0 and 10>"
+    assert "their public bounds" in shown["x"]
+    assert "-1" not in shown["y"]
+    age = {"name": "age", "type": "number", "unit": "years", **PUBLIC}
+    for more, value, seen in (
+        ({"bounds": [0, 100]}, 75, 0.5),
+        ({"bounds": [1, 100], "scale": "log"}, 10, 0.0),
+    ):
+        assert scaled.place(msgspec.convert(age | more, Column), value) == pytest.approx(seen)
 
 
 def test_a_rehearsal_finds_steps_that_are_not_paid_for(house: House) -> None:

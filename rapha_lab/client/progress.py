@@ -1,0 +1,61 @@
+"""One line that says what is being waited for, where somebody waits: in a notebook, or in a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Progress"]
+
+QUICK = 1.0
+"""Seconds for which nothing is said."""
+
+
+class Progress:
+    """Says what goes on, in one line that is updated; nothing if all of it is quick."""
+
+    def __init__(self) -> None:
+        self._begun, self._said, self._line = time.monotonic(), "", None
+
+    def say(self, what: str) -> None:
+        """What goes on now; to be called again as it lasts."""
+        seconds = time.monotonic() - self._begun
+        text = f"{what} … {seconds:.0f} s"
+        if seconds >= QUICK and text != self._said:
+            self._said, self._line = text, self._line or _line()
+            self._line(text)
+
+    def end(self, what: str) -> None:
+        """What it came to, in the place of what was said; nothing if nothing was."""
+        if self._line is not None:
+            self._line(f"{what} after {time.monotonic() - self._begun:.0f} s.", last=True)
+            self._line = None
+
+
+def _line() -> Callable[..., None]:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return _Output().put if hasattr(shell, "kernel") else _in_terminal
+
+
+class _Output:
+    """An output of a notebook's cell, replaced by each text."""
+
+    def __init__(self) -> None:
+        self._shown: Any = None
+
+    def put(self, text: str, last: bool = False) -> None:
+        from IPython.display import display
+
+        data = {"text/plain": text}
+        if self._shown is None:
+            self._shown = display(data, raw=True, display_id=True)
+        else:
+            self._shown.update(data, raw=True)
+
+
+def _in_terminal(text: str, last: bool = False) -> None:
+    if sys.stderr is not None and sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}" + ("\n" if last else ""))
+        sys.stderr.flush()
