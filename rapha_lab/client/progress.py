@@ -17,7 +17,8 @@ class Progress:
     """Says what goes on, in one line that is updated; nothing if all of it is quick."""
 
     def __init__(self) -> None:
-        self._begun, self._said, self._line = time.monotonic(), "", None
+        self._begun, self._said = time.monotonic(), ""
+        self._line: Callable[..., None] | None = None
 
     def say(self, what: str) -> None:
         """What goes on now; to be called again as it lasts."""
