@@ -585,16 +585,11 @@ class _Said(msgspec.Struct, forbid_unknown_fields=True):
     values: msgspec.Raw = msgspec.Raw(b"{}")
 
 
-_GONE = (
-    "What earlier enclave cells of this notebook defined there is gone, models included that no -o brought back; releases, "
-    "receipts, what -o brought back and the ε spent stay. Run those cells again: a question asked again as it was is free, "
-    "and a training too if it starts from the same weights; -i sends what is here.\n"
-)
+_GONE = """What this notebook's earlier enclave cells defined there is gone, models included that no -o brought back; releases,
+what -o brought back and the ε spent stay. Run those cells again: a question asked again as it was is free, and so is a
+training from the same starting weights; -i sends what is here.\n"""
 _IDLED = f"The session at the site had been idle for long and was ended. {_GONE}"
-_CROWDED = (
-    f"The session at the site was ended because another notebook of yours needed room: you may have {MAX_SESSIONS} there, "
-    f"and this one had been idle for longest. {_GONE}"
-)
+_CROWDED = f"This session, idle for longest of your {MAX_SESSIONS}, was ended: another notebook of yours needed room. {_GONE}"
 
 _OUTCOMES = {
     "ended": "Its process ended.",
