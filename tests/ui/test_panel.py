@@ -57,7 +57,7 @@ def test_the_sidebar_needs_no_kernel(lab: Lab) -> None:
         "Expires",
     ):
         expect(panel.locator(".rapha-Site")).to_contain_text(said)
-    for said in ("flchain", "one patient, by patient", "Budget of tutorial", "left"):
+    for said in ("flchain", "one patient, by patient", "Budget of tutorial", "left", "room for ε"):
         expect(panel.locator(".rapha-Dataset")).to_contain_text(said)
     expect(panel.locator(".rapha-Job").filter(has_text="Done").first).to_be_visible()
 

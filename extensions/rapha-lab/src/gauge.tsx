@@ -6,12 +6,13 @@ import { IBudget } from './tokens';
 export function Gauge({ label, budget }: { label: string; budget: IBudget }): JSX.Element {
   const left = Math.max(0, budget.left);
   const share = budget.epsilon > 0 ? Math.min(1, left / budget.epsilon) : 0;
-  const words = `ε ${epsilon(left, 'down')} of ${epsilon(budget.epsilon)} left`;
+  const room = budget.room === undefined ? '' : `, room for ε ${epsilon(budget.room, 'down')} at once`;
+  const words = `ε ${epsilon(left, 'down')} of ${epsilon(budget.epsilon)} left${room}`;
   return (
     <div className="rapha-Gauge">
       <span className="rapha-Gauge-label">{label}</span>
-      <span className="rapha-Gauge-words" title={`δ ${budget.delta}; ε ${epsilon(budget.spent)} spent`}>
-        {left > 0 ? words : `spent: ${words}`}
+      <span className="rapha-Gauge-words" title={about(budget)}>
+        {left > 0 || budget.room ? words : `spent: ${words}`}
       </span>
       <div
         className="rapha-Bar"
@@ -25,5 +26,13 @@ export function Gauge({ label, budget }: { label: string; budget: IBudget }): JS
         <div className="rapha-Bar-fill" style={{ width: `${100 * share}%` }} data-low={share < 0.2} />
       </div>
     </div>
+  );
+}
+
+/** What the two figures are, in the words of the notebook's own card. */
+function about({ delta, spent }: IBudget): string {
+  return (
+    `ε ${epsilon(spent)} spent, δ ${delta}. left: the budget less the guarantee of all answers together. ` +
+    'room: the largest ε of a single one that is admitted next.'
   );
 }

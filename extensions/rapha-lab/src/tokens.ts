@@ -6,7 +6,10 @@ export interface IBudget {
   epsilon: number;
   delta: number;
   spent: number;
+  /** The budget less the guarantee of all answers together. */
   left: number;
+  /** The largest ε of a single answer that is admitted next. */
+  room?: number;
 }
 
 /** What the public schema says of one column. */
