@@ -147,8 +147,8 @@ def _remembered(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
         return SealedTensor.wrap(out, made)
     if isinstance(out, tuple | list) and any(isinstance(t, Tensor) for t in out):
         wrapped = [SealedTensor.wrap(t, made, i) if isinstance(t, Tensor) else t for i, t in enumerate(out)]
-        # LSTM states come as a tuple within a list of outputs, named tuples as tuples
-        return tuple(wrapped) if isinstance(out, tuple) else wrapped
+        # LSTM states come as a tuple within a list of outputs; x.max(1) has names for its two
+        return type(out)(wrapped) if isinstance(out, tuple) else wrapped
     return out
 
 
