@@ -32,8 +32,9 @@ Machine: {machine} `make bench` measures anew; `build/bench/trainer.json` has th
 
 {mean} {faster}
 
-{bags} vmap is `torch.compile(vmap(grad))` and JAX `jit(vmap(grad))`, each clipped and noised by hand. fast-DP is in no package
-registry and was not run here.
+{bags} vmap is
+`torch.compile(vmap(grad))` and JAX `jit(vmap(grad))`, each clipped and noised by hand. fast-DP is in no package registry and was
+not run here.
 
 {notes}
 
@@ -59,6 +60,8 @@ patient, 1.3 GB at ten million): what a step takes for each patient is two bytes
 themselves a site holds in memory, 9 bytes a number, 5 a category, 2 a yes or no: to open a million patients with 31 columns
 takes 0.47 GB at most from Parquet and 1.3 GB from CSV, of which 0.4 GB stay.) Sessions are trainings
 at once in one process on this machine's cores; a site's curator runs four at a time and lets others wait.
+They share one interpreter, whose lock the many short operations of a step without a compiler pass back and forth; a compiled
+step, which long trainings take, is one call that does without the lock.
 The last table is a whole answer of `evaluate` (the patients' rows, the machine's test of itself, the scores, noise and metrics)
 beside a plain forward pass on tensors of the same patients: each patient's score is computed in a place of their own by keyed
 hash, so that some places stay empty.
@@ -66,7 +69,7 @@ hash, so that some places stay empty.
 
 
 HEADS = {
-    "sessions": ["steps a second, all", "CPU ms a step"],
+    "sessions": ["steps a second, all", "CPU ms a step", "compiled: steps a second", "compiled: CPU ms"],
     "patients judged": ["CPU ms", "a plain forward pass", "ratio"],
 }
 

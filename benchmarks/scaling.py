@@ -1,6 +1,6 @@
 """How a step's cost grows: with patients on disk, parameters, batch and sessions at once; and what judging a model costs.
 
-    python benchmarks/scaling.py [--minutes 6]
+    python benchmarks/scaling.py [--axes patients,sessions] [--minutes 6]
 
 CPU milliseconds of a whole step: the Poisson draw, the padded clipped sum, noise and update, without a compiler. Patients
 are read from a file as the curator maps one; the others' axes hold them in memory. Points are kept as they come in
@@ -37,10 +37,10 @@ from workloads import mlp
 
 from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.lift import lift
-from rapha_lab.curator.lift.compiling import keep_pages
+from rapha_lab.curator.lift.compiling import assembled, keep_pages
 from rapha_lab.curator.mapped import OnDisk, filled, on_disk, with_absent
 from rapha_lab.curator.mechanisms import evaluate, train
-from rapha_lab.curator.noise import SystemNoise
+from rapha_lab.curator.noise import SystemNoise, compile_noise
 from rapha_lab.protocol.messages import Evaluate
 from rapha_lab.protocol.schema import Schema
 from rapha_lab.session.tracing import loss_program, score_program
@@ -71,7 +71,7 @@ def from_disk(patients: int) -> dict[str, Tensor]:
     return OnDisk(x=x, target=y)
 
 
-def step_of(rows: dict[str, Tensor], width: int, batch: int) -> Callable[[], None]:
+def step_of(rows: dict[str, Tensor], width: int, batch: int, *, compiled: bool = False) -> Callable[[], None]:
     """A whole step of an MLP with two hidden layers, as `fit` takes it."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -82,6 +82,8 @@ def step_of(rows: dict[str, Tensor], width: int, batch: int) -> Callable[[], Non
     slots = it.for_batches_of(train.capacity(train.most(batch, batch / patients), 1)) * it.microbatch
     parameters, constants = it.tensors(traced.blob)
     weights, total = train.Weights(parameters), it.zeros()
+    if compiled and it.compile(weights, constants) is not None:
+        compile_noise(assembled)
     del model, traced, parameters
     optimizer = torch.optim.SGD(weights.vectors, lr=RATE)
 
@@ -107,10 +109,10 @@ def figures(made: Callable[[], Callable[[], None]]) -> tuple[float, float, float
     return min(cpu(step, 1) for _ in range(times)) * 1e3, raised, held
 
 
-def together(sessions: int, seconds: float = 4.0) -> tuple[float, float]:
+def together(sessions: int, *, compiled: bool, seconds: float = 4.0) -> tuple[float, float]:
     """Steps a second of so many sessions' trainings at once in one curator, and CPU milliseconds of a step."""
     rows = in_memory(100_000)
-    steps = [step_of(rows, 128, 256) for _ in range(sessions)]
+    steps = [step_of(rows, 128, 256, compiled=compiled) for _ in range(sessions)]
     counts, start = [0] * sessions, threading.Barrier(sessions + 1)
 
     def session(mine: int) -> None:
@@ -185,11 +187,12 @@ def point(axis: str, value: int) -> tuple[float, ...]:
         return figures(lambda: step_of(in_memory(20_000), 128, value))
     if axis == "patients judged":
         return judged(value)
-    return together(value)
+    return *together(value, compiled=False), *together(value, compiled=True)
 
 
 def main() -> None:
     line = argparse.ArgumentParser()
+    line.add_argument("--axes", default=",".join(AXES))
     line.add_argument("--minutes", type=float, default=6)
     given = line.parse_args()
     torch.set_num_threads(1)
@@ -198,18 +201,20 @@ def main() -> None:
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     step_of(in_memory(100), 8, 8)()  # what is loaded once belongs to no point
     until = time.monotonic() + 60 * given.minutes
-    found: dict[str, list[Any]] = {axis: [] for axis in AXES}
+    axes = given.axes.split(",")
+    # a run of some axes renews their rows only
+    before = json.loads(TARGET.read_text()) if TARGET.exists() else {}
+    found: dict[str, list[Any]] = {a: [] if a in axes else before.get(a, []) for a in AXES}
     # the long points last, so that a slow machine leaves those out
-    for axis, value in sorted(
-        ((a, v) for a, values in AXES.items() for v in values), key=lambda p: LONG.get(p, 0)
-    ):
+    for axis, value in sorted(((a, v) for a in axes for v in AXES[a]), key=lambda p: LONG.get(p, 0)):
         began = time.monotonic()
         if until - began < LONG.get((axis, value), 5):
             print(f"{axis:12} {value:12,} not run: no time was left", flush=True)
             continue
-        found[axis].append((value, *(round(v, 3) for v in point(axis, value))))
+        measured = [round(v, 3) for v in point(axis, value)]
+        found[axis] = sorted([*found[axis], [value, *measured]])
         TARGET.write_text(json.dumps(found, indent=1))
-        told = " ".join(f"{v:10.3g}" for v in found[axis][-1][1:])
+        told = " ".join(f"{v:10.3g}" for v in measured)
         print(f"{axis:12} {value:12,} {told}   in {time.monotonic() - began:.0f} s", flush=True)
     draw(found)
 
