@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rapha_lab.curator.accounting import Gaussian, Loss, Pure
 from rapha_lab.curator.ledger import ALL, Ledger
+from rapha_lab.curator.watched import Watched
 from rapha_lab.protocol.policy import Policy
 from rapha_lab.protocol.schema import SPLITS
 from rapha_lab.protocol.spend import Spend, spends
@@ -38,11 +39,11 @@ def follow(ledger: Ledger, page: Callable[[], Policy], path: str | Path) -> Call
         path: where it is; a spend that is signed beside it holds from the next request on.
     """
     last: tuple[Policy, list[Spend]] | None = None
+    stated = Watched(lambda: spends(path), f"{path}.spends")
 
     def in_force() -> Policy:
         nonlocal last
-        policy = page()
-        elsewhere = spends(path)
+        policy, elsewhere = page(), stated()
         if (policy, elsewhere) != last:
             for project in policy.projects:
                 for dataset in project.datasets:

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from rapha_lab.curator.ledger import Ledger
+from rapha_lab.curator.watched import Watched
 from rapha_lab.protocol.errors import PolicyError
 from rapha_lab.protocol.policy import Policy, Signed, Statement
 
@@ -41,6 +42,7 @@ class InForce:
     ) -> None:
         self._admits = admits
         self._path, self._ledger, self._lock = Path(path), ledger, threading.Lock()
+        self._found = Watched(lambda: Signed.load(path), path, f"{path}.signatures")
         with ledger.transaction() as db:
             for line in SCHEMA.strip().splitlines():
                 db.execute(line)
@@ -54,7 +56,7 @@ class InForce:
     def __call__(self) -> Policy:
         """The policy in force now; verified once a day for the very same bytes, since a loop asks a thousand times."""
         with self._lock:
-            found, today = Signed.load(self._path), datetime.now(UTC).date()
+            found, today = self._found(), datetime.now(UTC).date()
             if self._last is not None and self._last[:2] == (found, today):
                 return self._last[2]
             self._last = None
@@ -87,7 +89,7 @@ class InForce:
             file.write(msgspec.json.encode(statement) + b"\n")
         with self._lock:
             self._last = None
-            self._remember(Signed.load(self._path))
+            self._remember(self._found())
 
     def _closes(self, statement: Statement, *judges: Policy | None) -> bool:
         keys = {c.key for policy in judges if policy is not None for c in policy.custodians}

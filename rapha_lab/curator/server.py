@@ -17,6 +17,7 @@ import msgspec
 
 from rapha_lab.curator import clock
 from rapha_lab.curator.desk import Caller, Cancelled, Desk
+from rapha_lab.curator.pool import Pool
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RaphaError, RefusedError
 from rapha_lab.protocol.quote import Inquiries
@@ -54,7 +55,7 @@ class Server:
         self._desk, self._free, self._reader, self._writer = desk, free, reader, writer
         self._lock = threading.Lock()
         self._cancelled: set[str] = set()
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="ask")
+        self._pool = Pool(WORKERS, "ask")
         # long trainings must keep nobody from the site's evidence, its log or their budget
         self._quick = ThreadPoolExecutor(1, thread_name_prefix="look-up")
         self._pricing = ThreadPoolExecutor(1, thread_name_prefix="quote")
@@ -80,7 +81,7 @@ class Server:
             elif (request := messages.read_frame(self._reader)) is not None:
                 self._pool.submit(self._answer, call, *request, clock.now())
         self._cancelled.add("*")
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.close()
 
     def _say(self, header: dict[str, Any], tensors: bytes = b"") -> None:
         with self._lock:

@@ -353,7 +353,7 @@ class Cells:
 
     def _ask(self, cell: Cell, request: bytes, tensors: bytes) -> tuple[dict[str, Any], bytes]:
         """One request of a cell's: carried to the curator, its release shown as a card."""
-        epsilon, loop = _price(request)
+        epsilon, loop = messages.asked_for(request)
 
         def on_step(step: int, steps: int, spent: float, doing: str) -> None:
             with self._changed:
@@ -441,15 +441,6 @@ def _printed(output: dict[str, Any]) -> dict[str, Any]:
     return {"text/plain": text} | (
         {"application/vnd.jupyter.stderr": text} if output["name"] == "stderr" else {}
     )
-
-
-def _price(request: bytes) -> tuple[float, str]:
-    """The ε that a request asks for, and the loop that it is a step of, if any."""
-    try:
-        ask = messages.decode(request)
-    except RaphaError:
-        return 0.0, ""
-    return float(getattr(ask, "epsilon", 0.0)), str(getattr(ask, "loop", ""))
 
 
 class _Session:

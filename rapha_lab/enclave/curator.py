@@ -27,7 +27,7 @@ class _Waiting:
     """A call that waits for its replies, and the process that has them."""
 
     def __init__(self) -> None:
-        self.replies: queue.Queue[tuple[dict[str, Any], bytes] | None] = queue.Queue()
+        self.replies: queue.SimpleQueue[tuple[dict[str, Any], bytes] | None] = queue.SimpleQueue()
         self.process: subprocess.Popen[bytes] | None = None
 
 

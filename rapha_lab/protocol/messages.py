@@ -45,6 +45,7 @@ __all__ = [
     "Sum",
     "Survival",
     "Variance",
+    "asked_for",
     "decode",
     "encode",
     "read_frame",
@@ -346,6 +347,23 @@ def decode(data: bytes) -> ASKS:
         return _decoder.decode(data)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise malformed(error) from None
+
+
+class _Asked(msgspec.Struct):
+    epsilon: float = 0.0
+    loop: str = ""
+
+
+_asked = msgspec.json.Decoder(_Asked)
+
+
+def asked_for(request: bytes) -> tuple[float, str]:
+    """The ε that a request asks for, and the loop that it is a step of: what it says, for those who only show it."""
+    try:
+        told = _asked.decode(request)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return 0.0, ""
+    return told.epsilon, told.loop
 
 
 def malformed(error: Exception) -> RequestError:

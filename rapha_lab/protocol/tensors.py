@@ -1,13 +1,15 @@
-"""Tensors by name as safetensors bytes, in the one way that they are packed at every step of a training loop."""
+"""Tensors by name as safetensors bytes, in the ways that they are packed at every step of a training loop."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from safetensors import TensorSpec, serialize
 
-__all__ = ["pack"]
+__all__ = ["Layout", "pack"]
 
 
 def pack(tensors: Mapping[str, Any]) -> bytes:
@@ -31,3 +33,40 @@ def pack(tensors: Mapping[str, Any]) -> bytes:
             }
         )
     )
+
+
+class Layout:
+    """Where the tensors are in safetensors bytes, for others of the same names and shapes: one copy in place of many.
+
+    Args:
+        like: well-formed bytes, as they follow again and again.
+
+    Attributes:
+        uniform: whether there are numbers and all float32, which is all that it is for.
+        names: of the tensors, in the order of their bytes.
+    """
+
+    def __init__(self, like: bytes) -> None:
+        start = 8 + int.from_bytes(like[:8], "little")
+        self._header, self._size = like[:start], len(like)
+        told = json.loads(like[8:start])
+        told.pop("__metadata__", None)
+        self.uniform = len(like) > start and all(spec["dtype"] == "F32" for spec in told.values())
+        self.names = sorted(told, key=lambda name: told[name]["data_offsets"])
+        self._shapes = [told[name]["shape"] for name in self.names]
+        self._sizes = [math.prod(shape) for shape in self._shapes]
+
+    def pack(self, flat: Any) -> bytes:
+        """The bytes of the float32 numbers of all tensors, one after another in the order of `names`."""
+        return self._header + flat.numpy(force=True).tobytes()
+
+    def unpack(self, data: bytes) -> bytearray | None:
+        """The float32 numbers of bytes like these, to be read as one array; None if they are others."""
+        if len(data) != self._size or not data.startswith(self._header):
+            return None
+        return bytearray(memoryview(data)[len(self._header) :])
+
+    def parts(self, flat: Any) -> dict[str, Any]:
+        """The tensors by name, as views of a flat one of all their numbers."""
+        views = zip(self.names, flat.split(self._sizes), self._shapes, strict=True)
+        return {name: part.view(shape) for name, part, shape in views}

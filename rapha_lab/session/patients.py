@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any, NoReturn, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import torch
 from safetensors.torch import load
@@ -19,6 +19,7 @@ from rapha_lab.protocol.messages import Columns, Split
 from rapha_lab.protocol.program import Program, digest
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
+from rapha_lab.protocol.tensors import Layout
 from rapha_lab.session import parcels, recipe, shard, tracing
 from rapha_lab.session.loops import Batches
 from rapha_lab.session.opacus import Loader
@@ -120,7 +121,7 @@ class Patients(Questions):
             epochs: passes over the expected number of patients.
             batch: expected patients in a step.
             clip: the most one patient's gradient may weigh.
-            clip_quantile: from `clip` on follow this quantile of the patients' gradient norms, 0.9 say (Andrew et al. 2021).
+            clip_quantile: from `clip` on follow this quantile of the patients' gradient norms, 0.5 say (Andrew et al. 2021).
             bands: of noise that later steps take back (Choquette-Choo et al. 2023), for large ε and small batches.
             average: release the average of the weights over the steps with this decay, 0.99 say.
             corrected: Adam without the noise in its second moment (Tang et al. 2023).
@@ -175,7 +176,7 @@ class Patients(Questions):
         opened = self._ask(ask, b"")[0]
         gradients = _Gradients(self._ask, opened["loop"])
         noise = opened["noise"] * ask.clip / ask.batch
-        batch = Batch(_Examples(self._made_up), gradients, ask.batch, noise, self._number)
+        batch = Batch(self._made_up, gradients, ask.batch, noise, self._number)
         try:
             for _ in range(given := min(ask.steps, self._most_steps)):
                 yield replace(batch, _seen={})
@@ -469,45 +470,49 @@ class Patients(Questions):
         return f"<patients of {self.schema.name}{part}: sealed; ask for {_ANSWERS}>"
 
 
-class _Examples:
-    """Made-up values of columns, made once for all the batches of a loop."""
-
-    def __init__(self, make: Callable[[Columns], torch.Tensor]) -> None:
-        self._make, self._made = make, dict[str, torch.Tensor]()
-
-    def __call__(self, columns: Columns) -> torch.Tensor:
-        key = repr(columns)
-        if key not in self._made:
-            self._made[key] = self._make(columns)
-        return self._made[key]
-
-
 class _Gradients:
     """Asks for one private gradient of an open loop; a program travels once."""
 
     def __init__(self, ask: Ask, loop: str) -> None:
-        self._ask, self._loop, self._sent = ask, loop, set[str]()
-        self._digests: dict[int, tuple[Program, str]] = {}
+        self._ask, self._loop = ask, loop
+        self._sent: dict[int, _Sent] = {}
         self.taken = 0
 
     def __call__(
         self, traced: tracing.Traced, columns: dict[str, Columns], reduction: Any
     ) -> dict[str, torch.Tensor]:
-        if id(traced.program) not in self._digests:
-            self._digests[id(traced.program)] = traced.program, digest(traced.program)
-        name = self._digests[id(traced.program)][1]
-        program = None if name in self._sent else traced.program
-        request = messages.Gradient(
-            loop=self._loop,
-            inputs=columns,
-            reduction=reduction,
-            digest=name,
-            program=program,
+        sent = self._sent.get(id(traced.program))
+        if sent is not None:
+            return self._again(sent, traced, columns, reduction)
+        name, blob = digest(traced.program), traced.blob
+        asked = messages.Gradient(
+            loop=self._loop, inputs=columns, reduction=reduction, digest=name, program=traced.program
         )
-        found = load(self._ask(request, traced.blob)[1])
-        self._sent.add(name)
+        given = self._ask(asked, blob)[1]
         self.taken += 1
-        return found
+        self._sent[id(traced.program)] = _Sent(traced.program, name, Layout(blob), Layout(given))
+        return load(given)
+
+    def _again(
+        self, sent: _Sent, traced: tracing.Traced, columns: dict[str, Columns], reduction: Any
+    ) -> dict[str, torch.Tensor]:
+        there, back, blob = sent.there, sent.back, None
+        if there.uniform:
+            blob = there.pack(torch.cat([traced.tensors[name].reshape(-1) for name in there.names]))
+        asked = messages.Gradient(loop=self._loop, inputs=columns, reduction=reduction, digest=sent.digest)
+        given = self._ask(asked, blob or traced.blob)[1]
+        self.taken += 1
+        numbers = back.unpack(given) if back.uniform else None
+        return load(given) if numbers is None else back.parts(torch.frombuffer(numbers, dtype=torch.float32))
+
+
+class _Sent(NamedTuple):
+    """A program that travelled, and how tensors lie in what goes there and comes back."""
+
+    program: Program  # held, so that no other gets its id
+    digest: str
+    there: Layout
+    back: Layout
 
 
 def _refuse_more(taken: int, given: int) -> None:

@@ -12,8 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,60 +20,15 @@ from torch import Tensor
 from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.errors import ProgramError, SealedError
 from rapha_lab.session import scaled, tracing
+from rapha_lab.session.backward import backward
 from rapha_lab.session.refusals import OF_TORCH, REFUSALS
+from rapha_lab.session.tape import PATIENTS, Columns, Count, Made, Tape, Use, mapped, name_of
 from rapha_lab.session.tracing import Traced
 
 __all__ = ["PATIENTS", "Batch", "Gradients", "SealedTensor"]
 
-PATIENTS = 13
-"""Made-up patients in a sealed tensor: a number that layers rarely have as one of their sizes."""
-
-Columns = str | list[str]
 Gradients = Callable[[Traced, dict[str, Columns], str], dict[str, Tensor]]
 """`(traced, columns by input, "mean" or "sum")` → a private gradient by parameter of the program."""
-
-
-class Count(int):
-    """The number of patients, or `factor` times it: a made-up number that replays know how to replace."""
-
-    factor: int
-
-    def __new__(cls, factor: int = 1) -> Count:
-        """`factor` times the number of made-up patients."""
-        made = super().__new__(cls, PATIENTS * factor)
-        made.factor = factor
-        return made
-
-    def __mul__(self, other: Any) -> Any:
-        return Count(self.factor * other) if type(other) is int else int(self) * other
-
-    __rmul__ = __mul__
-
-    def __floordiv__(self, other: Any) -> Any:
-        return (
-            Count(self.factor // other)
-            if type(other) is int and self.factor % other == 0
-            else int(self) // other
-        )
-
-    def __repr__(self) -> str:
-        return "patients" if self.factor == 1 else f"{self.factor} * patients"
-
-
-@dataclass(eq=False)
-class Made:
-    """How a sealed tensor was made: a column, or an item of `function(*args, **kwargs)`.
-
-    `grad` is False for what was made under `torch.no_grad()`, through which no gradient passes.
-    """
-
-    function: Any = None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    columns: Columns | None = None
-    batch: Any = None
-    line: int | None = None
-    grad: bool = True
 
 
 class SealedTensor(Tensor):
@@ -82,38 +36,54 @@ class SealedTensor(Tensor):
 
     _made: Made
     _index: int | None
+    _batch: Batch | None  # None for what several batches made
+    _viewed: bool
 
     @staticmethod
-    def wrap(values: Tensor, made: Made, index: int | None = None) -> SealedTensor:
-        """Made-up values with how they were made."""
-        it = torch.Tensor._make_subclass(SealedTensor, values.detach())
-        it._made, it._index = made, index
+    def wrap(values: Tensor, made: Made, batch: Batch | None, index: int | None = None) -> SealedTensor:
+        """Made-up values with how they were made, of which batch."""
+        it = torch.Tensor._make_subclass(SealedTensor, values)
+        it._made, it._index, it._batch, it._viewed = made, index, batch, False
         return it
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func` on the made-up values and remember it, or refuse it."""
-        name, kwargs = _name(func), kwargs or {}
+        """Run `func` on the made-up values and remember it, or refuse it; what a batch before did is looked up."""
+        kwargs = kwargs or {}
+        batch, key = _known_by(func, args, kwargs)
+        if key is not None and (done := batch.memory.done.get(key)) is not None:
+            return _again(done, args, batch)
+        name = name_of(func)
         if name in REFUSALS and not (
             name in ("__getitem__", "__iter__", "__len__") and not _by_patient(name, args)
         ):
             _refuse(name)
         if name == "backward":
-            return _backward(*args, **kwargs)
+            return backward(*args, **kwargs)
         if name == "requires_grad":
-            return args[0]._made.grad and bool(_Tape(args[0]).parameters)
+            return args[0]._made.grad and bool(Tape(_use(args[0])).parameters)
         _refuse_norms(name, kwargs)
         _refuse_order(name, args)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            before = _mapped(args, lambda t: t.as_subclass(Tensor))
-            out = func(*before, **_mapped(kwargs, lambda t: t.as_subclass(Tensor)))
+            before = mapped(args, SealedTensor, _plain)
+            out = func(*before, **mapped(kwargs, SealedTensor, _plain))
+            viewed = any(_shares(out, t) for t in before)
+        made = Made(func, mapped(args, SealedTensor, _use), mapped(kwargs, SealedTensor, _use))
+        made.line, made.grad, made.lasting = tracing.cell_line(), torch.is_grad_enabled(), key is not None
         if name in ("size", "shape", "numel", "nelement"):
-            return _counted(out)
-        return _remembered(func, name, args, kwargs, out)
+            out = _counted(out)
+        done = _Done(made, out, _in_place(name) and isinstance(args[0], SealedTensor), viewed)
+        if done.in_place:
+            _refuse_parts(args[0], name)
+            made.kwargs = {**made.kwargs, "_in_place": True}
+        if key is not None:
+            batch.memory.keep(key, done)
+        return _again(done, args, batch)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = ", ".join(repr(n) for n in self.shape)
-        about = self._made.batch.about(self._made.columns) if self._made.columns is not None else ""
+        leaf = self._made.columns is not None and self._batch is not None
+        about = self._batch.about(self._made.columns) if leaf else ""  # type: ignore[union-attr,arg-type]
         return f"<sealed tensor: ({shape}{',' if self.dim() == 1 else ''}), {str(self.dtype)[6:]}{about}>"
 
     def __format__(self, spec: str) -> str:
@@ -126,50 +96,136 @@ class SealedTensor(Tensor):
         return iter(self.unbind(0)) if not _by_patient("__iter__", (self,)) else _refuse("__iter__")
 
 
-@lru_cache(4096)
-def _name(func: Any) -> str:
-    name = getattr(func, "__name__", None) or str(func)
-    # properties arrive as the __get__ of their descriptor
-    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+class _Done(NamedTuple):
+    """An operation on sealed tensors and what it gave: whether in place, and whether as a view of an argument."""
+
+    made: Made
+    out: Any
+    in_place: bool
+    viewed: bool
 
 
-def _remembered(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
-    made = Made(func, args, kwargs, line=tracing.cell_line(), grad=torch.is_grad_enabled())
-    inplace = (name.endswith("_") and not name.endswith("__")) or name in (
-        "__setitem__",
-        "__iadd__",
-        "__imul__",
-        "__isub__",
-    )
-    if inplace and isinstance(args[0], SealedTensor):
-        return _rebound(args[0], made, name)
+@dataclass
+class Memory:
+    """What the batches of a loop have in common: columns, and the operations on them by what these are known by."""
+
+    leaves: dict[str, Made] = field(default_factory=dict)
+    done: dict[tuple[Any, ...], _Done] = field(default_factory=dict)
+
+    def keep(self, key: tuple[Any, ...], done: _Done) -> None:
+        """Remember an operation; a loop that never does the same twice remembers the last few thousand."""
+        if len(self.done) >= _OPERATIONS:
+            self.done.clear()
+        self.done[key] = done
+
+
+class _Passing(Exception):
+    """An argument that the next batch would not bring again."""
+
+
+_OPERATIONS = 4096
+_PLAIN = {int, bool, str, type(None), type(Ellipsis), torch.dtype, torch.device, Count}
+
+
+def _known_by(func: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...] | None]:
+    """The batch that the arguments are of, None if of several, and what the next batch knows the operation by, if at all."""
+    found: list[Batch | None] = []
+    try:
+        key = func, _part(args, found), _part(kwargs, found), torch.is_grad_enabled(), _autocast()
+    except _Passing:
+        key, found = None, []
+        mapped((args, kwargs), SealedTensor, lambda t: found.append(t._batch))
+    batch = found[0] if found else None
+    if any(other is not batch for other in found):
+        batch = None
+    return batch, key if batch is not None else None
+
+
+def _part(value: Any, found: list[Batch | None]) -> Any:
+    kind = type(value)
+    if kind is SealedTensor:
+        if not value._made.lasting:
+            raise _Passing
+        found.append(value._batch)
+        # what the memory keeps holds on to these objects, so that nothing else gets their ids
+        return id(value._made), value._index
+    if isinstance(value, Tensor):
+        if value.requires_grad and value.is_leaf:
+            return id(value), value.shape, value.dtype
+        raise _Passing
+    if kind in _PLAIN:
+        return kind, value
+    if kind is float:
+        return kind, repr(value)
+    if kind is tuple or kind is list or kind is torch.Size:
+        return (kind, *[_part(v, found) for v in value])
+    if kind is dict:
+        return tuple([(k, _part(v, found)) for k, v in value.items()])
+    if kind is slice:
+        return kind, _part((value.start, value.stop, value.step), found)
+    raise _Passing
+
+
+def _autocast() -> Any:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+
+
+def _again(done: _Done, args: Any, batch: Batch | None) -> Any:
+    """What an operation gives on these arguments: it is the same whatever their made-up values."""
+    made, out = done.made, done.out
+    if done.viewed:
+        mapped(args, SealedTensor, _mark)
+    if done.in_place:
+        args[0]._made, args[0]._index, args[0]._batch = made, None, batch
+        return args[0]
     if isinstance(out, Tensor):
-        return SealedTensor.wrap(out, made)
+        return SealedTensor.wrap(out, made, batch)
     if isinstance(out, tuple | list) and any(isinstance(t, Tensor) for t in out):
-        wrapped = [SealedTensor.wrap(t, made, i) if isinstance(t, Tensor) else t for i, t in enumerate(out)]
-        # LSTM states come as a tuple within a list of outputs; x.max(1) has names for its two
-        return type(out)(wrapped) if isinstance(out, tuple) else wrapped
+        wrapped = [
+            SealedTensor.wrap(t, made, batch, i) if isinstance(t, Tensor) else t for i, t in enumerate(out)
+        ]
+        # LSTM states come as a tuple within a list of outputs, named tuples as tuples
+        return tuple(wrapped) if isinstance(out, tuple) else wrapped
     return out
 
 
-def _rebound(it: SealedTensor, made: Made, name: str) -> SealedTensor:
-    """An operation in place, as one that gives the tensor new contents."""
-    if it._made.function is not None and _name(it._made.function) in (
-        "__getitem__",
-        "select",
-        "view",
-        "transpose",
-        "T",
-    ):
+def _mark(it: SealedTensor) -> SealedTensor:
+    it._viewed = True
+    return it
+
+
+def _plain(it: SealedTensor) -> Tensor:
+    return it.as_subclass(Tensor)
+
+
+def _use(it: SealedTensor) -> Use:
+    with torch._C.DisableTorchFunctionSubclass():
+        return Use(it._made, it._index, it.shape)
+
+
+def _shares(out: Any, argument: Any) -> bool:
+    """Whether an operation gave a part of its argument, or the argument in another shape."""
+    if isinstance(out, tuple | list):
+        return any(_shares(t, argument) for t in out)
+    both = isinstance(out, Tensor) and isinstance(argument, Tensor)
+    return both and out.untyped_storage()._cdata == argument.untyped_storage()._cdata
+
+
+def _in_place(name: str) -> bool:
+    named = name.endswith("_") and not name.endswith("__")
+    return named or name in ("__setitem__", "__iadd__", "__imul__", "__isub__")
+
+
+def _refuse_parts(it: SealedTensor, name: str) -> None:
+    """Raise ProgramError for an operation in place on a part of another sealed tensor, or on one with such parts."""
+    of = it._made.function
+    part = of is not None and name_of(of) in ("__getitem__", "select", "view", "transpose", "T")
+    if part or it._viewed:
+        which = "a part of another sealed tensor" if part else "a sealed tensor of which there is a view"
         raise ProgramError(
-            f"{name} changes a part of another sealed tensor in place.", "Programs only make new tensors.",
+            f"{name} changes {which} in place.", "Programs only make new tensors.",
             f"Use the function without the underscore: {name.strip('_')}.", line=tracing.cell_line(),
         )  # fmt: skip
-    old = SealedTensor.wrap(it.as_subclass(Tensor), it._made, it._index)
-    made.args = (old, *made.args[1:])
-    made.kwargs = {**made.kwargs, "_in_place": True}
-    it._made, it._index = made, None
-    return it
 
 
 def _by_patient(name: str, args: Any) -> bool:
@@ -200,20 +256,6 @@ def _counted(out: Any) -> Any:
     if isinstance(out, int):
         return Count(out // PATIENTS) if out and out % PATIENTS == 0 else out
     return tuple(_counted(n) for n in out)
-
-
-def _mapped(value: Any, change: Callable[[SealedTensor], Any]) -> Any:
-    if isinstance(value, SealedTensor):
-        return change(value)
-    if isinstance(value, tuple | list):
-        return (
-            type(value)(_mapped(v, change) for v in value)
-            if type(value) in (tuple, list)
-            else tuple(_mapped(v, change) for v in value)
-        )
-    if isinstance(value, dict):
-        return {k: _mapped(v, change) for k, v in value.items()}
-    return value
 
 
 def _refuse(name: str) -> NoReturn:
@@ -265,6 +307,7 @@ class Batch:
         expected: how many patients a batch holds in expectation, a public number.
         noise: the standard deviation of the noise in each number of a mean's gradient, which is public too.
         number: the column that is meant where it is one scaled number, else None.
+        memory: what the batches of a loop have in common.
     """
 
     example: Callable[[Columns], Tensor]
@@ -272,6 +315,7 @@ class Batch:
     expected: float
     noise: float = 0.0
     number: Callable[[Columns], Column | None] = lambda columns: None
+    memory: Memory = field(default_factory=Memory)
     _seen: dict[str, SealedTensor] = field(default_factory=dict)
 
     def __getitem__(self, columns: Columns | Sequence[str]) -> SealedTensor:
@@ -279,8 +323,13 @@ class Batch:
         columns = columns if isinstance(columns, str) else list(columns)
         key = repr(columns)
         if key not in self._seen:
-            made = Made(columns=columns, batch=self)
-            self._seen[key] = SealedTensor.wrap(self.example(columns), made)
+            made = self.memory.leaves.get(key)
+            if made is None:
+                made = Made(
+                    columns=columns, values=self.example(columns), column=self.number(columns), lasting=True
+                )
+                self.memory.leaves[key] = made
+            self._seen[key] = SealedTensor.wrap(made.values, made, self)
         return self._seen[key]
 
     def about(self, columns: Columns) -> str:
@@ -309,288 +358,3 @@ class Batch:
             "A batch was taken apart.", "It gives columns by their names.",
             'Write x, y = batch[FEATURES], batch["death"].', line=tracing.cell_line(),
         )  # fmt: skip
-
-
-class _Tape:
-    """Everything that made a sealed tensor, in an order in which it can be replayed."""
-
-    def __init__(self, of: SealedTensor) -> None:
-        self.of = of
-        self.order: list[Made] = []
-        self.leaves: list[Made] = []
-        self.values: dict[int, Tensor] = {}
-        self.parameters: list[Tensor] = []
-        self.constants: list[Tensor] = []
-        self.filled: set[int] = set()
-        seen: set[int] = set()
-        stack: list[tuple[Made, bool]] = [(of._made, False)]
-        while stack:
-            made, done = stack.pop()
-            if done:
-                (self.leaves if made.columns is not None else self.order).append(made)
-                continue
-            if id(made) in seen:
-                continue
-            seen.add(id(made))
-            stack.append((made, True))
-            for t in _tensors((made.args, made.kwargs)):
-                if isinstance(t, SealedTensor):
-                    stack.append((t._made, False))
-                    if t._made.columns is not None:
-                        self.values[id(t._made)] = t
-                else:
-                    self._outside(t, made.line)
-        if of._made.columns is not None:
-            self.values[id(of._made)] = of
-
-    def _outside(self, t: Tensor, line: int | None) -> None:
-        if PATIENTS in t.shape and type(t.grad_fn).__name__ in ("ExpandBackward0", "RepeatBackward0"):
-            raise ProgramError(
-                "A parameter was expanded to the number of patients.", "That number is made up here.",
-                "Let it broadcast; where it must be as long as the batch, as for torch.cat, "
-                "write p + torch.zeros_like(x[:, :1]) with x of the batch.", field="model", line=line,
-            )  # fmt: skip
-        # a tensor computed from parameters elsewhere is one more parameter, whose gradient autograd takes further
-        kept = self.parameters if t.requires_grad else self.constants
-        if not any(t is other for other in kept):
-            kept.append(t)
-
-    def signature(self) -> tuple[Any, ...]:
-        """Equal for tapes that make the same program."""
-        place = {id(m): k for k, m in enumerate([*self.leaves, *self.order])}
-        outside: dict[int, Any] = {id(t): ("p", k, t.shape) for k, t in enumerate(self.parameters)}
-        outside |= {id(t): ("c", k, id(t), t._version) for k, t in enumerate(self.constants)}
-
-        def seal(value: Any) -> Any:
-            if isinstance(value, SealedTensor):
-                return ("s", place[id(value._made)], value._index)
-            if isinstance(value, Tensor):
-                return outside[id(value)]
-            if isinstance(value, tuple | list):
-                return (type(value).__name__, *map(seal, value))
-            if isinstance(value, dict):
-                return tuple((k, seal(v)) for k, v in sorted(value.items()))
-            return (type(value).__name__, repr(value))
-
-        steps = tuple((m.function, seal(m.args), seal(m.kwargs), m.grad) for m in self.order)
-        return (tuple(repr(m.columns) for m in self.leaves), steps, self.of._index)
-
-    def replay(
-        self, patients: int, leaves: Sequence[Tensor], outside: dict[int, Tensor], *, random: bool = True
-    ) -> Tensor:
-        """The tensor computed anew for `patients` patients."""
-        found: dict[int, Any] = {id(m): t for m, t in zip(self.leaves, leaves, strict=True)}
-
-        def put(value: Any) -> Any:
-            if isinstance(value, SealedTensor):
-                out = found[id(value._made)]
-                return out if value._index is None else out[value._index]
-            if isinstance(value, Tensor):
-                now = outside.get(id(value), value)
-                return _narrowed(now, patients) if id(value) in self.filled else now
-            if isinstance(value, Count):
-                return value.factor * patients
-            if isinstance(value, tuple | list):
-                return (
-                    type(value)(map(put, value)) if type(value) in (tuple, list) else tuple(map(put, value))
-                )
-            return {k: put(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-        for made in self.order:
-            args, kwargs = put(made.args), put(made.kwargs)
-            if kwargs.pop("_in_place", False):
-                args = (args[0].clone(), *args[1:])
-                out = made.function(*args, **kwargs)
-                found[id(made)] = args[0] if out is None else out
-                continue
-            if not random and "training" in kwargs:
-                kwargs["training"] = False
-            out = made.function(*args, **kwargs)
-            found[id(made)] = out if made.grad else _detached(out)
-        out = found[id(self.of._made)]
-        return out if self.of._index is None else out[self.of._index]
-
-
-def _detached(value: Any) -> Any:
-    """Tensors through which no gradient passes."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    return type(value)(map(_detached, value)) if type(value) in (tuple, list) else value
-
-
-def _filled(constant: Tensor) -> bool:
-    """Whether it has the number of patients as a size and the same for each, such as a recurrent layer's zeros."""
-    if PATIENTS not in constant.shape:
-        return False
-    d = list(constant.shape).index(PATIENTS)
-    return torch.equal(constant.narrow(d, 0, 1).expand_as(constant), constant)
-
-
-def _narrowed(constant: Tensor, patients: int) -> Tensor:
-    """A constant that is filled, for another number of patients."""
-    d = list(constant.shape).index(PATIENTS)
-    return constant.narrow(d, 0, 1).expand([patients if k == d else n for k, n in enumerate(constant.shape)])
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-
-
-@dataclass(frozen=True)
-class _Known:
-    """The one-patient program of a loss, its reduction over patients, and which of the tape's parameters it reaches."""
-
-    traced: Traced
-    reduction: str
-    reached: list[int]
-
-
-_programs: dict[tuple[Any, ...], _Known] = {}
-_KEPT = 64
-
-
-def _backward(
-    loss: SealedTensor,
-    gradient: Any = None,
-    retain_graph: Any = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    """Private gradients of a loss, added to the `.grad` of the parameters it was computed from."""
-    tape = _Tape(loss if gradient is None else loss * gradient)
-    _check_backward(tape, create_graph)
-    key = tape.signature()
-    if key not in _programs:
-        while len(_programs) >= _KEPT:
-            del _programs[next(iter(_programs))]
-        _programs[key] = _program(tape)
-    known = _programs[key]
-    now = {f"p{k}": p.detach() for k, p in enumerate(tape.parameters)}
-    traced = Traced(known.traced.program, {n: now.get(n, t) for n, t in known.traced.tensors.items()})
-    columns = {f"x{k}": made.columns for k, made in enumerate(tape.leaves)}
-    found = tape.leaves[0].batch.gradients(traced, columns, known.reduction)
-    # autograd takes them further: into .grad, through hooks, and to what a parameter was itself computed from
-    reached = [tape.parameters[k] for k in known.reached]
-    grads = [found[f"p{k}"].to(p.dtype) for k, p in zip(known.reached, reached, strict=True)]
-    torch.autograd.backward(reached, grads, inputs=inputs)
-
-
-def _check_backward(tape: _Tape, create_graph: bool) -> None:
-    """Raise ProgramError for a loss that has no private gradient."""
-    wrong = None
-    if not tape.parameters or not tape.of._made.grad:
-        wrong = (
-            "backward() found no parameter.", "The loss was computed from none that requires a gradient.",
-            "Compute it with a model whose parameters require gradients, outside of torch.no_grad().",
-        )  # fmt: skip
-    elif len({id(made.batch) for made in tape.leaves}) != 1:
-        wrong = (
-            "The loss was computed from several batches.", "Each batch is another random sample of patients.",
-            "Compute a loss from one batch and call backward() for each.",
-        )  # fmt: skip
-    elif create_graph:
-        wrong = (
-            "backward(create_graph=True) was asked for.", "A private gradient is noise and sum, not a function.",
-            "Call backward() alone.",
-        )  # fmt: skip
-    if wrong:
-        raise ProgramError(*wrong, line=tracing.cell_line())
-
-
-def _program(tape: _Tape) -> _Known:
-    tape.filled = {id(t) for t in tape.constants if _filled(t)}
-    _refuse_drawn(tape)
-    _refuse_unscaled(tape)
-    made_up = [tape.values[id(m)].as_subclass(Tensor) for m in tape.leaves]
-    reduction = _reduction(tape, made_up)
-    reached = _reached(tape, made_up)
-
-    def function(parameters: Any, constants: Any, inputs: Any) -> Tensor:
-        both = {**parameters, **constants}
-        outside = {id(t): both[f"p{k}"] for k, t in enumerate(tape.parameters)}
-        outside |= {id(t): both[f"c{k}"] for k, t in enumerate(tape.constants)}
-        return tape.replay(1, list(inputs.values()), outside)
-
-    parameters = {f"p{k}": tape.parameters[k] for k in reached}
-    constants = {f"p{k}": t for k, t in enumerate(tape.parameters) if k not in reached}
-    constants |= {f"c{k}": t for k, t in enumerate(tape.constants)}
-    inputs = {f"x{k}": t[0] for k, t in enumerate(made_up)}
-    return _Known(tracing.trace(function, parameters, constants, inputs), reduction, reached)
-
-
-def _refuse_drawn(tape: _Tape) -> None:
-    """Raise ProgramError for a tensor with other numbers for each patient that no patient's values went into."""
-    for made in tape.order:
-        both = list(_tensors((made.args, made.kwargs)))
-        with torch._C.DisableTorchFunctionSubclass():
-            shapes = [t.shape for t in both if isinstance(t, SealedTensor) and t.dim() > 1]
-            own = [t for t in both if not isinstance(t, SealedTensor) and not t.requires_grad]
-            drawn = any(
-                t.shape in shapes and t.shape[0] == PATIENTS and id(t) not in tape.filled for t in own
-            )
-        if drawn:
-            raise ProgramError(
-                "A tensor was made with numbers of its own for each patient.",
-                "How many patients a batch holds is made up here, and none of them is anybody at the site.",
-                tracing.DROPOUT, line=made.line,
-            )  # fmt: skip
-
-
-def _refuse_unscaled(tape: _Tape) -> None:
-    """Raise ProgramError for a column compared with a number in its own unit."""
-    for made in tape.order:
-        of = made.args[0]._made if made.args and isinstance(made.args[0], SealedTensor) else made
-        if len(made.args) == 2 and isinstance(of.columns, str) and (column := of.batch.number(of.columns)):
-            written = f'batch["{of.columns}"]'
-            scaled.refuse_unscaled(column, written, _name(made.function), made.args[1], made.line)
-
-
-def _reached(tape: _Tape, made_up: list[Tensor]) -> list[int]:
-    """The parameters that the loss's gradient reaches: not those behind detach() or torch.no_grad()."""
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), tracing._quiet():
-        stand_ins = [p.detach().requires_grad_() for p in tape.parameters]
-        outside = {id(p): own for p, own in zip(tape.parameters, stand_ins, strict=True)}
-        loss = tape.replay(PATIENTS, made_up, outside)
-        grads = torch.autograd.grad(loss, stand_ins, allow_unused=True) if loss.requires_grad else ()
-    reached = [k for k, grad in enumerate(grads) if grad is not None]
-    if not reached:
-        raise ProgramError(
-            "backward() found no parameter.", "No gradient of the loss reaches one: detach() or no_grad() cuts it off.",
-            "Leave them out where the model is to learn.", line=tracing.cell_line(),
-        )  # fmt: skip
-    return reached
-
-
-def _reduction(tape: _Tape, made_up: list[Tensor]) -> str:
-    """ "mean" or "sum", by comparing made-up patients together with each alone."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), tracing._quiet():
-        together, again = (tape.replay(PATIENTS, made_up, {}, random=False) for _ in range(2))
-        if together.numel() != 1:
-            raise ProgramError(
-                "backward() was called on a value for each patient.", "A loss is one number.",
-                "Reduce it with .mean() first.", line=tracing.cell_line(),
-            )  # fmt: skip
-        alone = [tape.replay(1, [t[i : i + 1] for t in made_up], {}, random=False) for i in range(PATIENTS)]
-    tracing.refuse_random(together, again, tracing.cell_line())
-    rows = torch.stack([t.double().reshape(()) for t in alone])
-    if (
-        not together.isfinite()
-    ):  # else it is by being alone that a patient has none, as of a standard deviation
-        tracing.refuse_nan(rows, tracing.cell_line())
-    if tracing._close(together, rows.mean()):
-        return "mean"
-    if tracing._close(together, rows.sum()):
-        return "sum"
-    raise ProgramError(
-        "The model or loss mixes patients.",
-        "On made-up patients its value is neither the mean nor the sum of what each gives alone.",
-        "Compute every patient alone: LayerNorm or GroupNorm for BatchNorm, no statistics over the batch, and divide "
-        f"a weighted sum by batch.expected. Penalties on weights go with a mean, or into weight_decay. {tracing.INTERVALS}",
-        line=tracing.cell_line(),
-    )

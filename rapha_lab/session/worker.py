@@ -38,8 +38,8 @@ class Worker:
     def __init__(self, reader: BinaryIO, writer: BinaryIO) -> None:
         self._reader, self._writer = reader, writer
         self._write_lock, self._ask_lock = threading.Lock(), threading.Lock()
-        self._cells: queue.Queue[tuple[dict[str, Any], bytes] | None] = queue.Queue()
-        self._answers: queue.Queue[tuple[dict[str, Any], bytes]] = queue.Queue()
+        self._cells: queue.SimpleQueue[tuple[dict[str, Any], bytes] | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[dict[str, Any], bytes]] = queue.SimpleQueue()
         self._numbers = itertools.count(1)
         self._busy = self._writing = self._late = False
         self.namespace: dict[str, Any] = {}

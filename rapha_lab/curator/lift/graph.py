@@ -74,7 +74,7 @@ def refused(node: Node, why: str) -> ProgramError:
     return ProgramError(
         f"{at(node)} has arguments that do not fit.",
         why,
-        "Change what that line computes, or the shapes that it gets.",
+        "Trace the model again.",
         field=node.op,
         line=node.line,
     )

@@ -11,18 +11,19 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from rapha_lab.curator.accounting import SampledGaussian
 from rapha_lab.curator.cohort import View
-from rapha_lab.curator.lift import Lifted, lift
+from rapha_lab.curator.lift import Lifted, Totals, lift
 from rapha_lab.curator.mechanisms import Answer, Progress, train
 from rapha_lab.curator.noise import Noise
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.messages import Columns, Gradient, Open
 from rapha_lab.protocol.program import digest
 from rapha_lab.protocol.schema import SPLITS, Schema
-from rapha_lab.protocol.tensors import pack
+from rapha_lab.protocol.tensors import Layout, pack
 
 __all__ = ["Loop", "plan"]
 
@@ -49,7 +50,7 @@ class Loop:
     done: int = 0
     _ahead: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _lifted: dict[str, Lifted] = field(default_factory=dict)
+    _known: dict[str, _Known] = field(default_factory=dict)
     _rows: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
@@ -67,19 +68,17 @@ class Loop:
             return self._step(ask, tensors, view, noise, progress)
 
     def _step(self, ask: Gradient, tensors: bytes, view: View, noise: Noise, progress: Progress) -> Answer:
-        lifted = self._program(ask, tensors, progress)
+        known = self._program(ask, tensors, progress)
+        lifted, total = known.lifted, known.total
         parameters, constants = lifted.tensors(tensors)
-        train.fits(lifted.program, ask.inputs, self.schema)
-        clip, batch = self.ask.clip, self.ask.batch
+        key = known.columns(ask.inputs, self.schema)
         self._announce(progress)
-        rows = self._inputs(ask.inputs, view)
-        slots = train.capacity(train.most(batch, self.rate), lifted.microbatch)
-        drawn = train.draw(len(view), self.rate, slots, noise, view.present)
-        total = train.clipped_sum(lifted, parameters, constants, rows, drawn, clip)
-        deviation = self.sigma * clip * (1 + train.slack(lifted.microbatch))
-        share = batch if ask.reduction == "mean" else 1
-        dtypes = {name: t.dtype for name, t in parameters.items()}
-        return Answer({}, pack(train.private(total, deviation, share, noise).cast(dtypes)))
+        rows = self._inputs(key, ask.inputs, view)
+        drawn = train.draw(len(view), self.rate, known.slots, noise, view.present)
+        train.clipped_sum(lifted, parameters, constants, rows, drawn, self.ask.clip, total)
+        deviation = self.sigma * self.ask.clip * (1 + train.slack(lifted.microbatch))
+        train.private(total, deviation, self.ask.batch if ask.reduction == "mean" else 1, noise)
+        return Answer({}, known.packed())
 
     def _announce(self, progress: Progress) -> None:
         """One step of those announced is taken; at the first of a block the whole block is announced."""
@@ -91,25 +90,58 @@ class Loop:
         self._ahead = ahead - 1
         self.done += 1
 
-    def _program(self, ask: Gradient, tensors: bytes, progress: Progress) -> Lifted:
-        if ask.program is not None and ask.digest not in self._lifted:
+    def _program(self, ask: Gradient, tensors: bytes, progress: Progress) -> _Known:
+        if ask.program is not None and ask.digest not in self._known:
             if digest(ask.program) != ask.digest:
                 raise ProgramError("The program is not the one its digest names.", field="digest")
             lifted = lift(ask.program)
-            parts = lifted.for_batches_of(train.capacity(train.most(self.ask.batch, self.rate), 1))
+            most = train.most(self.ask.batch, self.rate)
+            parts = lifted.for_batches_of(train.capacity(most, 1))
             train.prepare(lifted, *lifted.tensors(tensors), self.ask.steps * parts, progress)
-            while len(self._lifted) >= MOST:
-                del self._lifted[next(iter(self._lifted))]
-            self._lifted[ask.digest] = lifted
-        if ask.digest not in self._lifted:
+            while len(self._known) >= MOST:
+                del self._known[next(iter(self._known))]
+            self._known[ask.digest] = _Known(lifted, train.capacity(most, lifted.microbatch), lifted.zeros())
+        if ask.digest not in self._known:
             raise ProgramError("The loop does not know this program.", "", "Send it once.", field="program")
-        return self._lifted[ask.digest]
+        return self._known[ask.digest]
 
-    def _inputs(self, inputs: dict[str, Columns], view: View) -> dict[str, Tensor]:
-        key = repr(sorted(inputs.items()))
+    def _inputs(self, key: str, inputs: dict[str, Columns], view: View) -> dict[str, Tensor]:
         if key not in self._rows:
             self._rows = {key: view.rows(inputs)}
         return self._rows[key]
+
+
+@dataclass
+class _Known:
+    """A program that this loop has had, its slots and room for its sums."""
+
+    lifted: Lifted
+    slots: int
+    total: Totals
+    fit: set[str] = field(default_factory=set)
+    layout: Layout | None = None
+
+    def columns(self, inputs: dict[str, Columns], schema: Schema) -> str:
+        """What these columns are known by, once they fit.
+
+        Raises:
+            ProgramError, RequestError: they do not.
+        """
+        key = repr(sorted(inputs.items()))
+        if key not in self.fit:
+            train.fits(self.lifted.program, inputs, schema)
+            self.fit = {key}
+        return key
+
+    def packed(self) -> bytes:
+        """The sums, by parameter, as they leave."""
+        dtypes = {spec.name: getattr(torch, spec.dtype) for spec in self.lifted.program.parameters}
+        told = self.total.cast(dtypes)
+        if self.layout is not None and self.layout.uniform:
+            return self.layout.pack(torch.cat([told[name].reshape(-1) for name in self.layout.names]))
+        packed = pack(told)
+        self.layout = Layout(packed)
+        return packed
 
 
 def plan(ask: Open, schema: Schema, delta: float) -> Loop:

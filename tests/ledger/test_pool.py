@@ -1,0 +1,77 @@
+"""The curator's threads: no more than stated, in the order of coming, and none is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from rapha_lab.curator.pool import Pool
+
+
+def test_the_thread_that_worked_last_works_next() -> None:
+    pool, seen = Pool(3, "test"), []
+    gate = threading.Barrier(4)
+    for _ in range(3):
+        pool.submit(lambda: gate.wait())
+    gate.wait()  # three threads there are now
+    for _ in range(6):
+        done = threading.Event()
+        pool.submit(lambda done=done: (seen.append(threading.get_ident()), done.set()))
+        assert done.wait(5)
+        time.sleep(0.02)
+    pool.close()
+    assert len(set(seen[1:])) == 1
+
+
+def test_no_more_run_at_once_than_stated_and_all_run_in_their_order() -> None:
+    pool, order, running, most = Pool(2, "test"), [], [0], [0]
+    lock = threading.Lock()
+
+    def job(number: int) -> None:
+        with lock:
+            order.append(number)
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.005)
+        with lock:
+            running[0] -= 1
+
+    for number in range(20):
+        pool.submit(job, number)
+    while len(order) < 20:
+        time.sleep(0.005)
+    pool.close()
+    assert most[0] == 2
+    assert all(abs(a - b) <= 1 for a, b in zip(order, sorted(order), strict=True))
+
+
+def test_a_job_that_raises_ends_no_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its name alone is told, for what it says could be of a record."""
+    pool, done = Pool(1, "test"), threading.Event()
+
+    def bad() -> None:
+        raise ValueError("age 97")
+
+    pool.submit(bad)
+    pool.submit(done.set)
+    assert done.wait(5)
+    pool.close()
+    told = capsys.readouterr().err
+    assert "ValueError" in told
+    assert "97" not in told
+
+
+def test_closing_waits_for_what_runs_and_drops_what_waits() -> None:
+    pool, ran = Pool(1, "test"), []
+    started, go = threading.Event(), threading.Event()
+    pool.submit(lambda: (started.set(), go.wait(5), ran.append("running")))
+    assert started.wait(5)
+    pool.submit(lambda: ran.append("waiting"))
+    closer = threading.Thread(target=pool.close)
+    closer.start()
+    go.set()
+    closer.join(5)
+    assert not closer.is_alive()
+    assert ran == ["running"]
