@@ -12,7 +12,7 @@ from typing import Any
 
 from rapha_lab.protocol.quote import Quote, Standing
 
-__all__ = ["BLOCKED", "JOB", "blocked", "budget", "dataset", "gauge", "job", "jobs", "quote", "site"]
+__all__ = ["BLOCKED", "JOB", "SAID", "blocked", "budget", "dataset", "gauge", "job", "jobs", "quote", "site"]
 
 JOB = "application/vnd.rapha.job+json"
 BLOCKED = "application/vnd.rapha.blocked+json"
@@ -193,6 +193,7 @@ def job(card: dict[str, Any]) -> dict[str, Any]:
     step, steps = card.get("step") or 0, card.get("steps") or 0
     share = step / steps if steps else 0.0
     left = card.get("seconds_left")
+    name = f"job {escape(card['id'][:8])}" if card["id"] else "no job yet"
     words = [f"<b>{escape(state)}</b>"]
     doing = str(card.get("doing") or "") if card["state"] == "running" else ""
     if doing:
@@ -213,9 +214,9 @@ def job(card: dict[str, Any]) -> dict[str, Any]:
     html = _box(
         AMBER if card.get("simulated") else TEAL,
         f"{bar}<div>{' · '.join(words)}</div>"
-        f'<small style="{_MUTED}">job {escape(card["id"][:8])} · {escape(card["dataset"])} at {escape(card["site"])}</small>',
+        f'<small style="{_MUTED}">{name} · {escape(card["dataset"])} at {escape(card["site"])}</small>',
     )
-    plain = f"job {card['id'][:8]} at {card['site']}: {state}" + (f", {doing}" if doing else "")
+    plain = f"{name} at {card['site']}: {state}" + (f", {doing}" if doing else "")
     plain += f", step {step} of {steps}" if steps else ""
     return {JOB: card, "text/html": html, "text/plain": plain}
 
@@ -261,16 +262,26 @@ def _told(card: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+SAID = "What the rehearsal on made-up patients showed before that:"
+
+
 def blocked(error: dict[str, Any]) -> dict[str, Any]:
     """A refusal's card: what, why, and what to ask instead."""
     where = f" (line {error['line']} of the cell)" if error.get("line") else ""
+    said = error.get("said") or ""
+    before = f'<div style="{_MUTED}">{SAID}</div><pre>{escape(said)}</pre>' if said else ""
     html = _box(
         RED,
-        f"<div><b>⊘ Blocked.</b> {escape(error['what'])}{escape(where)}</div>"
+        f"{before}<div><b>⊘ Blocked.</b> {escape(error['what'])}{escape(where)}</div>"
         f'<div style="{_MUTED}">{escape(error.get("why") or "")}</div>'
         f"<div>{escape(error.get('instead') or '')}</div>",
     )
-    parts = [f"[blocked] {error['what']}{where}", error.get("why"), error.get("instead")]
+    parts = [
+        f"{SAID}\n{said}" if said else "",
+        f"[blocked] {error['what']}{where}",
+        error.get("why"),
+        error.get("instead"),
+    ]
     return {BLOCKED: error, "text/html": html, "text/plain": "\n".join(part for part in parts if part)}
 
 

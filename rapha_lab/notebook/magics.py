@@ -6,8 +6,11 @@ import argparse
 import atexit
 import re
 import shlex
+import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from IPython.core.interactiveshell import InteractiveShell
@@ -30,10 +33,11 @@ __all__ = ["EnclaveMagics"]
 SOON = 1.0
 """Seconds after an interrupt in which a kernel that shuts down has been told so."""
 
-MOST_HELD = 10_000
-"""Characters that are shown of what a failed rehearsal printed, the last ones."""
+SLOW = 2.0
+"""Seconds after which a cell that has shown nothing says what it does."""
 
-_HELD = "What the rehearsal on made-up patients showed before it ended as said below:"
+MOST_SAID = 10_000
+"""Characters that are shown of what a failed rehearsal printed, the last ones."""
 
 USAGE = "%%enclave DATASET [--epsilon E] [-o NAMES] [-i NAMES] [--no-rehearsal | --rehearse-only]"
 
@@ -96,27 +100,30 @@ class EnclaveMagics(Magics):
     @cell_magic
     def enclave(self, line: str, cell: str) -> None:
         """Run this cell at the hospital's enclave: %%enclave DATASET [--epsilon E] [-o NAMES] [-i NAMES]."""
+        self._said = ""
         try:
             self._enclave(line, cell)
         except RaphaError as error:
-            raise _shown(error, line) from None
+            raise _shown(error, line, self._said) from None
 
     def _enclave(self, line: str, cell: str) -> None:
         args = self._parse(line)
-        dataset = latest().dataset(args.dataset)
+        dataset, card = latest().dataset(args.dataset), _Card(self.shell)
         sent = self._rehearsal.send(self.shell.user_ns, args.input)
         if args.rehearse_only or not args.no_rehearsal:
             held: list[dict[str, Any]] = []
             show = _show if args.rehearse_only else held.append
             try:
-                self._rehearsal.run(cell, dataset.schema, epsilon=args.epsilon, inputs=sent, show=show)
-            except BaseException:
-                _show_held(held)
+                with card.rehearsing(dataset):
+                    self._rehearsal.run(cell, dataset.schema, epsilon=args.epsilon, inputs=sent, show=show)
+            except RaphaError:
+                self._said = _words(held)
+                card.give_way()
                 raise
         if args.rehearse_only:
             print("Made-up patients: it would run at the site. Nothing was sent, no ε was spent.")
             return
-        job = self._run(dataset, cell, args, sent)
+        job = self._run(dataset, cell, args, sent, card)
         taken = self._rehearsal.take(job.values, job.blob, self.shell.user_ns)
         self.shell.user_ns.update(taken)
 
@@ -129,7 +136,12 @@ class EnclaveMagics(Magics):
             ) from None
 
     def _run(
-        self, dataset: Dataset, cell: str, args: argparse.Namespace, sent: tuple[dict[str, Any], bytes]
+        self,
+        dataset: Dataset,
+        cell: str,
+        args: argparse.Namespace,
+        sent: tuple[dict[str, Any], bytes],
+        card: _Card,
     ) -> Job:
         site: Site = dataset.site
         self._sites.add(site)
@@ -142,7 +154,6 @@ class EnclaveMagics(Magics):
             inputs=sent,
             origin=_origin(self.shell),
         )
-        card = _Card(job)
         try:
             _follow(job, card)
         except KeyboardInterrupt:
@@ -179,27 +190,49 @@ def _back(job: Job) -> str:
 
 
 class _Card:
-    """A job's card: shown once it takes steps, makes ready for them or waits, kept up to date from then on."""
+    """A cell's card: shown once it takes steps, waits, or keeps somebody waiting; kept up to date from then on."""
 
-    def __init__(self, job: Job) -> None:
-        self._job, self._shown = job, None
+    def __init__(self, shell: InteractiveShell) -> None:
+        self._out = shell.display_pub  # a rehearsal has display() for itself
+        self._begun, self._id, self._shown = time.monotonic(), uuid.uuid4().hex, False
 
-    def update(self) -> None:
+    @contextmanager
+    def rehearsing(self, dataset: Dataset) -> Iterator[None]:
+        """While a rehearsal runs: the card says so if it is slow."""
+        told = {"id": "", "state": "rehearsing", "dataset": dataset.name, **dataset.site._tag()}
+        timer = threading.Timer(SLOW, self._show, [cards.job(told)])
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+
+    def update(self, job: Job) -> None:
         """Show how far the job is."""
-        if self._shown is not None:
-            self._shown.update(self._job._repr_mimebundle_(), raw=True)
-        elif (
-            self._job.told.get("steps", 0) > 1 or self._job.told.get("doing") or self._job.state == "waiting"
-        ):
-            self._shown = display(self._job._repr_mimebundle_(), raw=True, display_id=True)
+        slow = not job.outputs and time.monotonic() - self._begun > SLOW
+        if self._shown or slow or job.told.get("steps", 0) > 1 or job.state == "waiting":
+            self._show(job._repr_mimebundle_())
+
+    def give_way(self) -> None:
+        """Make room for what a cell without steps shows first."""
+        if self._shown:
+            self._out.clear_output(wait=True)
+            self._id, self._shown = uuid.uuid4().hex, False
+
+    def _show(self, bundle: dict[str, Any]) -> None:
+        self._out.publish(data=bundle, transient={"display_id": self._id}, update=self._shown)
+        self._shown = True
 
 
 def _follow(job: Job, card: _Card) -> None:
     """Show a job's outputs as they come, and its card."""
     for outputs in job.follow():
+        if outputs and job.told.get("steps", 0) <= 1:
+            card.give_way()
         for output in outputs:
             _show(output)
-        card.update()
+        card.update(job)
     if job.state not in ENDED:
         raise SiteError("The job was left running.", "", _back(job))
 
@@ -209,12 +242,10 @@ def _show(output: dict[str, Any]) -> None:
     display(data, raw=True, metadata=output.get("metadata") or {})
 
 
-def _show_held(outputs: list[dict[str, Any]]) -> None:
-    """What a rehearsal showed before it failed, in words; pictures of made-up patients would only mislead."""
+def _words(outputs: list[dict[str, Any]]) -> str:
+    """What a rehearsal showed before it failed; pictures of made-up patients would only mislead."""
     told = [output.get("text") or (output.get("data") or {}).get("text/plain", "") for output in outputs]
-    text = "\n".join(part.rstrip("\n") for part in told if part)
-    if text:
-        display({"text/plain": f"{_HELD}\n{text[-MOST_HELD:]}"}, raw=True)
+    return "\n".join(part.rstrip("\n") for part in told if part)[-MOST_SAID:]
 
 
 def _origin(shell: InteractiveShell) -> dict[str, str]:
@@ -225,13 +256,14 @@ def _origin(shell: InteractiveShell) -> dict[str, str]:
     return {"cell": str(cell), "notebook": str(path)}
 
 
-def _shown(error: RaphaError, line: str) -> RaphaError:
-    """The error as the notebook raises it: refusals leave a card above and one line below."""
+def _shown(error: RaphaError, line: str, said: str) -> RaphaError:
+    """The error as the notebook raises it: refusals leave a card above and one line below, what was `said` before above."""
     if isinstance(error, CellError):
+        error.traceback[:0] = [cards.SAID, said, ""] if said else []
         return error
     carded = isinstance(error, SealedError | RefusedError | RequestError)
     if carded:
-        told = error.to_wire()
+        told = error.to_wire() | ({"said": said} if said else {})
         if error.suggestion:
             told["suggestion"] = f"%%enclave {line.split()[0]}\n{error.suggestion}"
         display(cards.blocked(told), raw=True)

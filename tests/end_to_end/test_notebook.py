@@ -116,15 +116,35 @@ def test_a_blocked_cell_shows_a_card_and_one_line(notebook: Notebook) -> None:
     assert "[blocked]" in bundles(outputs, "text/plain")[0]
 
 
-def test_what_was_printed_before_a_block_stands_above_the_card(notebook: Notebook) -> None:
-    """Said to be of made-up patients; without a picture of them, and nothing where nothing was printed."""
+def test_what_was_printed_before_a_block_stands_in_the_card(notebook: Notebook) -> None:
+    """Above it, and said to be of made-up patients; without a picture of them. Above a traceback too."""
     source = "print('so far')\npatients.histogram('age', epsilon=0.1)\npatients.head()"
-    printed, card, *rest = notebook.run(f"%%enclave flchain\n{source}")
-    assert "made-up patients" in printed["data"]["text/plain"]
-    assert "so far" in printed["data"]["text/plain"]
-    assert set(printed["data"]) == {"text/plain"}
-    assert bundles([card], "application/vnd.rapha.blocked+json")
-    assert errors(rest) == ["SealedError"]
+    outputs = notebook.run(f"%%enclave flchain\n{source}")
+    (card,) = bundles(outputs, "application/vnd.rapha.blocked+json")
+    assert card["said"].startswith("so far")
+    assert len(outputs) == 2
+    first, second = outputs[0]["data"]["text/plain"].splitlines()[:2]
+    assert "made-up patients" in first
+    assert second == "so far"
+    assert "<pre>so far" in outputs[0]["data"]["text/html"]
+    (error,) = notebook.run("%%enclave flchain\nprint('<so> far')\n1 / 0")
+    assert "\n".join(error["traceback"]).index("<so> far") < "\n".join(error["traceback"]).index(
+        "ZeroDivisionError"
+    )
+
+
+def test_a_slow_rehearsal_says_so_and_its_card_makes_room(notebook: Notebook) -> None:
+    """For a first answer, or for an error; nothing is left of it."""
+    slow = "%%enclave flchain\nimport time; time.sleep(2.5)\n"
+    asked = notebook.run(slow + "patients.test.count(epsilon=0.03)")
+    assert len(asked) == 1
+    assert bundles(asked, "application/vnd.rapha.release+json")
+    code = "seen = []; out = get_ipython().display_pub; put, out.publish = out.publish, lambda **b: (seen.append(b), put(**b))[1]"
+    notebook.run(code)
+    assert len(notebook.run(slow + "1 / 0")) == 1
+    states = "[b['data']['application/vnd.rapha.job+json']['state'] for b in seen]"
+    assert notebook.value(states) == ["rehearsing"]
+    notebook.run("out.publish = put")
 
 
 def test_jobs_show_as_a_table_and_are_a_list(notebook: Notebook) -> None:

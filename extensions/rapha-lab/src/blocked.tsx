@@ -24,11 +24,19 @@ function BlockedCard(props: {
   data: IBlocked;
   insert: (code: string, from: HTMLElement | null) => void;
 }): JSX.Element {
-  const { what, why, instead, suggestion, line, kind } = props.data;
+  const { what, why, instead, suggestion, line, kind, said } = props.data;
   const root = React.useRef<HTMLElement>(null);
   const insert = () => props.insert(suggestion!, root.current);
   return (
     <section className="rapha-Card rapha-Blocked" aria-label="Blocked" ref={root}>
+      {said && (
+        <div className="rapha-Blocked-said">
+          What the rehearsal on made-up patients showed before that:
+          <pre tabIndex={0} aria-label="What the rehearsal showed">
+            {said}
+          </pre>
+        </div>
+      )}
       <header className="rapha-Card-head">
         <closedIcon.react tag="span" className="rapha-Card-icon" width="16px" />
         <strong>Blocked</strong>

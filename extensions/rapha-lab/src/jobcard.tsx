@@ -22,13 +22,14 @@ function JobCard({ saved, sites }: { saved: IJob; sites: ISites }): JSX.Element 
   useSites(sites);
   const known = sites.job(saved.site, saved.id);
   const job = known ?? saved;
+  const here = known || !sites.ready || job.state === 'rehearsing';
   const note = isLive(job) ? sites.problem ?? 'The site does not list this job now.' : '';
   return (
     <section className="rapha-Card">
       <Job
         job={job}
         cancel={known && (asked => sites.cancel(asked))}
-        note={known || !sites.ready ? undefined : `Last state saved in this notebook. ${note}`}
+        note={here ? undefined : `Last state saved in this notebook. ${note}`}
       />
     </section>
   );

@@ -85,6 +85,8 @@ export interface IBlocked {
   suggestion?: string | null;
   line?: number | null;
   kind?: string;
+  /** What the rehearsal printed before. */
+  said?: string;
 }
 
 export interface IReceipt {
