@@ -31,6 +31,7 @@ __all__ = [
     "Pure",
     "Reviewed",
     "SampledGaussian",
+    "Selected",
     "Sum",
     "Thresholded",
     "budget_at",
@@ -43,6 +44,7 @@ __all__ = [
     "least_epsilon",
     "noise_for",
     "order_for",
+    "runs_for",
     "units",
 ]
 
@@ -282,6 +284,74 @@ class Pure(Loss, frozen=True, tag="pure"):
         return Pure(1 / noise)
 
 
+class Selected(Loss, frozen=True, tag="selected"):
+    """The best, by a private score, of as many of `runs` trainings as a hidden number says, `mean` on average.
+
+    Papernot and Steinke 2022, Theorem 6, for a Poisson number of at most `runs`; each training is judged on patients of
+    another split. The proof is in docs/accounting.md, "Selection".
+    """
+
+    train: SampledGaussian | BandedGaussian
+    mean: float
+    runs: int
+
+    def __post_init__(self) -> None:
+        _within("mean", self.mean, 1.0, 100.0)
+        _within("runs", self.runs, 1, 1000)
+        _within("tail", _tail(self.mean, self.runs), 0.0, 0.5)
+
+    @property
+    def steps(self) -> int:
+        """Every run has its steps and its score, whether it counts or not."""
+        return self.runs * (self.train.steps + 1)
+
+    @property
+    def noise(self) -> float:
+        """The noise multiplier of each training."""
+        return self.train.noise
+
+    @property
+    def score(self) -> Gaussian:
+        """The loss of one score: as much noise as loses at order 2 what a training does."""
+        return Gaussian(max(self.train.rdp(2) ** -0.5, 1e-6))
+
+    def rdp(self, alpha: int) -> float:
+        """ln((e^-mean + mean e^((α-1)(ρ + mean δ))) (1 - tail)^-α) / (α-1), with ρ and δ of one run."""
+        one, chi2, gap = self._one(alpha), math.expm1(min(self._one(2), 50.0)), 1 / (alpha - 1)
+        delta = chi2 / (2 * (math.sqrt(chi2 + gap**2) + gap))  # at e^ε = 1 + gap (Scarf 1958)
+        chosen = (alpha - 1) * (one + self.mean * min(delta, 1.0))
+        none = math.exp(-self.mean - chosen)
+        total = chosen + math.log(self.mean + none) - alpha * math.log1p(-_tail(self.mean, self.runs))
+        return total / (alpha - 1) + _ROUNDING
+
+    def _one(self, alpha: int) -> float:
+        return max(self.train.rdp(alpha), self.score.rdp(alpha))
+
+    def with_noise(self, noise: float) -> Selected:
+        """The same selection of trainings with another noise multiplier."""
+        return Selected(self.train.with_noise(noise), self.mean, self.runs)
+
+    def part(self, steps: int) -> Loss:
+        """All of it once anything ran: the proof is of the best of all that count."""
+        _within("steps", steps, 0, self.steps)
+        return self if steps else Nothing()
+
+
+TAIL = 1e-3
+"""How likely a Poisson number may be to reach the last run: what it costs, about as much ε, buys shorter selections."""
+
+
+def runs_for(mean: float) -> int:
+    """How many runs there have to be for a hidden number of this mean of them to count."""
+    return next(runs for runs in range(1, 1000) if _tail(mean, runs) <= TAIL)
+
+
+def _tail(mean: float, runs: int) -> float:
+    """The chance that a Poisson number is `runs` or more."""
+    below = math.fsum(math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(runs))
+    return max(0.0, 1 - below) + _ROUNDING
+
+
 class Sum:
     """The Rényi curve of several losses one after another, each so many times."""
 
@@ -294,7 +364,7 @@ class Sum:
 
 
 _decoder = msgspec.json.Decoder(
-    Nothing | Reviewed | Gaussian | Thresholded | SampledGaussian | BandedGaussian | Pure
+    Nothing | Reviewed | Gaussian | Thresholded | SampledGaussian | BandedGaussian | Selected | Pure
 )
 
 
@@ -388,7 +458,7 @@ def noise_for(make: Callable[[float], Curve], epsilon: float, delta: float) -> f
             raise RequestError(
                 f"No amount of noise gives epsilon={epsilon:g} at delta={delta:g}.",
                 "It is smaller than Rényi accounting can certify at this delta.",
-                f"Ask for at least epsilon={least_epsilon(delta):.2g}.",
+                f"Ask for at least epsilon={max(least_epsilon(delta), 1.1 * epsilon_of(make(high), delta)):.2g}.",
                 field="epsilon",
             )
         high *= 2

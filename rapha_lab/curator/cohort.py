@@ -180,6 +180,10 @@ class View:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def other(self, split: str) -> View:
+        """The patients of another split."""
+        return self._cohort.view(split)
+
     def shards(self, k: int) -> list[View]:
         """Its patients in `k` disjoint parts, each patient's by keyed hash, whoever else is there."""
         where = torch.from_numpy(self.slots(k))

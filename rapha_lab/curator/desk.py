@@ -27,6 +27,7 @@ from rapha_lab.curator.funds import fund
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.mechanisms import Answer, Plan, aggregate, loop, review
 from rapha_lab.curator.mechanisms.loop import Loop
+from rapha_lab.curator.mechanisms.select import JUDGES
 from rapha_lab.curator.mechanisms.shards import Workers
 from rapha_lab.curator.noise import Noise
 from rapha_lab.curator.optouts import OptOuts
@@ -372,6 +373,8 @@ class Desk:
     def _permit(self, policy: Policy, caller: Caller, ask: Ask, program: Program | None = None) -> Mode:
         schema, metrics = self._cohort(ask.dataset).schema, getattr(ask, "metrics", ())
         mode = permit(policy, caller, _lane(ask), schema, ask.split, metrics)
+        if isinstance(ask, messages.Fit) and ask.selection is not None:
+            permit(policy, caller, _lane(ask), schema, JUDGES, metrics)
         program = ask.program if isinstance(ask, messages.Fit) else program
         if program is not None:
             policy.project(caller.project).within_size(program)

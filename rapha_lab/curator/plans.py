@@ -15,6 +15,7 @@ from rapha_lab.curator.mechanisms import (
     discover,
     evaluate,
     review,
+    select,
     shards,
     train,
 )
@@ -77,7 +78,7 @@ def _plan(
     ask: Ask, tensors: bytes, schema: Schema, delta: float, noise: Noise, workers: Workers | None
 ) -> Plan:
     if isinstance(ask, messages.Fit):
-        return train.plan(ask, tensors, schema, delta, noise)
+        return (select if ask.selection else train).plan(ask, tensors, schema, delta, noise)
     if isinstance(ask, messages.Evaluate) and "concordance" in ask.metrics:
         return concordance.plan(ask, tensors, schema)
     if isinstance(ask, messages.Evaluate):

@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 from scipy.special import logit, ndtr, ndtri
 
-from rapha_lab.curator.accounting import Gaussian, Loss, noise_for
+from rapha_lab.curator.accounting import Gaussian, Loss, Selected, noise_for
 from rapha_lab.curator.desk import Caller, permit
 from rapha_lab.curator.ledger import Ledger
-from rapha_lab.curator.mechanisms import aggregate, discover, evaluate, metrics, shards, train
+from rapha_lab.curator.mechanisms import aggregate, discover, evaluate, metrics, select, shards, train
 from rapha_lab.curator.mechanisms.question import touched
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.expression import extended
@@ -48,7 +48,8 @@ def quotes(
     schema, project = schemas[asked.dataset], policy.project(caller.project)
     for each in asked.asks:
         metrics = each.metrics if each.kind == "evaluate" else ()
-        permit(policy, caller, LANES.get(each.kind, "aggregate"), schema, each.split, metrics)
+        for split in (each.split, *_judges(each)):
+            permit(policy, caller, LANES.get(each.kind, "aggregate"), schema, split, metrics)
     return [quote(each, project, schema, ledger) for each in asked.asks]
 
 
@@ -76,7 +77,8 @@ def quote(asked: Inquiry, project: Project, schema: Schema, ledger: Ledger) -> Q
         loss, told = _discover(asked, asked.epsilon, assumed, project)
     else:
         loss, told = _KINDS.get(asked.kind, _aggregate)(asked, asked.epsilon, assumed, project.delta)
-    accounts = {split: ledger.quote(project.name, schema.name, split, loss) for split in touched(asked.split)}
+    splits = (*touched(asked.split), *_judges(asked))
+    accounts = {split: ledger.quote(project.name, schema.name, split, loss) for split in splits}
     return Quote(
         kind=asked.kind,
         split=asked.split,
@@ -88,6 +90,11 @@ def quote(asked: Inquiry, project: Project, schema: Schema, ledger: Ledger) -> Q
         hypothetical=assumed.patients != schema.patients,
         **told,
     )
+
+
+def _judges(asked: Inquiry) -> tuple[str, ...]:
+    """The further split that is looked at to choose between candidates."""
+    return (select.JUDGES,) if asked.kind == "fit" and asked.runs is not None else ()
 
 
 def _aggregate(asked: Inquiry, epsilon: float, schema: Schema, delta: float) -> tuple[Loss, dict[str, Any]]:
@@ -124,14 +131,18 @@ def _fit(asked: Inquiry, epsilon: float, schema: Schema, delta: float) -> tuple[
         )
     common: dict[str, Any] = {"dataset": schema.name, "split": asked.split, "epsilon": epsilon}
     opened = Open(steps=asked.steps, batch=asked.batch, clip=asked.clip, **common)
-    loss = train.price(opened, schema, delta)
+    one = train.price(opened, schema, delta)
+    loss = one if asked.runs is None else select.loss_of(opened, asked.runs, schema, delta)
     deviation = loss.noise / opened.batch
     figures = {
-        "steps": float(loss.times),
+        "steps": float(one.times),
         "patients expected in a step": float(opened.batch),
-        "chance of a patient to be in a step": loss.rate,
+        "chance of a patient to be in a step": one.rate,
         "noise in a step's mean gradient, of the clip, per number": deviation,
     }
+    if isinstance(loss, Selected):
+        figures["runs computed"] = float(loss.runs)
+        figures["noise over that of one training at this ε"] = loss.noise / one.noise
     if asked.size:
         figures["numbers to train"] = float(asked.size)
         figures["norm of that noise, of the clip"] = deviation * math.sqrt(asked.size)

@@ -22,6 +22,7 @@ __all__ = [
     "REVIEWED",
     "Aggregate",
     "Ask",
+    "Candidate",
     "Close",
     "Columns",
     "Correlation",
@@ -40,6 +41,7 @@ __all__ = [
     "Quantiles",
     "Review",
     "Rows",
+    "Selection",
     "Shards",
     "Split",
     "Sum",
@@ -210,12 +212,39 @@ class Optimizer(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     settings: dict[str, float | bool | list[float]] = {}
 
 
+Decay = Annotated[float, Meta(ge=0.0, lt=1.0)]
+
+
+class Candidate(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Numbers to train with in place of the fit's own; none of them moves what a run takes."""
+
+    lr: Annotated[float, Meta(gt=0.0, le=1e6)] | None = None
+    momentum: Decay | None = None
+    weight_decay: Annotated[float, Meta(ge=0.0, le=1e6)] | None = None
+    clip: Clip | None = None
+    average: Decay | None = None
+
+
+class Selection(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Train with candidates drawn at random and release the best by a private score on the validation patients.
+
+    Attributes:
+        runs: how many runs count on average; how many do is hidden.
+        bound: as much of one patient's loss counts in a score, and no less than 0.
+    """
+
+    candidates: Annotated[list[Candidate], Meta(min_length=2, max_length=64)]
+    runs: Annotated[float, Meta(ge=1.0, le=20.0)] = 5.0
+    bound: Positive
+
+
 class Fit(Ask, frozen=True, tag="fit"):
     """Train by DP-SGD: `program` is one patient's loss, its parameters come in the tensors blob.
 
     `bands` of noise that later steps take back (1: independent noise); `average`, the decay of the average of the
     weights that is released in place of the last ones; `corrected`, Adam without the noise in its second moment;
-    `clip_quantile`, the share of patients whose gradient a clip that begins at `clip` comes to leave whole.
+    `clip_quantile`, the share of patients whose gradient a clip that begins at `clip` comes to leave whole;
+    `selection`, of several settings the best.
     """
 
     program: Program
@@ -225,9 +254,10 @@ class Fit(Ask, frozen=True, tag="fit"):
     clip: Clip
     optimizer: Optimizer
     bands: Annotated[int, Meta(ge=1, le=256)] = 1
-    average: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    average: Decay = 0.0
     corrected: bool = False
     clip_quantile: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    selection: Selection | None = None
 
 
 class Open(Ask, frozen=True, tag="open"):

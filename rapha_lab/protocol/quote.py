@@ -30,6 +30,7 @@ class Inquiry(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
         column: of a question about one.
         fields: further fields of an aggregate's request, as in {"by": ["sex"]}.
         steps, batch, clip: of a fit or of a training loop.
+        runs: of a fit's candidates, how many trainings count on average.
         size: the model's numbers to train, or those that a function on shards returns.
         metrics: of an evaluation.
         prevalence, auroc: what to assume of the patients and the model to be evaluated.
@@ -46,6 +47,7 @@ class Inquiry(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
     steps: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     batch: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     clip: Positive = 2.0
+    runs: Annotated[float, Meta(ge=1.0, le=20.0)] | None = None
     size: Annotated[int, Meta(ge=0, le=10**12)] = 0
     metrics: Annotated[tuple[Metric, ...], Meta(min_length=1, max_length=16)] = ("auroc",)
     prevalence: Annotated[float, Meta(ge=0.001, le=0.999)] = 0.2

@@ -115,7 +115,7 @@ class Release(msgspec.Struct, kw_only=True):
             "discovered": f"Patients{by} in {told.get('table')}{among}",
             "evaluation": f"How well {told.get('target', 'the target')} is predicted on {self.split}",
             "shards": f"{told.get('function', '')} of patients, averaged over {told.get('shards')} shards",
-            "fit": f"Trained on {self.split}: {told.get('steps')} private steps",
+            "fit": f"Trained on {self.split}: {told.get('steps')} private steps{_chosen(told.get('selection'))}",
             "review": f"{told.get('function', '')}, released by custodians",
         }
         unit, where = told.get("unit"), told.get("where")
@@ -145,7 +145,8 @@ class Release(msgspec.Struct, kw_only=True):
             figures = zip(names, told["estimates"], told["errors"], told["intervals"], strict=True)
             return [Row(name, value, error, tuple(ends)) for name, value, error, ends in figures]
         if kind == "fit":
-            return [Row(words, told[name]) for name, words in _RECIPE.items() if name in told]
+            rows = [Row(words, told[name]) for name, words in _RECIPE.items() if name in told]
+            return rows + _selected(told.get("selection"))
         return [_row(name, figure) for name, figure in told.get("metrics", {}).items()]
 
     def __getattr__(self, name: str) -> Any:
@@ -231,6 +232,29 @@ _RECIPE = {
     "clip": "clipping norm",
     "last_clip": "clipping norm in the end",
 }
+
+
+def _chosen(selection: dict[str, Any] | None) -> str:
+    """Which of several settings it was trained with, in words."""
+    if selection is None:
+        return ""
+    if selection["chosen"] is None:
+        return f", none of which counted among {selection['candidates']} candidates: the weights are the starting ones"
+    return f", the best found of {selection['candidates']} candidates"
+
+
+def _selected(selection: dict[str, Any] | None) -> list[Row]:
+    """How the best of several settings was found: its score, its settings, and what looking for it cost."""
+    if selection is None:
+        return []
+    best = [_row("loss on validation", selection["score"])] if selection["score"] else []
+    best += [Row(f"chosen {name}", value) for name, value in selection["settings"].items()]
+    names = {
+        "noise_alone": "noise multiplier of one training",
+        "mean": "runs that count, on average",
+        "runs": "runs computed",
+    }
+    return best + [Row(words, selection[name]) for name, words in names.items()]
 
 
 def _row(name: str, told: dict[str, Any]) -> Row:

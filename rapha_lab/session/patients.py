@@ -103,11 +103,14 @@ class Patients(Questions):
         bands: int = 1,
         average: float = 0.0,
         corrected: bool = False,
+        candidates: Sequence[Mapping[str, float]] = (),
+        runs: float = 5,
+        bound: float | None = None,
     ) -> Release:
         """Train `model` in place by DP-SGD (Abadi et al. 2016) on these patients.
 
         Starting weights are the model's own: those of a public pre-training cost nothing. docs/methods.md says
-        when each of the last four options wins.
+        when each of the last options wins.
 
         Args:
             model: called with one tensor if `inputs` is a column or a list, else with keyword arguments.
@@ -125,6 +128,10 @@ class Patients(Questions):
             bands: of noise that later steps take back (Choquette-Choo et al. 2023), for large ε and small batches.
             average: release the average of the weights over the steps with this decay, 0.99 say.
             corrected: Adam without the noise in its second moment (Tang et al. 2023).
+            candidates: settings to choose from in private, as in [{"lr": 0.1}, {"lr": 1.0, "clip": 0.5}]: lr, momentum,
+                weight_decay, clip, average (Papernot and Steinke 2022). The best by its loss on the validation patients leaves.
+            runs: how many trainings with a candidate count on average; more of them are computed, and longer.
+            bound: the most that one validation patient's loss weighs.
 
         Returns:
             The release: settings and price. The model holds the trained weights.
@@ -140,6 +147,8 @@ class Patients(Questions):
         chosen = recipe.choose(
             self._expected(), common["epsilon"], model, optimizer, epochs=epochs, batch=batch, clip=clip
         )
+        column = self.schema.column(target) if loss is None else None
+        chosen["selection"] = recipe.selection(candidates, runs, bound, column)
         loss = loss or recipe.loss_for(self.schema.column(target))
         traced = tracing.loss_program(model, loss, self._examples(named), self._example(target))
         options = {"bands": bands, "average": average, "corrected": corrected, "clip_quantile": clip_quantile}

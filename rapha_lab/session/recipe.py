@@ -8,17 +8,18 @@ learning rate lr is about lr·sqrt(T)·σC·sqrt(d)/L, and σ grows like q·sqrt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from torch.nn import functional as F
 
 from rapha_lab.protocol.errors import RequestError
-from rapha_lab.protocol.messages import Optimizer
+from rapha_lab.protocol.messages import Candidate, Optimizer, Selection, malformed
 from rapha_lab.protocol.schema import Column
 
-__all__ = ["choose", "loss_for", "steps"]
+__all__ = ["choose", "loss_for", "selection", "steps"]
 
 SHARE, EPOCHS, CLIP, MOMENTUM = 0.2, 20.0, 2.0, 0.9
 """A step's share of the patients, passes over them, and the clipping norm."""
@@ -120,3 +121,42 @@ def loss_for(target: Column) -> Callable[[torch.Tensor, torch.Tensor], torch.Ten
     if target.type == "boolean":
         return F.binary_cross_entropy_with_logits
     return F.cross_entropy if target.type == "category" else F.mse_loss
+
+
+def selection(
+    candidates: Sequence[Mapping[str, float]], runs: float, bound: float | None, target: Column | None
+) -> Selection | None:
+    """What to choose from, or None if there are no candidates.
+
+    Args:
+        bound: of one patient's loss in a score; twice what knowing nothing costs, if not given.
+        target: the column to predict, if the loss is that of `loss_for`.
+
+    Raises:
+        RequestError: naming the argument that is malformed.
+    """
+    if not candidates:
+        return None
+    known = Candidate.__struct_fields__
+    for number, each in enumerate(candidates):
+        if unknown := [name for name in each if name not in known]:
+            raise RequestError(
+                f"A candidate has no {unknown[0]!r}.",
+                "Candidates differ in numbers that leave a run's time alone, since the time is seen.",
+                f"There are {', '.join(known)}; batch and epochs are the same for all.",
+                field=f"candidates[{number}]",
+            )
+    if bound is None:
+        if target is None or target.type not in ("boolean", "category"):
+            raise RequestError(
+                "The candidates' scores have no bound.",
+                "A score is the mean loss of validation patients, of whom each may add so much at most.",
+                "Say bound=2.0, for instance: about twice the loss of a model that knows nothing.",
+                field="bound",
+            )
+        bound = 2 * math.log(max(2, len(target.categories)))
+    try:
+        given = {"candidates": [dict(each) for each in candidates], "runs": runs, "bound": bound}
+        return msgspec.convert(given, Selection)
+    except msgspec.ValidationError as error:
+        raise malformed(error) from None

@@ -12,7 +12,7 @@ Gaussian noise of the same stand-alone (ε, δ).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from rapha_lab.curator.accounting import Pure
 from rapha_lab.curator.cohort import View
-from rapha_lab.curator.lift import lift
+from rapha_lab.curator.lift import Lifted, lift
 from rapha_lab.curator.mapped import taken
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress, metrics
 from rapha_lab.curator.mechanisms.question import Keys, laplace, touched
 from rapha_lab.curator.mechanisms.train import fits
 from rapha_lab.protocol.errors import ProgramError, RequestError
-from rapha_lab.protocol.messages import Evaluate
+from rapha_lab.protocol.messages import Columns, Evaluate
 from rapha_lab.protocol.schema import Schema
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "edges_between",
     "finder",
     "logits",
+    "outputs",
     "plan",
     "price",
     "share_for_placing",
@@ -219,18 +220,30 @@ def logits(ask: Evaluate, tensors: bytes, schema: Schema) -> Callable[[View], Te
 
     def score(view: View) -> Tensor:
         lifted.selftest_scores(parameters, constants)
-        width = lifted.microbatch
-        inputs = view.rows(ask.inputs)
-        places = view.slots(width)
-        slots, turns = torch.tensor(places), torch.tensor(turns_of(places))
-        most = max(_public_turns(expected, width), int(np.bincount(places, minlength=1).max()))
-        held = torch.full((most, width), len(view))
-        held[turns, slots] = torch.arange(len(view))
-        rows = (taken(inputs, row, len(view)) for row in held)
-        parts = [lifted.scores(parameters, constants, each).reshape(-1) for each in rows]
-        return torch.stack(parts)[turns, slots] if parts else torch.zeros(0)
+        return outputs(lifted, parameters, constants, view, ask.inputs, expected)
 
     return score
+
+
+def outputs(
+    lifted: Lifted,
+    parameters: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    view: View,
+    columns: dict[str, Columns],
+    expected: float,
+) -> Tensor:
+    """The program's one number for each patient of the view, (n,), each in a slot of their own."""
+    width = lifted.microbatch
+    inputs = view.rows(columns)
+    places = view.slots(width)
+    slots, turns = torch.tensor(places), torch.tensor(turns_of(places))
+    most = max(_public_turns(expected, width), int(np.bincount(places, minlength=1).max()))
+    held = torch.full((most, width), len(view))
+    held[turns, slots] = torch.arange(len(view))
+    rows = (taken(inputs, row, len(view)) for row in held)
+    parts = [lifted.scores(parameters, constants, each).reshape(-1) for each in rows]
+    return torch.stack(parts)[turns, slots] if parts else torch.zeros(0)
 
 
 def turns_of(slots: np.ndarray) -> np.ndarray:

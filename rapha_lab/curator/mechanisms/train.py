@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -35,6 +36,7 @@ __all__ = [
     "Weights",
     "block",
     "capacity",
+    "checked",
     "clipped_sum",
     "draw",
     "fits",
@@ -44,7 +46,12 @@ __all__ = [
     "price",
     "private",
     "rate_of",
+    "recipe",
     "slack",
+    "train",
+    "unpriced",
+    "updates",
+    "with_target",
 ]
 
 Tensors = dict[str, Tensor]
@@ -74,6 +81,38 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
         ProgramError: if the loss cannot be computed patient by patient, or is too large.
         RequestError: naming the field that is out of range.
     """
+    lifted, parameters, constants = checked(ask, tensors, schema)
+    loss = price(ask, schema, delta)
+    rate, sigma = loss.rate, loss.noise
+    updates(ask, [t.clone() for t in parameters.values()], sigma)
+    Clip(ask, sigma)
+
+    def run(view: View, progress: Progress) -> Answer:
+        those = view.of(with_target(view, ask.inputs))
+        rows = those.rows(ask.inputs)
+        clip = Clip(ask, sigma)
+        weights = train(lifted, parameters, constants, rows, ask, rate, clip, noise, progress, those.present)
+        return Answer({"kind": "fit", **recipe(ask, rate, sigma, clip), "engine": lifted.note}, save(weights))
+
+    touches = SPLITS if ask.split == "all" else (ask.split,)
+    return Plan(loss, ask.steps, touches, run)
+
+
+def recipe(ask: Fit, rate: float, sigma: float, clip: Clip) -> dict[str, Any]:
+    """What a release says of how it was trained."""
+    values = {"steps": ask.steps, "noise": sigma, "clip": ask.clip, "rate": rate, "batch": ask.batch}
+    options = {"bands": ask.bands > 1 and ask.bands, "average": ask.average, "corrected": ask.corrected}
+    options |= {"clip_quantile": ask.clip_quantile, "count_noise": clip.count_noise}
+    options |= {"last_clip": ask.clip_quantile and clip.norm}
+    return values | {name: value for name, value in options.items() if value}
+
+
+def checked(ask: Fit, tensors: bytes, schema: Schema) -> tuple[Lifted, Tensors, Tensors]:
+    """The program, lifted, its parameters and constants, once they and the fit's settings were found to be in order.
+
+    Raises:
+        ProgramError, RequestError: as `plan`.
+    """
     lifted = lift(ask.program)
     parameters, constants = lifted.tensors(tensors)
     fits(ask.program, ask.inputs, schema)
@@ -85,25 +124,7 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
         why = "Bands of noise are made for one below 1; a larger one would drown in rounding what later steps take back."
         field = "optimizer.settings.momentum"
         raise RequestError(f"momentum is {momentum}.", why, "Take a smaller one, or no bands.", field=field)
-    loss = price(ask, schema, delta)
-    rate, sigma = loss.rate, loss.noise
-    updates(ask, [t.clone() for t in parameters.values()], sigma)
-    Clip(ask, sigma)
-
-    def run(view: View, progress: Progress) -> Answer:
-        those = view.of(with_target(view, ask.inputs))
-        rows = those.rows(ask.inputs)
-        clip = Clip(ask, sigma)
-        weights = train(lifted, parameters, constants, rows, ask, rate, clip, noise, progress, those.present)
-        values = {"steps": ask.steps, "noise": sigma, "clip": ask.clip, "rate": rate, "batch": ask.batch}
-        options = {"bands": ask.bands > 1 and ask.bands, "average": ask.average, "corrected": ask.corrected}
-        options |= {"clip_quantile": ask.clip_quantile, "count_noise": clip.count_noise}
-        options |= {"last_clip": ask.clip_quantile and clip.norm}
-        values |= {name: value for name, value in options.items() if value}
-        return Answer({"kind": "fit", **values, "engine": lifted.note}, save(weights))
-
-    touches = SPLITS if ask.split == "all" else (ask.split,)
-    return Plan(loss, ask.steps, touches, run)
+    return lifted, parameters, constants
 
 
 def train(
@@ -117,10 +138,11 @@ def train(
     noise: Noise,
     progress: Progress,
     present: Callable[[Tensor], Tensor],
+    finite: Callable[[Tensors, int], None] = lambda weights, step: _finite(weights, step),
 ) -> Tensors:
     """The parameters after `ask.steps` steps on the patients' rows, each `(n + 1, *shape)`, the last of zeros.
 
-    Who of some rows is no longer `present` takes no part in the next step.
+    Who of some rows is no longer `present` takes no part in the next step; `finite` stops a run that diverged.
     """
     weights = Weights(parameters)
     optimizer = updates(ask, weights.vectors, clip.noise)
@@ -135,7 +157,7 @@ def train(
     turn = banded.turns(count, ask.bands, noise) if ask.bands > 1 else None
     for step in range(ask.steps):
         if step % block(ask.steps) == 0:
-            _finite(weights, step)
+            finite(weights, step)
             progress(min(block(ask.steps), ask.steps - step))
 
         def takes_part(rows: Tensor, step: int = step) -> Tensor:
@@ -151,7 +173,7 @@ def train(
         optimizer.step()
         if ask.average:
             averaged(averages, weights, ask.average, step)
-    _finite(averages, ask.steps)
+    finite(averages, ask.steps)
     return {name: t.clone() for name, t in averages.items()}
 
 
@@ -224,19 +246,23 @@ def price(ask: Fit | Open, schema: Schema, delta: float) -> SampledGaussian | Ba
     Raises:
         RequestError: naming the field that is out of range.
     """
+    one = unpriced(ask, schema)
+    return one.with_noise(noise_for(one.with_noise, ask.epsilon, delta))
+
+
+def unpriced(ask: Fit | Open, schema: Schema) -> SampledGaussian | BandedGaussian:
+    """The same with a noise multiplier of 1."""
     rate, bands = rate_of(ask.batch, schema.expected(ask.split)), ask.bands if isinstance(ask, Fit) else 1
-    if bands > 1:
-        if bands * rate > 1:
-            raise RequestError(
-                f"bands is {bands}.",
-                "Each step draws from the patients whose turn it is, and there are too few of them for the batch.",
-                f"Take at most {int(1 / rate)} bands, or a smaller batch.",
-                field="bands",
-            )
-        one = BandedGaussian(bands * rate, 1.0, bands, ask.steps)
-        return one.with_noise(noise_for(one.with_noise, ask.epsilon, delta))
-    sigma = noise_for(lambda sigma: SampledGaussian(rate, sigma, ask.steps), ask.epsilon, delta)
-    return SampledGaussian(rate, sigma, ask.steps)
+    if bands == 1:
+        return SampledGaussian(rate, 1.0, ask.steps)
+    if bands * rate > 1:
+        raise RequestError(
+            f"bands is {bands}.",
+            "Each step draws from the patients whose turn it is, and there are too few of them for the batch.",
+            f"Take at most {int(1 / rate)} bands, or a smaller batch.",
+            field="bands",
+        )
+    return BandedGaussian(bands * rate, 1.0, bands, ask.steps)
 
 
 def rate_of(batch: int, expected: float | None) -> float:

@@ -1,0 +1,171 @@
+"""Of several settings the best: private selection (Papernot and Steinke 2022, section 3, with a Poisson number of runs).
+
+1. Draw K from the Poisson distribution of mean μ, given that it is at most m.
+2. m times: draw a candidate at random, train with it on the train split, and score it by the mean loss of the
+   validation patients, each one's cut to [0, bound], with Gaussian noise.
+3. Release the best of the first K, and its score; the starting weights if none counts.
+
+The price holds only while K stays hidden. So all m runs are computed and announced alike, whichever count, and
+candidates differ in numbers that move no run's work. A run that diverges has the worst score; it ends nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from rapha_lab.curator.accounting import Selected, noise_for, runs_for
+from rapha_lab.curator.cohort import View
+from rapha_lab.curator.lift import Lifted
+from rapha_lab.curator.mechanisms import Answer, Plan, Progress
+from rapha_lab.curator.mechanisms.evaluate import outputs
+from rapha_lab.curator.mechanisms.train import checked, price, recipe, train, unpriced, updates, with_target
+from rapha_lab.curator.noise import Noise, noisy
+from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.messages import Candidate, Fit, Open, Optimizer, Selection
+from rapha_lab.protocol.schema import Schema
+
+__all__ = ["JUDGES", "loss_of", "plan"]
+
+JUDGES = "validation"
+"""The split whose patients score the runs."""
+
+GRID = 1 << 20
+"""Parts of half the bound in which losses are counted."""
+
+LONGEST = 1_000_000
+"""Steps of all runs together."""
+
+
+def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -> Plan:
+    """How the best of several trainings will be found at the asked epsilon; checks everything, touches no record.
+
+    Raises:
+        ProgramError: if the loss cannot be computed patient by patient, or is too large.
+        RequestError: naming the field that is out of range.
+    """
+    selection = ask.selection
+    assert selection is not None
+    asks = [tried(ask, candidate) for candidate in selection.candidates]
+    _alike(asks)
+    for each in asks:
+        lifted, parameters, constants = checked(each, tensors, schema)
+    loss = loss_of(ask, selection.runs, schema, delta)
+    for number, each in enumerate(asks):
+        try:
+            updates(each, [t.clone() for t in parameters.values()], loss.noise)
+        except RequestError as error:
+            error.field = f"candidates[{number}]"
+            raise
+    expected = schema.expected(JUDGES) or 0.0
+    alone = price(ask, schema, delta).noise
+
+    def run(view: View, progress: Progress) -> Answer:
+        counts = counted(loss, noise)
+        drawn = noise.uniform(loss.runs).mul_(len(asks)).long().tolist()
+        those, judges = (each.of(with_target(each, ask.inputs)) for each in (view, view.other(JUDGES)))
+        rows = those.rows(ask.inputs)
+        best, chosen, weights = math.inf, None, parameters
+        for number, which in enumerate(drawn):
+            data = rows, asks[which], loss.train.rate, loss.noise, noise, progress, those.present
+            found = train(lifted, parameters, constants, *data, lambda weights, step: None)
+            progress(1)
+            score = scored(lifted, found, constants, judges, ask, expected, loss.score.noise, noise)
+            finite = all(bool(t.isfinite().all()) for t in found.values())
+            better = finite and number < counts and score < best
+            best, chosen = (score, which) if better else (best, chosen)
+            # all numbers are copied, whether or not they are better
+            weights = {n: torch.where(torch.tensor(better), found[n], t) for n, t in weights.items()}
+        told = _told(loss, selection, alone, chosen, best, selection.bound / 2 * loss.score.noise / expected)
+        asked = ask if chosen is None else asks[chosen]
+        return Answer(
+            {"kind": "fit", **recipe(asked, loss.train), **told, "engine": lifted.note}, save(weights)
+        )
+
+    return Plan(loss, loss.steps, (ask.split, JUDGES), run)
+
+
+def loss_of(ask: Fit | Open, mean: float, schema: Schema, delta: float) -> Selected:
+    """The privacy loss of selecting from `mean` trainings on average, their noise solved from the asked (epsilon, delta).
+
+    Raises:
+        RequestError: naming the field that is out of range.
+    """
+    if ask.split != "train":
+        raise RequestError(
+            f"The split is {ask.split}.",
+            "Candidates are trained on the train split and scored on the validation patients, who must be others.",
+            "Say patients.train.fit(...).",
+            field="split",
+        )
+    one = Selected(unpriced(ask, schema), mean, runs_for(mean))
+    if one.steps > LONGEST:
+        raise RequestError(
+            f"The selection takes {one.runs} runs of {ask.steps:,} steps.",
+            f"All together may take {LONGEST:,}; all are computed, since nobody may see how many count.",
+            "Take fewer runs or epochs.",
+            field="runs",
+        )
+    return one.with_noise(noise_for(one.with_noise, ask.epsilon, delta))
+
+
+def tried(ask: Fit, candidate: Candidate) -> Fit:
+    """The fit with a candidate's numbers in place of its own."""
+    given = msgspec.to_builtins(candidate)
+    own = {name: given.pop(name) for name in ("clip", "average") if name in given}
+    rule = Optimizer(name=ask.optimizer.name, settings=ask.optimizer.settings | given)
+    return msgspec.structs.replace(ask, optimizer=rule, **own)
+
+
+def _alike(asks: list[Fit]) -> None:
+    """Refuse candidates whose runs would differ in work, which is seen: those of which one lacks what others have."""
+    for number, each in enumerate(asks[1:], 1):
+        one, other = (fit.optimizer.settings | {"average": fit.average} for fit in (asks[0], each))
+        for name in sorted({*one} | {*other}):
+            if bool(one.get(name)) != bool(other.get(name)):
+                raise RequestError(
+                    f"{name} is 0 in some candidates and not in others.",
+                    "Their runs would take different times, by which it would be seen which are computed.",
+                    f"Give each candidate a {name} above 0, however small, or none.",
+                    field=f"candidates[{number}].{name}",
+                )
+
+
+def counted(loss: Selected, noise: Noise) -> int:
+    """How many runs count: a Poisson number of that mean, given that it is at most the number of runs."""
+    chances = torch.distributions.Poisson(torch.tensor(loss.mean, dtype=torch.float64))
+    below = chances.log_prob(torch.arange(loss.runs + 1, dtype=torch.float64)).exp().cumsum(0)
+    return int((below[:-1] <= noise.uniform(1) * below[-1]).sum())
+
+
+def scored(
+    lifted: Lifted, weights: dict[str, Tensor], constants: dict[str, Tensor], judges: View, ask: Fit,
+    expected: float, deviation: float, noise: Noise,
+) -> float:  # fmt: skip
+    """The mean loss of the judges, each one's cut to [0, bound], with noise; a loss that is no number is `bound`.
+
+    Losses are counted from the middle, from which a patient is at most bound/2 away, and added as whole numbers: no
+    rounding of a sum knows who is there.
+    """
+    assert ask.selection is not None
+    half = ask.selection.bound / 2
+    losses = outputs(lifted, weights, constants, judges, ask.inputs, expected).double()
+    parts = losses.nan_to_num(2 * half, 2 * half, 0.0).div_(half).sub_(1).clamp_(-1, 1).mul_(GRID).round_()
+    total = (parts.long() * judges.present()).sum().double().div(GRID).reshape(1)
+    return half + half * float(noisy(total, deviation, noise)) / expected
+
+
+def _told(
+    loss: Selected, selection: Selection, alone: float, chosen: int | None, score: float, error: float
+) -> dict[str, Any]:
+    """What a release says of the selection: nothing of the runs but the best."""
+    settings = {} if chosen is None else msgspec.to_builtins(selection.candidates[chosen])
+    best = {"value": score, "error": error} if chosen is not None else None
+    about = {"candidates": len(selection.candidates), "mean": loss.mean, "runs": loss.runs}
+    about |= {"bound": selection.bound, "noise_alone": alone}
+    return {"selection": about | {"chosen": chosen, "settings": settings, "score": best}}
