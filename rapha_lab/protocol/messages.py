@@ -230,12 +230,13 @@ class Selection(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
 
     Attributes:
         runs: how many runs count on average; how many do is hidden.
-        bound: as much of one patient's loss counts in a score, and no less than 0.
+        bound: as much of one patient's loss counts in a score, and no less than 0; if not given the score is Brier's, for
+            losses that are minus the logarithm of a probability.
     """
 
     candidates: Annotated[list[Candidate], Meta(min_length=2, max_length=64)]
     runs: Annotated[float, Meta(ge=1.0, le=20.0)] = 5.0
-    bound: Positive
+    bound: Positive | None = None
 
 
 class Fit(Ask, frozen=True, tag="fit"):

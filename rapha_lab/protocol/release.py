@@ -247,7 +247,8 @@ def _selected(selection: dict[str, Any] | None) -> list[Row]:
     """How the best of several settings was found: its score, its settings, and what looking for it cost."""
     if selection is None:
         return []
-    best = [_row("loss on validation", selection["score"])] if selection["score"] else []
+    score = "Brier score" if selection["bound"] is None else "loss"
+    best = [_row(f"{score} on validation", selection["score"])] if selection["score"] else []
     best += [Row(f"chosen {name}", value) for name, value in selection["settings"].items()]
     names = {
         "noise_alone": "noise multiplier of one training",

@@ -131,7 +131,7 @@ class Patients(Questions):
             candidates: settings to choose from in private, as in [{"lr": 0.1}, {"lr": 1.0, "clip": 0.5}]: lr, momentum,
                 weight_decay, clip, average (Papernot and Steinke 2022). The best by its loss on the validation patients leaves.
             runs: how many trainings with a candidate count on average; more of them are computed, and longer.
-            bound: the most that one validation patient's loss weighs.
+            bound: the most that one validation patient's loss weighs in choosing; for a yes or no the Brier score decides.
 
         Returns:
             The release: settings and price. The model holds the trained weights.
@@ -148,7 +148,7 @@ class Patients(Questions):
             self._expected(), common["epsilon"], model, optimizer, epochs=epochs, batch=batch, clip=clip
         )
         column = self.schema.column(target) if loss is None else None
-        chosen["selection"] = recipe.selection(candidates, runs, bound, column)
+        chosen["selection"] = recipe.selection(candidates, runs, bound, loss, column)
         loss = loss or recipe.loss_for(self.schema.column(target))
         traced = tracing.loss_program(model, loss, self._examples(named), self._example(target))
         options = {"bands": bands, "average": average, "corrected": corrected, "clip_quantile": clip_quantile}

@@ -124,13 +124,18 @@ def loss_for(target: Column) -> Callable[[torch.Tensor, torch.Tensor], torch.Ten
 
 
 def selection(
-    candidates: Sequence[Mapping[str, float]], runs: float, bound: float | None, target: Column | None
+    candidates: Sequence[Mapping[str, float]],
+    runs: float,
+    bound: float | None,
+    loss: Callable[..., torch.Tensor] | None,
+    target: Column | None,
 ) -> Selection | None:
     """What to choose from, or None if there are no candidates.
 
     Args:
-        bound: of one patient's loss in a score; twice what knowing nothing costs, if not given.
-        target: the column to predict, if the loss is that of `loss_for`.
+        bound: of one patient's loss in a score; chosen by loss or target if not given.
+        loss: if not that of `loss_for`.
+        target: the column to predict, if there is no loss.
 
     Raises:
         RequestError: naming the argument that is malformed.
@@ -143,20 +148,27 @@ def selection(
             raise RequestError(
                 f"A candidate has no {unknown[0]!r}.",
                 "Candidates differ in numbers that leave a run's time alone, since the time is seen.",
-                f"There are {', '.join(known)}; batch and epochs are the same for all.",
+                f"There are {', '.join(known)}; all else is the same for all.",
                 field=f"candidates[{number}]",
             )
-    if bound is None:
-        if target is None or target.type not in ("boolean", "category"):
-            raise RequestError(
-                "The candidates' scores have no bound.",
-                "A score is the mean loss of validation patients, of whom each may add so much at most.",
-                "Say bound=2.0, for instance: about twice the loss of a model that knows nothing.",
-                field="bound",
-            )
-        bound = 2 * math.log(max(2, len(target.categories)))
+    bound = bound if bound is not None else _bound(loss, target)
     try:
         given = {"candidates": [dict(each) for each in candidates], "runs": runs, "bound": bound}
         return msgspec.convert(given, Selection)
     except msgspec.ValidationError as error:
         raise malformed(error) from None
+
+
+def _bound(loss: Callable[..., torch.Tensor] | None, target: Column | None) -> float | None:
+    """How much of one patient's loss counts; None, which means the Brier score, where it is a yes or no's log loss."""
+    plain = type(loss) is torch.nn.BCEWithLogitsLoss and loss.weight is None and loss.pos_weight is None
+    if plain or loss is F.binary_cross_entropy_with_logits or (target and target.type == "boolean"):
+        return None
+    if target and target.type == "category":
+        return max(4.0, 2 * math.log(len(target.categories)))
+    raise RequestError(
+        "The candidates' scores have no bound.",
+        "A score is the mean loss of validation patients, of whom each may add so much at most.",
+        "Say bound=2.0, for instance: a few times the loss of a model that knows nothing.",
+        field="bound",
+    )

@@ -1,8 +1,8 @@
 """Of several settings the best: private selection (Papernot and Steinke 2022, section 3, with a Poisson number of runs).
 
 1. Draw K from the Poisson distribution of mean μ, given that it is at most m.
-2. m times: draw a candidate at random, train with it on the train split, and score it by the mean loss of the
-   validation patients, each one's cut to [0, bound], with Gaussian noise.
+2. m times: draw a candidate at random, train with it on the train split, and score it on the validation patients:
+   their mean loss, each one's cut to [0, bound], or Brier score, with Gaussian noise.
 3. Release the best of the first K, and its score; the starting weights if none counts.
 
 The price holds only while K stays hidden. So all m runs are computed and announced alike, whichever count, and
@@ -81,7 +81,9 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
             best, chosen = (score, which) if better else (best, chosen)
             # all numbers are copied, whether or not they are better
             weights = {n: torch.where(torch.tensor(better), found[n], t) for n, t in weights.items()}
-        told = _told(loss, selection, alone, chosen, best, selection.bound / 2 * loss.score.noise / expected)
+        told = _told(
+            loss, selection, alone, chosen, best, (selection.bound or 1.0) / 2 * loss.score.noise / expected
+        )
         asked = ask if chosen is None else asks[chosen]
         return Answer(
             {"kind": "fit", **recipe(asked, loss.train), **told, "engine": lifted.note}, save(weights)
@@ -147,15 +149,17 @@ def scored(
     lifted: Lifted, weights: dict[str, Tensor], constants: dict[str, Tensor], judges: View, ask: Fit,
     expected: float, deviation: float, noise: Noise,
 ) -> float:  # fmt: skip
-    """The mean loss of the judges, each one's cut to [0, bound], with noise; a loss that is no number is `bound`.
+    """The mean loss of the judges, each one's cut to [0, bound], or their Brier score, with noise; the less, the better.
 
     Losses are counted from the middle, from which a patient is at most bound/2 away, and added as whole numbers: no
-    rounding of a sum knows who is there.
+    rounding of a sum knows who is there. One that is no number is `bound`.
     """
     assert ask.selection is not None
-    half = ask.selection.bound / 2
+    half = (ask.selection.bound or 1.0) / 2
     losses = outputs(lifted, weights, constants, judges, ask.inputs, expected).double()
-    parts = losses.nan_to_num(2 * half, 2 * half, 0.0).div_(half).sub_(1).clamp_(-1, 1).mul_(GRID).round_()
+    if ask.selection.bound is None:
+        losses = losses.neg().exp().clamp(max=1).sub(1).square()  # (1 - p)² of -log p
+    parts = losses.nan_to_num(2 * half, 2 * half, 0.0).div(half).sub(1).clamp(-1, 1).mul(GRID).round()
     total = (parts.long() * judges.present()).sum().double().div(GRID).reshape(1)
     return half + half * float(noisy(total, deviation, noise)) / expected
 
@@ -166,6 +170,6 @@ def _told(
     """What a release says of the selection: nothing of the runs but the best."""
     settings = {} if chosen is None else msgspec.to_builtins(selection.candidates[chosen])
     best = {"value": score, "error": error} if chosen is not None else None
-    about = {"candidates": len(selection.candidates), "mean": loss.mean, "runs": loss.runs}
+    about: dict[str, Any] = {"candidates": len(selection.candidates), "mean": loss.mean, "runs": loss.runs}
     about |= {"bound": selection.bound, "noise_alone": alone}
     return {"selection": about | {"chosen": chosen, "settings": settings, "score": best}}
