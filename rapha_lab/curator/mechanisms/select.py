@@ -12,7 +12,7 @@ candidates differ in numbers that move no run's work. A run that diverges has th
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -23,6 +23,7 @@ from rapha_lab.curator.accounting import Selected, noise_for, runs_for
 from rapha_lab.curator.cohort import View
 from rapha_lab.curator.lift import Lifted
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress
+from rapha_lab.curator.mechanisms.adaptive import Clip
 from rapha_lab.curator.mechanisms.evaluate import outputs
 from rapha_lab.curator.mechanisms.train import checked, price, recipe, train, unpriced, updates, with_target
 from rapha_lab.curator.noise import Noise, noisy
@@ -42,6 +43,15 @@ LONGEST = 1_000_000
 """Steps of all runs together."""
 
 
+class _Best(NamedTuple):
+    """The best run that counts so far, or none: its score, which candidate's, trained how and with which clip."""
+
+    score: float
+    chosen: int | None
+    ask: Fit
+    clip: Clip
+
+
 def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -> Plan:
     """How the best of several trainings will be found at the asked epsilon; checks everything, touches no record.
 
@@ -59,35 +69,34 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
     for number, each in enumerate(asks):
         try:
             updates(each, [t.clone() for t in parameters.values()], loss.noise)
+            Clip(each, loss.noise)
         except RequestError as error:
             error.field = f"candidates[{number}]"
             raise
     expected = schema.expected(JUDGES) or 0.0
-    alone = price(ask, schema, delta).noise
+    alone, rate, sigma = price(ask, schema, delta).noise, loss.train.rate, loss.noise
+    half = (selection.bound or 1.0) / 2
 
     def run(view: View, progress: Progress) -> Answer:
         counts = counted(loss, noise)
         drawn = noise.uniform(loss.runs).mul_(len(asks)).long().tolist()
         those, judges = (each.of(with_target(each, ask.inputs)) for each in (view, view.other(JUDGES)))
         rows = those.rows(ask.inputs)
-        best, chosen, weights = math.inf, None, parameters
+        weights, best = parameters, _Best(math.inf, None, ask, Clip(ask, sigma))
         for number, which in enumerate(drawn):
-            data = rows, asks[which], loss.train.rate, loss.noise, noise, progress, those.present
-            found = train(lifted, parameters, constants, *data, lambda weights, step: None)
+            clip = Clip(asks[which], sigma)
+            data = rows, asks[which], rate, clip, noise, progress, those.present
+            found = train(lifted, parameters, constants, *data, finite=lambda weights, step: None)
             progress(1)
             score = scored(lifted, found, constants, judges, ask, expected, loss.score.noise, noise)
             finite = all(bool(t.isfinite().all()) for t in found.values())
-            better = finite and number < counts and score < best
-            best, chosen = (score, which) if better else (best, chosen)
-            # all numbers are copied, whether or not they are better
+            better = finite and number < counts and score < best.score
+            best = _Best(score, which, asks[which], clip) if better else best
+            # copied whether or not they are better
             weights = {n: torch.where(torch.tensor(better), found[n], t) for n, t in weights.items()}
-        told = _told(
-            loss, selection, alone, chosen, best, (selection.bound or 1.0) / 2 * loss.score.noise / expected
-        )
-        asked = ask if chosen is None else asks[chosen]
-        return Answer(
-            {"kind": "fit", **recipe(asked, loss.train), **told, "engine": lifted.note}, save(weights)
-        )
+        told = _told(loss, selection, alone, best, half * loss.score.noise / expected)
+        trained = recipe(best.ask, rate, sigma, best.clip)
+        return Answer({"kind": "fit", **trained, **told, "engine": lifted.note}, save(weights))
 
     return Plan(loss, loss.steps, (ask.split, JUDGES), run)
 
@@ -160,16 +169,16 @@ def scored(
     if ask.selection.bound is None:
         losses = losses.neg().exp().clamp(max=1).sub(1).square()  # (1 - p)² of -log p
     parts = losses.nan_to_num(2 * half, 2 * half, 0.0).div(half).sub(1).clamp(-1, 1).mul(GRID).round()
-    total = (parts.long() * judges.present()).sum().double().div(GRID).reshape(1)
+    total = (parts.long() * judges.present(torch.arange(len(parts)))).sum().double().div(GRID).reshape(1)
     return half + half * float(noisy(total, deviation, noise)) / expected
 
 
-def _told(
-    loss: Selected, selection: Selection, alone: float, chosen: int | None, score: float, error: float
-) -> dict[str, Any]:
+def _told(loss: Selected, selection: Selection, alone: float, best: _Best, error: float) -> dict[str, Any]:
     """What a release says of the selection: nothing of the runs but the best."""
-    settings = {} if chosen is None else msgspec.to_builtins(selection.candidates[chosen])
-    best = {"value": score, "error": error} if chosen is not None else None
+    settings, score = {}, None
+    if best.chosen is not None:
+        settings = msgspec.to_builtins(selection.candidates[best.chosen])
+        score = {"value": best.score, "error": error}
     about: dict[str, Any] = {"candidates": len(selection.candidates), "mean": loss.mean, "runs": loss.runs}
     about |= {"bound": selection.bound, "noise_alone": alone}
-    return {"selection": about | {"chosen": chosen, "settings": settings, "score": best}}
+    return {"selection": about | {"chosen": best.chosen, "settings": settings, "score": score}}
