@@ -275,7 +275,7 @@ def test_nothing_comes_back_of_what_is_cancelled(house: House, monkeypatch: pyte
     answer = house.desk.answer
 
     def cancelled(caller: Caller, request: bytes, tensors: bytes, on_step: Any) -> Any:
-        def told(done: int, planned: int, epsilon: float) -> None:
+        def told(done: int, planned: int, epsilon: float, doing: str = "") -> None:
             assert planned == RUNS * (STEPS + 1)
             if done >= 30:
                 raise Cancelled("cancelled")
