@@ -60,6 +60,7 @@ class Rehearsal:
         epsilon: float | None,
         inputs: tuple[dict[str, Any], bytes] = ({}, b""),
         show: Callable[[dict[str, Any]], None] | None = None,
+        largest_model: int | None = None,
     ) -> None:
         """Run a cell with inputs as `send` packed them; what it shows goes to `show`, or nowhere.
 
@@ -69,7 +70,11 @@ class Rehearsal:
         with self._lock:
             self.namespace.update(parcels.unpack(*inputs, into=self.namespace))
             self.namespace["patients"] = Patients(
-                schema, partial(self._answer, schema), epsilon=epsilon, most_steps=STEPS
+                schema,
+                partial(self._answer, schema),
+                epsilon=epsilon,
+                most_steps=STEPS,
+                largest_model=largest_model,
             )
             screen = interpreter.Screen(show or (lambda output: None))
             self._ran += 1

@@ -341,6 +341,11 @@ class Dataset:
         )
 
     @property
+    def largest_model(self) -> int | None:
+        """How many numbers a model may have that is trained on it, by the policy; None if the site does not say."""
+        return self._told.get("largest_model")
+
+    @property
     def name(self) -> str:
         """What cells call it."""
         return self.schema.name

@@ -180,14 +180,15 @@ def _free(
         return [_card(name, cohort.schema, mine) for name, cohort in cohorts.items()]
 
     def _card(name: str, schema: Schema, projects: Any) -> Any:
+        mine = [project for project in projects if name in project.datasets]
         budget = {
             project.name: {
                 split: msgspec.to_builtins(ledger.statement(project.name, name, split)) for split in SPLITS
             }
-            for project in projects
-            if name in project.datasets
+            for project in mine
         }
-        return {"name": name, "title": schema.title, "schema": msgspec.to_builtins(schema), "budget": budget}
+        told = {"name": name, "title": schema.title, "schema": msgspec.to_builtins(schema), "budget": budget}
+        return told | {"largest_model": max((project.largest_model for project in mine), default=None)}
 
     def cell(call: Call) -> Any:
         return ledger.record("cell", source=call.text, project=call.project, researcher=call.researcher)

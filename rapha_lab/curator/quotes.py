@@ -146,6 +146,8 @@ def _fit(asked: Inquiry, epsilon: float, schema: Schema, delta: float) -> tuple[
     if asked.size:
         figures["numbers to train"] = float(asked.size)
         figures["norm of that noise, of the clip"] = deviation * math.sqrt(asked.size)
+        how = "rapha.check(model, loss, inputs, target, of=cohort) says how each parameter trains, and what is slow."
+        return loss, {"noise": loss.noise, "figures": figures, "notes": [how]}
     return loss, {"noise": loss.noise, "figures": figures}
 
 

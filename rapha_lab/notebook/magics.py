@@ -115,7 +115,14 @@ class EnclaveMagics(Magics):
             show = _show if args.rehearse_only else held.append
             try:
                 with card.rehearsing(dataset):
-                    self._rehearsal.run(cell, dataset.schema, epsilon=args.epsilon, inputs=sent, show=show)
+                    self._rehearsal.run(
+                        cell,
+                        dataset.schema,
+                        epsilon=args.epsilon,
+                        inputs=sent,
+                        show=show,
+                        largest_model=dataset.largest_model,
+                    )
             except RaphaError:
                 self._said = _words(held)
                 card.give_way()
@@ -211,7 +218,8 @@ class _Card:
     def update(self, job: Job) -> None:
         """Show how far the job is."""
         slow = not job.outputs and time.monotonic() - self._begun > SLOW
-        if self._shown or slow or job.told.get("steps", 0) > 1 or job.state == "waiting":
+        works = job.told.get("steps", 0) > 1 or job.told.get("doing")
+        if self._shown or slow or works or job.state == "waiting":
             self._show(job._repr_mimebundle_())
 
     def give_way(self) -> None:

@@ -23,6 +23,7 @@ from msgspec import Meta
 
 from rapha_lab.protocol.errors import PolicyError, RequestError
 from rapha_lab.protocol.keys import PrivateKey, PublicKey
+from rapha_lab.protocol.program import within
 
 __all__ = [
     "Custodian",
@@ -123,12 +124,7 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     def within_size(self, program: Sized) -> None:
         """Raise PolicyError if `program` has more parameters than `largest_model`."""
-        if program.size > self.largest_model:
-            _refuse(
-                f"The model has {program.size:,} parameters.",
-                f"Project {self.name!r} may train {self.largest_model:,} at most.",
-                "Make it smaller, or ask the custodians for a new version of the policy.",
-            )
+        within(program.size, self.largest_model, f"Project {self.name!r}")
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from rapha_lab.protocol.errors import ProgramError
+from rapha_lab.protocol.errors import PolicyError, ProgramError
 
 __all__ = [
     "DTYPES",
@@ -28,6 +28,7 @@ __all__ = [
     "digest",
     "refs",
     "structure",
+    "within",
 ]
 
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -154,3 +155,13 @@ def structure(program: Program) -> str:
     """SHA-256 of what it computes, lines and modules aside: programs that share it share compiled code."""
     bare = [msgspec.structs.replace(node, line=None, module="") for node in program.nodes]
     return digest(msgspec.structs.replace(program, nodes=bare))
+
+
+def within(size: int, largest: int, who: str = "Your project") -> None:
+    """Raise PolicyError if a model of so many numbers is larger than the policy lets `who` train."""
+    if size > largest:
+        raise PolicyError(
+            f"The model has {size:,} parameters.",
+            f"{who} may train {largest:,} at most.",
+            "Make it smaller, or ask the custodians for a new version of the policy.",
+        )

@@ -10,11 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rapha_lab.protocol.errors import ProgramError, RequestError
+from rapha_lab.protocol.errors import PolicyError, ProgramError, RequestError
 from rapha_lab.protocol.program import Program
+from rapha_lab.protocol.program import within as in_bounds
 from rapha_lab.session import recipe, tracing
 
-__all__ = ["Finding", "Findings", "check", "fix"]
+__all__ = ["Finding", "Findings", "check", "fix", "within"]
+
+LARGE = 1 << 14
+"""Numbers from which on a copy of a parameter for each patient makes a step slow."""
+
+PATHS = {
+    "outer": "a patient's gradient is clipped without being written out, as fast as it gets",
+    "rows": "a patient's gradient is kept for the rows of the table that the patient uses",
+    "stored": "a patient's gradient is written out, clipped and added up",
+    "copy": "each patient gets a copy of the parameter, which is slow where it is large",
+}
+"""What the site's ways to a parameter's gradient mean."""
 
 Lift = Callable[[Program], Mapping[str, str]]
 """The site's table on a program: how each parameter is differentiated, or ProgramError."""
@@ -58,9 +70,10 @@ class Findings(list[Finding]):
 
     def __repr__(self) -> str:
         head = "This model trains." if self else "This model does not train yet."
-        return "\n".join(
-            [head, *map(str, self), *(f"trains  {name}: {path}" for name, path in self.paths.items())]
-        )
+        trains = [f"trains  {name}: {path}" for name, path in self.paths.items()]
+        taken = {path.partition(":")[0] for path in self.paths.values()}
+        means = [f"        {way}: {meaning}." for way, meaning in PATHS.items() if way in taken]
+        return "\n".join([head, *map(str, self), *trains, *means])
 
 
 def check(
@@ -94,10 +107,23 @@ def check(
     if not found:
         return found
     try:
+        within(model, getattr(of, "largest_model", None))
         program = tracing.loss_program(model, loss, examples, goal).program
         found.paths = lift(program) if lift else {}
-    except ProgramError as error:
+    except (PolicyError, ProgramError) as error:
         found.append(Finding(True, error.field or "model", error.what, error.why, error.instead, error.line))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    for name in [name for name, path in found.paths.items() if path.startswith("copy")]:
+        if sizes.get(name, 0) >= LARGE:
+            found.append(
+                Finding(
+                    False,
+                    name,
+                    f"{name} trains slowly.",
+                    f"Each patient of a batch gets a copy of its {sizes[name]:,} numbers.",
+                    "As the weight itself of nn.Linear, a convolution, nn.Embedding or a recurrent layer it would not.",
+                )
+            )
     for name in [name for name, path in found.paths.items() if path.startswith("none")]:
         found.append(
             Finding(
@@ -108,6 +134,12 @@ def check(
             )
         )
     return found
+
+
+def within(model: nn.Module, largest: int | None) -> None:
+    """Raise PolicyError if the model has more numbers to train than the policy lets; before it is traced for long."""
+    if largest is not None:
+        in_bounds(sum(p.numel() for p in model.parameters() if p.requires_grad), largest)
 
 
 def fix(model: nn.Module) -> nn.Module:

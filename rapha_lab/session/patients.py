@@ -20,7 +20,7 @@ from rapha_lab.protocol.program import Program, digest
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
 from rapha_lab.protocol.tensors import Layout
-from rapha_lab.session import parcels, recipe, shard, tracing
+from rapha_lab.session import checking, parcels, recipe, shard, tracing
 from rapha_lab.session.loops import Batches
 from rapha_lab.session.opacus import Loader
 from rapha_lab.session.questions import Ask, Questions, made
@@ -44,6 +44,7 @@ class Patients(Questions):
         released: told of each release as it is given.
         split: the patients meant; `train`, `validation` and `test` are attributes.
         most_steps: after how many batches a loop ends, for rehearsals.
+        largest_model: how many numbers a model may have, where that is known beforehand.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class Patients(Questions):
         released: Callable[[Release], None] = lambda release: None,
         split: Split = "all",
         most_steps: int = 1 << 30,
+        largest_model: int | None = None,
     ) -> None:
         super().__init__(schema, ask, epsilon=epsilon, released=released, split=split)
-        self._most_steps = most_steps
+        self._most_steps, self._largest_model = most_steps, largest_model
 
     @property
     def train(self) -> Patients:
@@ -81,6 +83,7 @@ class Patients(Questions):
 
     def _copy(self) -> Patients:
         part = Patients(self.schema, self._ask, released=self._released, most_steps=self._most_steps)
+        part._largest_model = self._largest_model
         part._whole, part._split, part._cell_epsilon = self._whole, self._split, self._cell_epsilon
         part._derive, part._where = self._derive, self._where
         return part
@@ -150,6 +153,7 @@ class Patients(Questions):
         column = self.schema.column(target) if loss is None else None
         chosen["selection"] = recipe.selection(candidates, runs, bound, loss, column)
         loss = loss or recipe.loss_for(self.schema.column(target))
+        checking.within(model, self._largest_model)
         traced = tracing.loss_program(model, loss, self._examples(named), self._example(target))
         options = {"bands": bands, "average": average, "corrected": corrected, "clip_quantile": clip_quantile}
         asked = {"inputs": {**named, "target": target}, **chosen, **common, **options}

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rapha_lab as rapha
-from rapha_lab.protocol.errors import RequestError
+from rapha_lab.client.rehearsal import Rehearsal
+from rapha_lab.protocol.errors import PolicyError, RequestError
 from rapha_lab.protocol.schema import Schema
+from rapha_lab.session import tracing
 
 X, Y = torch.randn(5, 3, 8), torch.randint(2, (5,)).float()
 
@@ -99,6 +101,47 @@ def test_what_will_not_move_is_noted() -> None:
     found = rapha.check(Unused(), nn.BCEWithLogitsLoss(), torch.randn(5, 8), Y)
     assert found
     assert {f.where for f in found} == {"frozen.weight", "idle.weight", "idle.bias"}
+
+
+def test_what_trains_slowly_is_noted_with_what_would_not() -> None:
+    """A large weight that is no layer's own; each way that a parameter takes is explained below."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.scale = nn.Linear(200, 100), nn.Parameter(torch.ones(200))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(torch.tanh(self.enter(x * self.scale)), self.enter.weight.T)
+
+    found = rapha.check(Tied(), nn.MSELoss(), torch.randn(5, 200), torch.randn(5, 200))
+    assert found
+    (note,) = found
+    assert (note.where, note.stops) == ("enter.weight", False)
+    assert "20,000" in note.why
+    assert "each patient gets a copy of the parameter" in repr(found)
+    assert "outer:" not in repr(found)
+
+
+def test_a_model_that_the_policy_does_not_let_train_is_refused_untraced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By `check` and by a rehearsal's fit, in the words that the site would use after a while."""
+    monkeypatch.setattr(tracing, "loss_program", lambda *_: pytest.fail("traced"))
+
+    class Known:
+        schema = Schema.from_dict(numbers("known", 3, 100))
+        largest_model = 3
+
+    model = nn.Linear(3, 1)
+    (stop,) = rapha.check(model, None, ["x0", "x1", "x2"], "y", of=Known())
+    assert stop.stops
+    assert "4 parameters" in stop.what
+    source = "patients.train.fit(model, inputs=['x0', 'x1', 'x2'], target='y', epsilon=1)"
+    rehearsal = Rehearsal()
+    rehearsal.namespace["model"] = model
+    with pytest.raises(PolicyError, match="3 at most"):
+        rehearsal.run(source, Known.schema, epsilon=None, largest_model=3)
 
 
 def test_columns_of_a_dataset_stand_for_tensors() -> None:
