@@ -17,6 +17,10 @@ OF_TORCH: dict[str, tuple[str, str, str]] = {
         "This schedule decides by the value of the loss.", _MISSING,
         f"Use CosineAnnealingLR or OneCycleLR, or give step() a figure of {_ASK}.",
     ),
+    "torch/distributions/distribution.py": (
+        "This distribution looks whether its arguments are valid.", _MISSING,
+        "Make it without: torch.distributions.Normal(mean, scale, validate_args=False), say.",
+    ),
     "torch/nn/utils/rnn.py": (
         "Packing needs the length of each patient's sequence.", _MISSING,
         'Give the layer the padded sequence: the latest row is last, h[:, -1]; batch["visits.present"] is 0 where there is '

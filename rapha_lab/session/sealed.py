@@ -184,8 +184,8 @@ def _again(done: _Done, args: Any, batch: Batch | None) -> Any:
         wrapped = [
             SealedTensor.wrap(t, made, batch, i) if isinstance(t, Tensor) else t for i, t in enumerate(out)
         ]
-        # LSTM states come as a tuple within a list of outputs, named tuples as tuples
-        return tuple(wrapped) if isinstance(out, tuple) else wrapped
+        # LSTM states come as a tuple within a list of outputs; x.max(1) has names for its two
+        return type(out)(wrapped) if isinstance(out, tuple) else wrapped
     return out
 
 

@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.program import DTYPES, Arg, Node, Program, Ref, TensorSpec, check, refs
 from rapha_lab.protocol.tensors import pack
-from rapha_lab.session.plain import WRITTEN_OUT
+from rapha_lab.session.plain import WRITTEN_OUT, gaussian_nll_loss
 
 __all__ = ["Traced", "loss_program", "score_program", "trace"]
 
@@ -80,7 +81,8 @@ def trace(
     plain = [{k: t.detach() for k, t in part.items()} for part in (parameters, constants)]
     with _quiet():
         try:
-            exported = torch.export.export(wrapper, (*plain, batch), strict=False)
+            with _unasked():
+                exported = torch.export.export(wrapper, (*plain, batch), strict=False)
             exported = exported.run_decompositions(WRITTEN_OUT)
         except Exception as error:
             raise _untraceable(error) from None
@@ -257,11 +259,25 @@ def refuse_layer(name: str, module: nn.Module, training: bool = True) -> None:
             "It normalises each patient by the others of the batch, so no gradient is one patient's own.",
             f"Replace it by nn.GroupNorm({groups(channels)}, {channels}) or nn.LayerNorm.", field=name or "model",
         )  # fmt: skip
+    if training and _spectral(module):
+        raise ProgramError(
+            f"{it} with spectral_norm, which changes vectors of its own while it computes.",
+            "A patient's program changes nothing.",
+            "Use nn.utils.parametrizations.weight_norm, or no norm: clipped gradients move the weights little.",
+            field=name or "model",
+        )  # fmt: skip
     if isinstance(module, nn.modules.instancenorm._InstanceNorm) and training and module.track_running_stats:
         raise ProgramError(
             f"{it} with running statistics, which mix patients.", "It keeps means over all that it has seen.",
             "Make it with track_running_stats=False.", field=name or "model",
         )  # fmt: skip
+
+
+def _spectral(module: nn.Module) -> bool:
+    """Whether one of its weights is under a spectral norm, in the newer or the older way."""
+    chains = getattr(module, "parametrizations", {}).values()
+    held = [*(each for chain in chains for each in chain), *module._forward_pre_hooks.values()]
+    return any(type(each).__name__ in ("_SpectralNorm", "SpectralNorm") for each in held)
 
 
 def groups(channels: int) -> int:
@@ -402,6 +418,7 @@ def _computes(node: Any) -> bool:
 def _node(node: Any, ids: dict[str, str]) -> Node:
     op = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target.__name__
     line, module = _place(node.meta)
+    _refuse_complex(node, op, line)
     taken = set(ids.values())
     ids[node.name] = node.name if node.name not in taken else f"{node.name}.node"
     try:
@@ -415,6 +432,18 @@ def _node(node: Any, ids: dict[str, str]) -> Node:
             "Compute with tensors only: torch.where instead of if, no .item(), float() or data-sized shapes.",
             field=op, line=line,
         ) from None  # fmt: skip
+
+
+def _refuse_complex(node: Any, op: str, line: int | None) -> None:
+    """Raise ProgramError if a node's value is complex."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and value.is_complex():
+        raise ProgramError(
+            f"{op} gives complex numbers.", "A site computes with real ones.",
+            "Compute both parts: cos and sin of the angle instead of polar or exp(1j * angle), products of real and "
+            "imaginary parts, and for a Fourier transform of fixed length a product with matrices of cosines and sines.",
+            field=op, line=line,
+        )  # fmt: skip
 
 
 def _arg(value: Any, ids: dict[str, str]) -> Arg:
@@ -502,6 +531,20 @@ def _untraceable(error: Exception, patients: int = 1) -> ProgramError:
         f"The model or loss fails on {count}: {kind}: {text}", "It was tried before anything was sent.",
         instead, field="model", line=line,
     )  # fmt: skip
+
+
+@contextmanager
+def _unasked() -> Iterator[None]:
+    """Without torch's own looks at values: at a variance, at a distribution's arguments, at what a mask masks."""
+    causal = torch.nn.modules.transformer
+    with (
+        patch.object(torch.nn.functional, "gaussian_nll_loss", gaussian_nll_loss),
+        patch.object(torch.distributions.Distribution, "_validate_args", False),
+        patch.object(
+            causal, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: bool(is_causal)
+        ),
+    ):
+        yield
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -255,3 +256,104 @@ def test_a_weight_used_twice_and_one_not_used_are_said_so() -> None:
     it, *_ = lifted(Twice().double(), bce, numbers(6)(), yes())
     assert it.paths["mix.weight"] == "stored: linear, 2 times"
     assert it.paths["idle"].startswith("none")
+
+
+class Through(nn.Module):
+    """A linear layer, a function of what it gives, weighted and added up; ties between values among its outputs."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(6, 16), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        out = self.function(torch.where(h.abs() < 0.1, 0.0, h)).flatten(1).to(x.dtype)
+        return out @ torch.linspace(-1, 1, out.shape[1], dtype=x.dtype)
+
+
+def gated(h: Tensor) -> Tensor:
+    """A mixture of experts' gates, of which the largest two stay."""
+    value, place = h.topk(2, dim=-1)
+    return torch.zeros_like(h).scatter(-1, place, value.softmax(-1))
+
+
+def shared_keys(h: Tensor) -> Tensor:
+    q = h.view(-1, 4, 2, 2)
+    return F.scaled_dot_product_attention(q, q[:, :2], q[:, 2:], is_causal=True, enable_gqa=True)
+
+
+def picture(h: Tensor) -> Tensor:
+    return h.view(-1, 1, 4, 4)
+
+
+def counts(h: Tensor) -> Tensor:
+    """A negative binomial likelihood."""
+    return torch.lgamma(h.exp() + 2) - torch.lgamma(h.exp()) - math.lgamma(3)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sort": lambda h: h.sort(-1).values,
+    "sort down": lambda h: h.view(-1, 4, 4).sort(1, descending=True).values,
+    "argsort": lambda h: h.cumsum(-1).gather(-1, h.argsort(stable=True)),
+    "top of gates": gated,
+    "median": lambda h: h.view(-1, 4, 4).median(1).values,
+    "product": lambda h: h.view(-1, 4, 4).prod(1),
+    "cumulative product": lambda h: h.cumprod(-1),
+    "cumulative logsumexp": lambda h: h.view(-1, 4, 4).logcumsumexp(1),
+    "distances": lambda h: torch.cdist(h.view(-1, 4, 4), torch.ones(2, 4, dtype=h.dtype)),
+    "buckets": lambda h: torch.bucketize(h, torch.tensor([-0.5, 0.0, 0.5]), right=True) * h,
+    "repeated": lambda h: h.view(-1, 4, 4).repeat_interleave(3, dim=1),
+    "channels shuffled": lambda h: F.channel_shuffle(h.view(-1, 4, 2, 2), 2),
+    "pixels unshuffled": lambda h: F.pixel_unshuffle(picture(h), 2),
+    "windows": lambda h: F.unfold(picture(h), (3, 2), dilation=(1, 2), padding=1, stride=2),
+    "windows laid over": lambda h: F.fold(F.unfold(picture(h), 3, padding=1) ** 2, (4, 4), 3, padding=1),
+    "shared keys": shared_keys,
+    "resized": lambda h: F.interpolate(picture(h), (6, 5), mode="nearest-exact"),
+    "resized smoothly": lambda h: F.interpolate(picture(h), (2, 3), mode="bilinear", antialias=True),
+    "counts": counts,
+    "a distribution": lambda h: torch.distributions.Normal(h, h.exp()).log_prob(torch.zeros_like(h)),
+    "a variance": lambda h: F.gaussian_nll_loss(h[:, :8], h[:, 8:] * 0, h[:, 8:].exp(), reduction="none", full=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_written_out_gives_what_torch_gives(name: str) -> None:
+    """Loss and gradient of each patient, with equal values among them where their order counts."""
+    torch.manual_seed(3)
+    model, x, y = Through(FUNCTIONS[name]).double(), torch.randn(N, 6, dtype=torch.float64), yes()
+    it, parameters, constants = lifted(model, nn.MSELoss(), x, y)
+    mine = it.gradients(parameters, constants, {"x": x, "target": y})
+    for parameter, expected in alone(model, nn.MSELoss(), x, y).items():
+        torch.testing.assert_close(mine[parameter], expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_a_bag_of_words_is_summed_without_its_padding(mode: str) -> None:
+    """As nn.EmbeddingBag does, a bag of nothing but padding too."""
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.EmbeddingBag(7, 4, mode=mode, padding_idx=0), nn.Linear(4, 1)).double()
+    x, y = torch.tensor([[1, 2, 2, 0], [3, 0, 0, 6], [0, 0, 0, 0]]), yes()
+    it, parameters, constants = lifted(model, bce, x, y)
+    mine = it.gradients(parameters, constants, {"x": x, "target": y})
+    for parameter, expected in alone(model, bce, x, y).items():
+        torch.testing.assert_close(mine[parameter], expected, rtol=1e-8, atol=1e-9)
+
+
+def test_a_mask_of_the_models_own_is_no_decision() -> None:
+    """torch looks whether a mask is the causal one; a decoder and an encoder with one train all the same."""
+
+    class Translator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = self.body.generate_square_subsequent_mask(4, dtype=x.dtype)
+            return self.head(self.body(x, x, src_mask=mask, tgt_mask=mask)[:, -1])
+
+    torch.manual_seed(5)
+    model, x, y = Translator().double(), torch.randn(N, 4, 8, dtype=torch.float64), yes()
+    it, parameters, constants = lifted(model, bce, x, y)
+    mine = it.gradients(parameters, constants, {"x": x, "target": y})
+    for parameter, expected in alone(model, bce, x, y).items():
+        torch.testing.assert_close(mine[parameter], expected, rtol=1e-8, atol=1e-9)

@@ -83,7 +83,14 @@ def contrastive(z: Tensor, y: Tensor) -> Tensor:
         (Branching(), None, "torch.where"),
         (nn.Linear(8, 4), contrastive, "mixes patients"),
         (nn.Linear(7, 1), nn.BCEWithLogitsLoss(), "shapes"),
-        (nn.Linear(8, 1), lambda p, y: F.mse_loss(torch.fft.fft(p).real[:, 0], y), "operation"),
+        (nn.Linear(8, 1), lambda p, y: F.mse_loss(torch.fft.fft(p).real[:, 0], y), "cosines"),
+        (
+            nn.Linear(8, 1),
+            lambda p, y: F.mse_loss(torch.linalg.inv(p[:, :, None] + 2)[:, 0, 0], y),
+            "operation",
+        ),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(8, 1)), None, "weight_norm"),
+        (nn.utils.spectral_norm(nn.Linear(8, 1)), None, "weight_norm"),
         (nn.Linear(8, 2), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9.0])), "reduction"),
     ],
 )

@@ -61,7 +61,7 @@ case(
     unary(-0.9, 0.9), lambda g: [g.each(low=-0.9, high=0.9)],
 )  # fmt: skip
 case(
-    "log.default log2.default log10.default log1p.default sqrt.default rsqrt.default reciprocal.default",
+    "log.default log2.default log10.default log1p.default sqrt.default rsqrt.default reciprocal.default lgamma.default",
     unary(0.1, 2),
 )
 case("acosh.default", unary(1.1, 2))
@@ -188,6 +188,8 @@ case("pad.default", *(
 ))  # fmt: skip
 case("index_select.default", lambda g: [g.each(g.a, g.b), 1, g.ints(g.b, g.c)])
 case("gather.default", lambda g: [g.each(g.a, g.b), 1, g.ints(g.b, g.a, g.c), False])
+case("scatter.src", lambda g: [g.each(g.a, g.b), 1, g.ints(g.b, g.a, 1), g.each(g.a, 1)])
+case("scatter.value", lambda g: [g.same(1, g.a, g.b), 0, g.ints(g.a, 1, g.b), 0.5])
 case("take_along_dim.default", lambda g: [g.each(g.a, g.b), g.ints(g.b, g.a, g.c), 1])
 case(
     "index.Tensor",
@@ -376,7 +378,10 @@ for n in (1, 2, 3):
         lambda g, n=n, size=size: [g.each(1, 2, *size(g)), [2] * n, [1] * n, [0] * n, [1] * n, False],
     )
     case(f"adaptive_avg_pool{n}d.default", lambda g, n=n, size=size: [g.each(1, 2, *size(g)), [2] * n])
-    case(f"upsample_nearest{n}d.vec", lambda g, n=n, size=size: [g.each(1, 2, *size(g)), None, [2.0] * n])
+    case(
+        f"upsample_nearest{n}d.vec _upsample_nearest_exact{n}d.vec",
+        lambda g, n=n, size=size: [g.each(1, 2, *size(g)), None, [2.0] * n],
+    )
 case(
     "convolution.default",
     lambda g: [g.each(1, 2, g.a + 2), g.same(1, 3, 2, 2), None, [1], [0], [1], False, [0], 1],
@@ -389,7 +394,7 @@ case(
 )
 case("upsample_linear1d.vec", lambda g: [g.each(1, 2, g.a + 1), [7], False, None])
 case(
-    "upsample_bilinear2d.vec upsample_bicubic2d.vec",
+    "upsample_bilinear2d.vec upsample_bicubic2d.vec _upsample_bilinear2d_aa.vec _upsample_bicubic2d_aa.vec",
     lambda g: [g.each(1, 2, g.a + 1, g.b + 1), [7, 5], True, None],
 )
 case("upsample_trilinear3d.vec", lambda g: [g.each(1, 2, g.a + 1, g.b + 1, 2), [7, 5, 3], True, None])
@@ -460,6 +465,16 @@ case(
         False,
         None,
         False,
+    ],
+    lambda g: [
+        g.each(1, 4, g.a, g.b),
+        g.each(1, 2, g.a, g.b),
+        g.each(1, 2, g.a, 3),
+        None,
+        0.0,
+        True,
+        None,
+        True,
     ],
 )
 case("native_dropout.default", unary(-2, 2, 0.0, True), unary(-2, 2, 0.5, False))

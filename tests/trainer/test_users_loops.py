@@ -81,6 +81,13 @@ for i, batch in enumerate(batches(0.8)):
     if (i + 1) % 2 == 0:
         opt.step(); opt.zero_grad()
 """,
+    "names of what an operation gives": """
+model = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 4))
+opt = torch.optim.SGD(model.parameters(), lr=0.1)
+for batch in batches():
+    score = model(batch[X])
+    update(logits(score.max(1).values + score.sort(-1).values[:, 1], batch["y"].float()))
+""",
     "frozen layers": """
 for p in model[0].parameters():
     p.requires_grad_(False)
@@ -172,6 +179,10 @@ REFUSED = {
     "early stopping": ("stop = loss < 0.1 and 1", "stop early"),
     "plateau": ("torch.optim.lr_scheduler.ReduceLROnPlateau(opt).step(loss)", "OneCycleLR"),
     "lbfgs": ("torch.optim.LBFGS(model.parameters()).step(lambda: loss_of(batch))", "SGD or AdamW"),
+    "a distribution": (
+        'torch.distributions.Bernoulli(logits=model(batch[X])[:, 0]).log_prob(batch["y"].float())',
+        "validate_args=False",
+    ),
     "packed": (
         'nn.utils.rnn.pack_padded_sequence(batch["labs.value"], batch["labs.present"].sum(1), True, False)',
         "pool by",

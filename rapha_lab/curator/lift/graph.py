@@ -74,7 +74,7 @@ def refused(node: Node, why: str) -> ProgramError:
     return ProgramError(
         f"{at(node)} has arguments that do not fit.",
         why,
-        "Trace the model again.",
+        "Change what that line computes, or the shapes that it gets.",
         field=node.op,
         line=node.line,
     )

@@ -186,8 +186,10 @@ def attention(
     scale: float | None,
     gqa: bool,
 ) -> Tensor:
-    if min(t.dim() for t in (q, k, v)) < 3 or gqa:
-        raise ValueError("queries, keys and values of at least two dimensions and as many heads are expected")
+    if min(t.dim() for t in (q, k, v)) < (4 if gqa else 3):
+        raise ValueError("queries, keys and values of at least two dimensions are expected, three with heads")
+    if gqa:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = matmul(q * scale, k.transpose(-1, -2))
     if causal:
@@ -251,6 +253,7 @@ folding(
     "adaptive_avg_pool1d.default",
     "upsample_nearest1d.vec",
     "upsample_linear1d.vec",
+    "_upsample_nearest_exact1d.vec",
 )
 folding(
     2,
@@ -260,6 +263,9 @@ folding(
     "upsample_nearest2d.vec",
     "upsample_bilinear2d.vec",
     "upsample_bicubic2d.vec",
+    "_upsample_nearest_exact2d.vec",
+    "_upsample_bilinear2d_aa.vec",
+    "_upsample_bicubic2d_aa.vec",
 )
 folding(
     3,
@@ -268,6 +274,7 @@ folding(
     "adaptive_avg_pool3d.default",
     "upsample_nearest3d.vec",
     "upsample_trilinear3d.vec",
+    "_upsample_nearest_exact3d.vec",
 )
 
 

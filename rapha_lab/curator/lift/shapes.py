@@ -226,6 +226,14 @@ def gather(x: Tensor, d: Any, index: Any, sparse: bool = False) -> Tensor:
     return x.gather(where, index)
 
 
+@rule("scatter.src", "scatter.value")
+def scatter(x: Tensor, d: int, index: Tensor, source: Any) -> Tensor:
+    where = dim(x, d)
+    given = [x, clamped(index, x.shape[where]), *([source] if isinstance(source, Tensor) else [])]
+    x, index, *more = together(given)
+    return x.scatter(where, index, *(more or [source]))
+
+
 @rule("index.Tensor")
 def index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     given = [i for i in indices if i is not None]

@@ -119,7 +119,7 @@ def _apply(op: Any, args: list[Any]) -> Any:
 _PLAIN = (
     "abs", "neg", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "sin",
     "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf",
-    "erfc", "sigmoid", "log_sigmoid", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu",
+    "erfc", "lgamma", "sigmoid", "log_sigmoid", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu",
     "gelu", "softplus", "elu", "celu", "selu", "leaky_relu", "mish", "square", "reciprocal", "sign",
     "sgn", "positive", "floor", "ceil", "round", "trunc", "frac", "isnan", "isinf", "isfinite",
     "logical_not", "logical_and", "logical_or", "logical_xor", "clamp", "clamp_min", "clamp_max",
