@@ -127,7 +127,7 @@ class Patients(Questions):
             epochs: passes over the expected number of patients.
             batch: expected patients in a step.
             clip: the most one patient's gradient may weigh.
-            clip_quantile: from `clip` on follow this quantile of the patients' gradient norms, 0.5 say (Andrew et al. 2021).
+            clip_quantile: from `clip` on follow this quantile of the patients' gradient norms, 0.9 say (Andrew et al. 2021).
             bands: of noise that later steps take back (Choquette-Choo et al. 2023), for large ε and small batches.
             average: release the average of the weights over the steps with this decay, 0.99 say.
             corrected: Adam without the noise in its second moment (Tang et al. 2023).

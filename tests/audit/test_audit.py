@@ -89,7 +89,7 @@ PATHS: dict[str, Callable[[House], np.ndarray]] = {
     "bands": lambda house: fit(house, share=0.25, steps=8, bands=4),
     "average": lambda house: fit(house, average=0.5),
     "corrected": lambda house: fit(house, steps=4, corrected=True, optimizer=torch.optim.Adam),
-    "adaptive clip": lambda house: fit(house, share=0.5, steps=4, clip_quantile=0.5),
+    "adaptive clip": lambda house: fit(house, steps=3, clip_quantile=0.5),
 }
 
 
@@ -144,7 +144,7 @@ def every_turn(patch: pytest.MonkeyPatch) -> None:
 BROKEN = {"noise quartered": quartered, "clipping skipped": unclipped, "a patient counted twice": twice}
 
 
-@pytest.mark.parametrize("path", ["fit", "loop", "average"])
+@pytest.mark.parametrize("path", ["fit", "loop", "average", "adaptive clip"])
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_training_is_found(
     house: House, path: str, fault: str, monkeypatch: pytest.MonkeyPatch
