@@ -2,12 +2,14 @@
 
 What is too large for memory goes into a file without a name in the site's folder of state, which the deployment
 encrypts as it does the records: it is gone when the process ends, however it ends. Whether rows go there, and how
-large the file is, follows from the declared number of patients. A step reads as many rows of it whoever was
-drawn; which of them the kernel still has in memory is nothing that can be hidden, and depends on earlier draws.
+large the file is, follows from the declared number of patients. A step reads as many rows of it whoever was drawn,
+all of them asked for at once; which of them the kernel still has in memory is nothing that can be hidden, and depends
+on earlier draws.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import mmap
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from rapha_lab.protocol.errors import SiteError
 
-__all__ = ["MEMORY", "OnDisk", "filled", "on_disk", "taken", "with_absent", "with_nobody"]
+__all__ = ["MEMORY", "OnDisk", "ask_for", "filled", "on_disk", "taken", "with_absent", "with_nobody"]
 
 MEMORY = 1 << 30
 """Bytes of one input's rows up to which they are held in memory."""
@@ -83,6 +85,15 @@ def filled(out: Tensor, count: int, rows: Callable[[int, int], Tensor]) -> Tenso
     return out[: count + 1]
 
 
+def ask_for(rows: Tensor, places: Tensor) -> None:
+    """Have the kernel fetch the rows in these places together: one by one, each would wait for the disk by itself."""
+    madvise, size = ctypes.CDLL(None).madvise, rows.stride(0) * rows.element_size()
+    for place in places.tolist():
+        first = rows.data_ptr() + place * size
+        page = first - first % mmap.PAGESIZE
+        madvise(ctypes.c_void_p(page), ctypes.c_size_t(first + size - page), mmap.MADV_WILLNEED)
+
+
 def taken(rows: Mapping[str, Tensor], places: Tensor, nobody: int) -> dict[str, Tensor]:
     """The rows in these places, zeros where a place is `nobody`'s."""
     if not isinstance(rows, OnDisk):
@@ -90,5 +101,8 @@ def taken(rows: Mapping[str, Tensor], places: Tensor, nobody: int) -> dict[str, 
     there = places != nobody
     # any row is read for nobody's place, so that as many are read whoever was drawn
     read = torch.where(there, places, torch.randint(max(nobody, 1), places.shape))
+    for t in rows.values():
+        if t.untyped_storage().nbytes() > MEMORY:  # of a public size; smaller ones are in memory
+            ask_for(t, read)
     found = {name: t.index_select(0, read) for name, t in rows.items()}
     return {name: t.where(there.view(-1, *[1] * (t.dim() - 1)), t.new_zeros(())) for name, t in found.items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import mmap
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -123,6 +125,35 @@ def test_as_many_rows_are_read_whoever_was_drawn(tmp_path: Path) -> None:
         assert torch.equal(found["x"], rows["x"][places])
         assert all((read < 90).all() for read in reads.places)
         assert len(reads.places[0].unique()) > 20
+
+
+def test_rows_are_asked_for_before_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of one input together, by the pages that hold them, and no others: nobody's row would tell how many there are."""
+    rows = ward_of(90, tmp_path).view("all").rows({"x": NUMBERS, "labs": ["labs.value", "labs.code"]})
+    honest, asked, advised = mapped.ask_for, [], []
+
+    def noted(t: torch.Tensor, places: torch.Tensor) -> None:
+        asked.append(places)
+        honest(t, places)
+
+    def madvise(page: ctypes.c_void_p, size: ctypes.c_size_t, advice: int) -> None:
+        advised.append((page.value, page.value + size.value, advice))
+
+    monkeypatch.setattr(mapped, "ask_for", noted)
+    with Reads() as reads:
+        mapped.taken(rows, torch.tensor([5, 90, 80, 2, 90]), 90)
+    assert len(asked) == 2
+    assert all(torch.equal(a, b) for a, b in zip(asked, reads.places, strict=True))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(madvise=madvise))
+    for t in rows.values():
+        advised.clear()
+        honest(t, torch.tensor([89, 0]))
+        assert all(
+            start % mmap.PAGESIZE == 0 and advice == mmap.MADV_WILLNEED for start, _, advice in advised
+        )
+        for (start, end, _), place in zip(advised, (89, 0), strict=True):
+            assert start <= t[place].data_ptr()
+            assert end == t[place].data_ptr() + t[place].numel() * t.element_size()
 
 
 def test_a_disk_without_room_ends_the_training_with_words(
