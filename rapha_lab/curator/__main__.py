@@ -18,7 +18,7 @@ from rapha_lab.curator.desk import Caller, Desk
 from rapha_lab.curator.funds import follow
 from rapha_lab.curator.inforce import InForce
 from rapha_lab.curator.ledger import Ledger
-from rapha_lab.curator.lift.compiling import keep_pages
+from rapha_lab.curator.lift.compiling import flush_denormals, keep_pages
 from rapha_lab.curator.noise import SystemNoise
 from rapha_lab.curator.optouts import OptOuts
 from rapha_lab.curator.quotes import quotes
@@ -67,6 +67,7 @@ def main() -> None:
     """Serve the desk over stdin and stdout until stdin closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the site's operator ends the site, not its curator
     keep_pages()
+    flush_denormals()
     reader = os.fdopen(os.dup(0), "rb")
     writer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints never gets among the frames

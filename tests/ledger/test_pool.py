@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
+import torch
 
 from rapha_lab.curator.pool import Pool
 
@@ -75,3 +78,24 @@ def test_closing_waits_for_what_runs_and_drops_what_waits() -> None:
     closer.join(5)
     assert not closer.is_alive()
     assert ran == ["running"]
+
+
+def test_the_curators_threads_take_no_longer_for_denormal_numbers() -> None:
+    """They are zero in each thread that the curator's main one starts."""
+    code = """
+import io, sys, torch
+from rapha_lab.curator import __main__ as curator
+from rapha_lab.curator.pool import Pool
+curator.messages.read_frame = lambda stream: None  # no configuration comes: it ends there, set up
+curator.main()
+found = []
+pool = Pool(1, "test")
+pool.submit(lambda: found.append(float((torch.full((64,), 1e-40) * 2).sum())))
+pool.close()
+sys.exit(0 if found == [0.0] else 1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert float((torch.full((64,), 1e-40) * 2).sum()) > 0, "else the test shows nothing"
