@@ -58,7 +58,7 @@ def hold() -> None:
         _leases[path] = lease
 
 
-def start(progress: Progress, seconds: float = 90) -> str:
+def start(progress: Progress, seconds: float = 300) -> str:
     """Start the demo site unless it runs, hold it, and give its URL; `progress` is told what it does.
 
     Raises:
