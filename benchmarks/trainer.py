@@ -313,7 +313,8 @@ def main() -> None:
         for number, name in enumerate(names):
             found = apart(name, given, max(20.0, until - time.monotonic()) / (len(names) - number))
             fresh = {(r["workload"], r["engine"]) for r in found["rows"]}
-            rows = [r for r in rows if (r["workload"], r["engine"]) not in fresh] + found["rows"]
+            tried = fresh | {tuple(cell.split(", ", 1)) for cell in found["notes"]}
+            rows = [r for r in rows if (r["workload"], r["engine"]) not in tried] + found["rows"]
             done = {f"{workload}, {engine}" for workload, engine in fresh}
             notes = {key: note for key, note in notes.items() if key not in done} | found["notes"]
             (BUILD / "trainer.json").write_text(json.dumps(rows, indent=1))
