@@ -60,8 +60,8 @@ patient, 1.3 GB at ten million): what a step takes for each patient is two bytes
 themselves a site holds in memory, 9 bytes a number, 5 a category, 2 a yes or no: to open a million patients with 31 columns
 takes 0.47 GB at most from Parquet and 1.3 GB from CSV, of which 0.4 GB stay.) Sessions are trainings
 at once in one process on this machine's cores; a site's curator runs four at a time and lets others wait.
-They share one interpreter, whose lock the many short operations of a step without a compiler pass back and forth; a compiled
-step, which long trainings take, is one call that does without the lock.
+They share one interpreter, and the many short operations of a small model's step pass its lock back and forth: that is where
+the processor's time goes. A compiled step, which long trainings take, has fewer of them.
 The last table is a whole answer of `evaluate` (the patients' rows, the machine's test of itself, the scores, noise and metrics)
 beside a plain forward pass on tensors of the same patients: each patient's score is computed in a place of their own by keyed
 hash, so that some places stay empty.
