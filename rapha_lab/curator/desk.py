@@ -251,7 +251,8 @@ class Desk:
             return {}, b""
         opened = found.ask
         values = {"kind": "fit", "steps": found.done, "noise": found.sigma, "clip": opened.clip}
-        answer = Answer(values | {"rate": found.rate, "batch": opened.batch} | words(opened))
+        values |= {"rate": found.rate, "batch": opened.batch, "engine": found.engine}
+        answer = Answer(values | words(opened))
         receipt = self._ledger.settle(
             ask.loop,
             statement(_told(ask.loop, opened, delta, answer)),

@@ -266,3 +266,4 @@ def test_who_waits_for_a_compiler_is_told(house: House, monkeypatch: pytest.Monk
     doing = [far[3] for far in house.told if len(far) > 3 and far[3]]
     assert doing == [train.COMPILING]
     assert house.told[0][3] == train.COMPILING
+    assert house.releases[-1].values["engine"].startswith("compiled in")

@@ -58,6 +58,11 @@ class Loop:
         """The privacy loss of all its steps."""
         return SampledGaussian(self.rate, self.sigma, self.ask.steps)
 
+    @property
+    def engine(self) -> str:
+        """Whether the steps of its latest program are compiled, and what that took."""
+        return [*self._known.values()][-1].lifted.note
+
     def gradient(self, ask: Gradient, tensors: bytes, view: View, noise: Noise, progress: Progress) -> Answer:
         """One private gradient by parameter.
 
