@@ -17,6 +17,10 @@ LINEAR = f"""
 import torch
 model = torch.nn.Linear({len(ward.FEATURES)}, 1)
 """
+CHOICE = (
+    f'patients.train.fit(model, inputs={ward.FEATURES}, target="died", epsilon=1, epochs=3, runs=2, '
+    'candidates=[{"lr": 0.1}, {"lr": 1.0, "clip": 0.5}])'
+)
 FIT = f'patients.train.fit(model, inputs={ward.FEATURES}, target="died", epsilon=2, epochs=3)'
 LOOP = f"""
 for batch in patients.train.batches(size=200, epochs=1, epsilon=1.5):
@@ -46,6 +50,7 @@ ASKED = [
         {"by": ["chapter"], "error": 40},
     ),
     (LINEAR + FIT, torch.nn.Linear(len(ward.FEATURES), 1), {"epsilon": 2, "epochs": 3}),
+    (LINEAR + CHOICE, "fit", {"epsilon": 1, "epochs": 3, "runs": 2}),
     (LINEAR + LOOP, "fit", {"epsilon": 1.5, "epochs": 1, "batch": 200}),
     (LINEAR + EVALUATE, "evaluate:auroc", {"epsilon": 0.7}),
 ]
