@@ -2,8 +2,8 @@
 
     python benchmarks/selection.py [--seeds 3] [--patients 4000] [--epsilon 1]
 
-Log loss on other patients (0.69 is chance) of models trained on those of `methods.py`, 100 steps of a fifth of them, for 8
-candidates and for 24:
+Brier score on other patients (0.25 is chance), by which is chosen too, of models trained on those of `methods.py`, 100 steps
+of a fifth of them, for 8 candidates and for 24:
 
 - default: `fit` as it is without settings;
 - selection: K of the candidates, drawn as `select` draws them, at the noise that makes all of it (ε, δ)-private, for each mean;
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import DELTA, WIDTH, made, told
+from methods import DELTA, WIDTH, made
 from torch import Tensor, nn
 
 from rapha_lab.curator.accounting import Gaussian, SampledGaussian, Selected, Sum, noise_for, runs_for
@@ -70,29 +70,23 @@ class Trial:
         data = rows, ask, SHARE, Clip(ask, sigma), self.noise, lambda *_: None, everybody
         return train.train(self.lifted, self.parameters, self.constants, *data, finite=lambda *_: None)
 
-    def loss(self, weights: dict[str, Tensor]) -> float:
-        """On others."""
-        self.model.load_state_dict(weights)
-        return told(self.model, *self.others)
-
     @torch.no_grad()
-    def score(self, weights: dict[str, Tensor], sigma: float) -> float:
-        """The noisy Brier score on those who choose."""
+    def brier(self, weights: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> float:
+        """The Brier score of a model with these weights."""
         self.model.load_state_dict(weights)
-        x, y = self.judges
-        brier = float((self.model(x)[:, 0].sigmoid() - y).square().mean())
-        return brier + float(self.noise.gaussian(1)) * sigma / 2 / len(x)
+        return float((self.model(data[0])[:, 0].sigmoid() - data[1]).square().mean())
 
     def best(self, asks: Sequence[Fit], sigma: float, scores: float) -> float:
-        """The loss of the best by score; of the untrained model if there are none."""
+        """On others, the best by its noisy score on those who choose; the untrained model if there are none."""
         runs = [self.run(ask, sigma) for ask in asks]
-        judged = [self.score(weights, scores) for weights in runs]
-        return self.loss(runs[judged.index(min(judged))] if runs else self.parameters)
+        noise = self.noise.gaussian(len(runs)).mul_(scores / 2 / len(self.judges[0])).tolist()
+        judged = [self.brier(weights, self.judges) + z for weights, z in zip(runs, noise, strict=True)]
+        return self.brier(runs[judged.index(min(judged))] if runs else self.parameters, self.others)
 
 
 def figures(patients: int, epsilon: float, seed: int) -> dict[str, float]:
     trial, one = Trial(patients, epsilon, seed), SampledGaussian(SHARE, 1.0, STEPS)
-    found = {"default": trial.loss(trial.run(trial.ask, noise_for(one.with_noise, epsilon, DELTA)))}
+    found = {"default": trial.best([trial.ask], noise_for(one.with_noise, epsilon, DELTA), 0.0)}
     for candidates in (FEW, MANY):
         asks, k = [tried(trial.ask, candidate) for candidate in candidates], len(candidates)
         for mean in MEANS:
@@ -122,11 +116,11 @@ def main() -> None:
     found = []
     for seed in range(given.seeds):
         found.append(figures(given.patients, given.epsilon, seed))
-        print(seed, {name: round(loss, 3) for name, loss in found[-1].items()}, flush=True)
+        print(seed, {name: round(score, 3) for name, score in found[-1].items()}, flush=True)
     for name in found[0]:
-        losses = [each[name] for each in found]
-        spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-        rows.append({"method": name, "loss": round(statistics.mean(losses), 3), "sd": round(spread, 3)})
+        found_of = [each[name] for each in found]
+        spread = statistics.stdev(found_of) if len(found_of) > 1 else 0.0
+        rows.append({"method": name, "brier": round(statistics.mean(found_of), 3), "sd": round(spread, 3)})
         print(rows[-1])
     target = Path("build/bench/selection.json")
     target.parent.mkdir(parents=True, exist_ok=True)
