@@ -22,7 +22,7 @@ from rapha_lab.protocol.errors import ProgramError, SealedError
 from rapha_lab.session import scaled, tracing
 from rapha_lab.session.backward import backward
 from rapha_lab.session.refusals import OF_TORCH, REFUSALS
-from rapha_lab.session.tape import PATIENTS, Columns, Count, Made, Tape, Use, mapped, name_of
+from rapha_lab.session.tape import PATIENTS, Columns, Count, Made, Tape, Use, filled, mapped, name_of
 from rapha_lab.session.tracing import Traced
 
 __all__ = ["PATIENTS", "Batch", "Gradients", "SealedTensor"]
@@ -71,7 +71,7 @@ class SealedTensor(Tensor):
         made = Made(func, mapped(args, SealedTensor, _use), mapped(kwargs, SealedTensor, _use))
         made.line, made.grad, made.lasting = tracing.cell_line(), torch.is_grad_enabled(), key is not None
         if name in ("size", "shape", "numel", "nelement"):
-            out = _counted(out)
+            out = _counted(out, *args, **kwargs)
         done = _Done(made, out, _in_place(name) and isinstance(args[0], SealedTensor), viewed)
         if done.in_place:
             _refuse_parts(args[0], name)
@@ -123,7 +123,7 @@ class _Passing(Exception):
     """An argument that the next batch would not bring again."""
 
 
-_OPERATIONS = 4096
+_OPERATIONS, _FEWER = 4096, 7
 _PLAIN = {int, bool, str, type(None), type(Ellipsis), torch.dtype, torch.device, Count}
 
 
@@ -231,31 +231,50 @@ def _refuse_parts(it: SealedTensor, name: str) -> None:
 def _by_patient(name: str, args: Any) -> bool:
     """Whether an index, or going through, takes patients apart."""
     it = args[0]
-    with torch._C.DisableTorchFunctionSubclass():
-        shape = list(it.shape) if isinstance(it, SealedTensor) else []
+    if not isinstance(it, SealedTensor):
+        return False
+    theirs = _theirs(it)
     if name != "__getitem__":
-        return bool(shape) and shape[0] % PATIENTS == 0
+        return 0 in theirs
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     given = sum(i is not None and i is not Ellipsis for i in index)
     d = 0
     for i in index:
         if i is Ellipsis:
-            d = len(shape) - given + d
+            d = _plain(it).dim() - given + d
             continue
         if i is None:
             continue
         whole = isinstance(i, slice) and i == slice(None)
-        if not whole and d < len(shape) and shape[d] % PATIENTS == 0:
+        if not whole and d in theirs:
             return True
         d += 1
     return False
 
 
-def _counted(out: Any) -> Any:
-    """Sizes with the number of patients as a `Count`."""
-    if isinstance(out, int):
-        return Count(out // PATIENTS) if out and out % PATIENTS == 0 else out
-    return tuple(_counted(n) for n in out)
+def _theirs(it: SealedTensor) -> list[int]:
+    """The dimensions that grow with the number of patients.
+
+    Where others are a multiple of the made-up number too, as are 26 columns, they are told apart with another number.
+    """
+    shape = _plain(it).shape
+    found = [d for d, n in enumerate(shape) if n and n % PATIENTS == 0]
+    if len(found) < 2:
+        return found
+    tape = Tape(_use(it))
+    tape.filled = {id(t) for t in tape.constants if filled(t)}
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        fewer = tape.replay(_FEWER, [made.values[:_FEWER] for made in tape.leaves], {}, random=False)
+    return [d for d in found if fewer.shape[d] != shape[d]]
+
+
+def _counted(out: Any, it: SealedTensor, dim: int | None = None) -> Any:
+    """Sizes of a sealed tensor with the number of patients as a `Count`."""
+    shape, theirs = _plain(it).shape, _theirs(it)
+    counts = tuple(Count(n // PATIENTS) if d in theirs else n for d, n in enumerate(shape))
+    if isinstance(out, tuple):
+        return counts
+    return counts[dim] if dim is not None else Count(out // PATIENTS) if theirs else out
 
 
 def _refuse(name: str) -> NoReturn:

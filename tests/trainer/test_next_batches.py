@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rapha_lab.curator.lift import lift
-from rapha_lab.protocol.errors import ProgramError
+from rapha_lab.protocol.errors import ProgramError, RaphaError
 from rapha_lab.session import sealed
 from rapha_lab.session.patients import _Gradients
 from rapha_lab.session.sealed import PATIENTS, Batch
@@ -212,3 +212,33 @@ def test_a_layer_that_is_frozen_after_the_loss_was_computed_gets_no_gradient(
         loss.backward()
         assert (net[0].weight.grad is None) == frozen
         assert net[2].weight.grad is not None
+
+
+WIDTHS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "a slice of as many hidden units": lambda net, x: net(x)[:, :5],
+    "one of as many hidden units": lambda net, x: net(x)[:, 3],
+    "their number": lambda net, x: net(x) / net(x).size(1),
+    "their number from the shape": lambda net, x: net(x).reshape(x.shape[0], 1, net(x).shape[1])[:, 0],
+    "the patients second": lambda net, x: net(x).T[4],
+    "all numbers of a batch": lambda net, x: net(x).sum(1) / (net(x).numel() / x.size(0)),
+    "going through them": lambda net, x: torch.stack([h * 2 for h in net(x).T]),
+}
+
+
+@pytest.mark.parametrize("case", WIDTHS)
+@pytest.mark.parametrize("width", [PATIENTS, 2 * PATIENTS, 12])
+def test_a_layer_may_be_as_wide_as_there_are_made_up_patients(
+    batches: Callable[[], Batch], case: str, width: int
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(8, width)
+    for _ in range(2):
+        checked(lambda x, y: WIDTHS[case](net, x).tanh().mean(), net, batches())
+
+
+@pytest.mark.parametrize("width", [PATIENTS, 2 * PATIENTS])
+def test_patients_are_not_taken_apart_wherever_they_stand(batches: Callable[[], Batch], width: int) -> None:
+    h = nn.Linear(8, width)(batches()["x"])
+    for apart in (lambda: h[:5], lambda: h[0], lambda: h.T[:, 0], lambda: list(h), lambda: h[:, 3][2]):
+        with pytest.raises(RaphaError):
+            apart()
