@@ -1,13 +1,14 @@
 """When choosing between settings in private wins: against a default, and against trying each at its own price.
 
-    python benchmarks/selection.py [--seeds 3] [--patients 4000] [--epsilon 1]
+    python benchmarks/selection.py [--seeds 10] [--patients 4000] [--epsilon 1]
 
 Brier score on other patients (0.25 is chance), by which is chosen too, of models trained on those of `methods.py`, 100 steps
 of a fifth of them, for 8 candidates and for 24:
 
 - default: `fit` as it is without settings;
 - selection: K of the candidates, drawn as `select` draws them, at the noise that makes all of it (ε, δ)-private, for each mean;
-- each: all candidates, each trained and scored at a noise with which all of them together are so, by the ledger's accounting.
+- each: all candidates, each trained and scored at a noise with which all of them together are so, by the ledger's accounting;
+- each at ε/k: the same with ε divided by their number, as one would by the sum of their ε.
 
 Runs that do not count are left out, since they change nothing but the time. Writes build/bench/selection.json.
 """
@@ -97,6 +98,8 @@ def figures(patients: int, epsilon: float, seed: int) -> dict[str, float]:
             found[f"of {k}, selection, runs={mean:g}"] = trial.best(those, loss.noise, loss.score.noise)
         training, score = (_shared(loss, k, epsilon) for loss in (one, Gaussian(1.0)))
         found[f"of {k}, each"] = trial.best(asks, training, score)
+        training, score = (_shared(loss, 1, epsilon / k) for loss in (one, Gaussian(1.0)))
+        found[f"of {k}, each at ε/k"] = trial.best(asks, training, score)
     return found
 
 
@@ -107,7 +110,7 @@ def _shared(loss: SampledGaussian | Gaussian, k: int, epsilon: float) -> float:
 
 def main() -> None:
     arguments = argparse.ArgumentParser()
-    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--seeds", type=int, default=10)
     arguments.add_argument("--patients", type=int, default=4000)
     arguments.add_argument("--epsilon", type=float, default=1.0)
     given = arguments.parse_args()

@@ -380,7 +380,7 @@ class Dataset:
             split: train for a fit, test for an evaluation, else all patients, if not given.
             epochs, batch, clip: of a fit or of a training loop, chosen as `fit` does if not given.
             patients: another number of patients than the declared one; such a quote is hypothetical.
-            settings: `bins` of a histogram; `prevalence` and `auroc` to assume of an evaluation.
+            settings: `runs` of a fit with candidates; `bins` of a histogram; `prevalence` and `auroc` to assume of an evaluation.
 
         Raises:
             RequestError: naming what is missing or out of range.

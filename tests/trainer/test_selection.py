@@ -350,3 +350,20 @@ def test_a_validation_split_below_the_smallest_cohort_is_refused(house: House) -
     house.patients.train.fit(nn.Linear(1, 1), **CELL)
     with pytest.raises(PolicyError, match="validation"):
         fit(house)
+
+
+def test_a_dataset_without_validation_patients_has_nobody_to_choose(tmp_path: Path) -> None:
+    """Refused before anything is charged."""
+    frame = polars.DataFrame({"pid": ["a", "b"] * 50, "x0": [0.0] * 100, "y": [True] * 100}).with_row_index(
+        "n"
+    )
+    frame = frame.with_columns(pid=polars.col("n").cast(polars.String)).drop("n")
+    schema = numbers("none", 1, 100) | {"splits": {"train": 0.9, "validation": 0.0, "test": 0.1}}
+    alone = House(tmp_path, schema, frame)
+    (project,) = alone.policy.projects
+    alone.policy = replace(alone.policy, projects=(msgspec.structs.replace(project, smallest_cohort=0),))
+    with pytest.raises(RequestError) as caught:
+        fit(alone, batch=10)
+    assert caught.value.field == "candidates"
+    assert not alone.steps
+    alone.ledger.close()

@@ -73,7 +73,10 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
         except RequestError as error:
             error.field = f"candidates[{number}]"
             raise
-    expected = schema.expected(JUDGES) or 0.0
+    expected = schema.expected(JUDGES)
+    if not expected:
+        why = "Candidates are scored on the validation patients, and the schema's splits give them no share."
+        raise RequestError("Nobody can choose between candidates here.", why, field="candidates")
     alone, rate, sigma = price(ask, schema, delta).noise, loss.train.rate, loss.noise
     half = (selection.bound or 1.0) / 2
 
