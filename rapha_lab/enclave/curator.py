@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import queue
 import socket
 import subprocess
@@ -21,6 +22,11 @@ from rapha_lab.protocol.errors import RaphaError, SiteError, from_wire
 __all__ = ["Curator", "CuratorLost"]
 
 Progress = Callable[[int, int, float, str], None]
+
+
+THREADS = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2))}
+"""Threads of one step, where the operator sets none. They wait for each other by spinning: with one for each core, a small
+step takes twice the processor time and, once anything else runs, twice as long."""
 
 
 class _Waiting:
@@ -67,7 +73,11 @@ class Curator:
         with self._workers() as channel:
             self._channel = channel.fileno()
             process = subprocess.Popen(  # noqa: S603
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[channel.fileno()]
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[channel.fileno()],
+                env=THREADS | os.environ,
             )
         widen(process.stdin.fileno(), process.stdout.fileno())  # type: ignore[union-attr]
         return process

@@ -19,6 +19,7 @@ import ward
 from mistakes import MISTAKES
 from test_running_cells import LONG, until
 
+from rapha_lab.enclave.curator import THREADS
 from rapha_lab.protocol.errors import SiteError
 
 
@@ -101,6 +102,10 @@ def test_a_site_whose_curator_is_killed_in_a_fit_says_so_and_goes_on(tmp_path):
     """The cell gets a clear error, the next one runs, the ledger has what ran and the log is whole."""
     config, key = hospital.prepare(tmp_path, ward.SCHEMA, ward.frame(), "ward")
     with hospital.running(config) as (site, url):
+        environment = Path(f"/proc/{site._curator.pid}/environ").read_text().split("\0")
+        assert (
+            f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', THREADS['OMP_NUM_THREADS'])}" in environment
+        )
         connected = hospital.connected(url, key)
         connected.run("kept = patients.count(epsilon=0.1)", "ward").wait()
         job = connected.run(LONG, "ward")
