@@ -205,8 +205,9 @@ def _privacy(releases: Sequence[Release]) -> dict[str, Any]:
     splits: dict[str, float] = {}
     everybody = sum(r.epsilon for r in releases if r.split == "all")
     for release in releases:
-        if release.split != "all":
-            splits[release.split] = splits.get(release.split, 0.0) + release.epsilon
+        for split in release.splits:
+            if split != "all":
+                splits[split] = splits.get(split, 0.0) + release.epsilon
     return {
         "unit": "one patient, with all records of that patient",
         "accountant": ACCOUNTANT,
@@ -217,7 +218,7 @@ def _privacy(releases: Sequence[Release]) -> dict[str, Any]:
                 "job": r.job,
                 "asked": r.op,
                 "dataset": r.dataset,
-                "split": r.split,
+                "split": " and ".join(r.splits),
                 "epsilon": r.epsilon,
                 "delta": r.delta,
             }

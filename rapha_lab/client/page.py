@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -54,9 +55,7 @@ def page(told: dict[str, Any]) -> str:
         "<h2>Attacks</h2>",
         _attacks(told["attacks"]),
         "<h2>How it was trained</h2>",
-        _table(
-            [(name, value) for name, value in told["training"].items() if not isinstance(value, list | dict)]
-        ),
+        _table(_settings(told["training"])),
         "<h2>The model</h2>",
         _table(
             [(name, model[name]) for name in ("sha256", "format", "parameters", "exactly what was released")]
@@ -112,6 +111,21 @@ def _mark(holds: bool | None) -> str:
     if holds is None:
         return '<span class="open">not tried</span>'
     return '<span class="yes">holds</span>' if holds else '<span class="no">DOES NOT HOLD</span>'
+
+
+def _settings(training: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What it was trained with, and how that was chosen if it was."""
+    found = [(name, value) for name, value in training.items() if not isinstance(value, list | dict | None)]
+    chosen = training.get("selection") or {}
+    return [
+        *found,
+        *(
+            (f"selection: {name}", value)
+            for name, value in chosen.items()
+            if not isinstance(value, dict | None)
+        ),
+        *((f"selection: chosen {name}", value) for name, value in chosen.get("settings", {}).items()),
+    ]
 
 
 def _table(rows: list[tuple[Any, ...]], head: tuple[str, ...] = (), raw: int = -1) -> str:

@@ -27,7 +27,6 @@ from rapha_lab.curator.funds import fund
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.mechanisms import Answer, Plan, aggregate, loop, review
 from rapha_lab.curator.mechanisms.loop import Loop
-from rapha_lab.curator.mechanisms.select import JUDGES
 from rapha_lab.curator.mechanisms.shards import Workers
 from rapha_lab.curator.noise import Noise
 from rapha_lab.curator.optouts import OptOuts
@@ -375,7 +374,7 @@ class Desk:
         schema, metrics = self._cohort(ask.dataset).schema, getattr(ask, "metrics", ())
         mode = permit(policy, caller, _lane(ask), schema, ask.split, metrics)
         if isinstance(ask, messages.Fit) and ask.selection is not None:
-            permit(policy, caller, _lane(ask), schema, JUDGES, metrics)
+            permit(policy, caller, _lane(ask), schema, messages.JUDGES, metrics)
         program = ask.program if isinstance(ask, messages.Fit) else program
         if program is not None:
             policy.project(caller.project).within_size(program)

@@ -22,7 +22,7 @@ from rapha_lab.curator.mechanisms import aggregate, discover, evaluate, metrics,
 from rapha_lab.curator.mechanisms.question import touched
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.expression import extended
-from rapha_lab.protocol.messages import Aggregate, Discover, Open, Question, malformed
+from rapha_lab.protocol.messages import JUDGES, Aggregate, Discover, Open, Question, malformed
 from rapha_lab.protocol.policy import Policy, Project
 from rapha_lab.protocol.quote import Inquiries, Inquiry, Quote
 from rapha_lab.protocol.schema import Schema
@@ -94,7 +94,7 @@ def quote(asked: Inquiry, project: Project, schema: Schema, ledger: Ledger) -> Q
 
 def _judges(asked: Inquiry) -> tuple[str, ...]:
     """The further split that is looked at to choose between candidates."""
-    return (select.JUDGES,) if asked.kind == "fit" and asked.runs is not None else ()
+    return (JUDGES,) if asked.kind == "fit" and asked.runs is not None else ()
 
 
 def _aggregate(asked: Inquiry, epsilon: float, schema: Schema, delta: float) -> tuple[Loss, dict[str, Any]]:

@@ -214,6 +214,9 @@ class Optimizer(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
 
 Decay = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
+JUDGES = "validation"
+"""The split whose patients score the runs of a selection."""
+
 
 class Candidate(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Numbers to train with in place of the fit's own; none of them moves what a run takes."""
@@ -404,9 +407,8 @@ def malformed(error: Exception) -> RequestError:
     name = re.search(r"(?:unknown|required) field `([^`]*)`", text)
     field = ".".join(found[1] for found in (place, name) if found) or None
     return RequestError(
-        f"The request is malformed: {text.split(' - at')[0]}.",
-        f"The field at fault is {field}." if field else "",
-        "Send the fields as documented in rapha_lab/protocol/messages.py.",
+        f"{field or 'The request'} is malformed: {text.split(' - at')[0]}.",
+        instead="The fields with their types and bounds are in rapha_lab/protocol/messages.py.",
         field=field,
     )
 

@@ -14,6 +14,8 @@ from typing import Any
 import msgspec
 import rfc8785
 
+from rapha_lab.protocol.messages import JUDGES
+
 __all__ = ["MIME", "Release", "Row", "canonical", "output_statement", "statement"]
 
 MIME = "application/vnd.rapha.release+json"
@@ -85,6 +87,11 @@ class Release(msgspec.Struct, kw_only=True):
     receipt: dict[str, Any] = {}
     simulated: bool = False
     repeated: bool = False
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Whose patients were looked at and charged: a selection's are those who scored it too."""
+        return (self.split, JUDGES) if self.values.get("selection") else (self.split,)
 
     @property
     def title(self) -> str:
@@ -191,7 +198,8 @@ class Release(msgspec.Struct, kw_only=True):
         number = self.receipt.get("index")
         again = " · asked before, so free" if self.repeated else ""
         receipt = f" · receipt {number}{again}" if number is not None else ""
-        where = f"{self.dataset}, {self.split}{receipt}{' · simulated enclave' if self.simulated else ''}"
+        simulated = " · simulated enclave" if self.simulated else ""
+        where = f"{self.dataset}, {' and '.join(self.splits)}{receipt}{simulated}"
         if self.op == "review":
             return f"no ε: outside every privacy guarantee · {where}"
         return f"ε {self.epsilon:g}, δ {self.delta:g} per {self.unit} · {where}"

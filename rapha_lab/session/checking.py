@@ -146,10 +146,13 @@ def fix(model: nn.Module) -> nn.Module:
     """A copy of `model` without layers that mix patients or write in place; untrained where it was changed.
 
     BatchNorm becomes GroupNorm of as many channels, InstanceNorm forgets its running statistics, activations with
-    `inplace=True` make new tensors. Weights and scales are kept.
+    `inplace=True` make new tensors, and a spectral norm is left off. Weights and scales are kept.
     """
-    fixed = copy.deepcopy(model)
+    held = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    # what a norm of the older way computed last, which deepcopy would refuse
+    fixed = copy.deepcopy(model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
     for name, module in list(fixed.named_modules()):
+        tracing.leave_off_spectral(module)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             parent, _, last = name.rpartition(".")
             new = _group_norm(module)
@@ -191,6 +194,14 @@ def _examples(
             f"The model is a {type(model).__name__}.", "It must be an nn.Module.", field="model"
         )
     named = dict(inputs) if isinstance(inputs, Mapping) else {"x": inputs}
+
+    if of is not None and not hasattr(of, "schema"):
+        raise RequestError(
+            f"of is a {type(of).__name__}.",
+            "It must be the dataset whose columns are meant, or patients.",
+            'Say of=cohort, where cohort = site.dataset("flchain") for instance.',
+            field="of",
+        )
 
     def example(field: str, value: Any) -> Tensor:
         if isinstance(value, Tensor) and value.dim():

@@ -107,7 +107,7 @@ class Patients(Questions):
         average: float = 0.0,
         corrected: bool = False,
         candidates: Sequence[Mapping[str, float]] = (),
-        runs: float = 5,
+        runs: float | None = None,
         bound: float | None = None,
     ) -> Release:
         """Train `model` in place by DP-SGD (Abadi et al. 2016) on these patients.
@@ -133,7 +133,7 @@ class Patients(Questions):
             corrected: Adam without the noise in its second moment (Tang et al. 2023).
             candidates: settings to choose from in private, as in [{"lr": 0.1}, {"lr": 1.0, "clip": 0.5}]: lr, momentum,
                 weight_decay, clip, average (Papernot and Steinke 2022). The best by its loss on the validation patients leaves.
-            runs: how many trainings with a candidate count on average; more of them are computed, and longer.
+            runs: how many trainings with a candidate count on average, 5 if not given; more of them are computed.
             bound: the most that one validation patient's loss weighs in choosing; for a yes or no the Brier score decides.
 
         Returns:

@@ -125,7 +125,7 @@ def loss_for(target: Column) -> Callable[[torch.Tensor, torch.Tensor], torch.Ten
 
 def selection(
     candidates: Sequence[Mapping[str, float]],
-    runs: float,
+    runs: float | None,
     bound: float | None,
     loss: Callable[..., torch.Tensor] | None,
     target: Column | None,
@@ -133,6 +133,7 @@ def selection(
     """What to choose from, or None if there are no candidates.
 
     Args:
+        runs: that count on average, 5 if not given.
         bound: of one patient's loss in a score; chosen by loss or target if not given.
         loss: if not that of `loss_for`.
         target: the column to predict, if there is no loss.
@@ -140,7 +141,23 @@ def selection(
     Raises:
         RequestError: naming the argument that is malformed.
     """
+    listed = isinstance(candidates, Sequence) and all(isinstance(each, Mapping) for each in candidates)
+    if not listed:
+        raise RequestError(
+            "candidates is no list of settings.",
+            "Each candidate is a dict of numbers by name.",
+            'Say candidates=[{"lr": 0.1}, {"lr": 1.0}], for instance.',
+            field="candidates",
+        )
     if not candidates:
+        for name, given in (("runs", runs), ("bound", bound)):
+            if given is not None:
+                raise RequestError(
+                    f"{name} speaks of candidates, and there are none.",
+                    "One training has nothing to choose from.",
+                    f'Say candidates=[{{"lr": 0.1}}, {{"lr": 1.0}}] too, or leave {name} out.',
+                    field=name,
+                )
         return None
     known = Candidate.__struct_fields__
     for number, each in enumerate(candidates):
@@ -153,8 +170,8 @@ def selection(
             )
     bound = bound if bound is not None else _bound(loss, target)
     try:
-        given = {"candidates": [dict(each) for each in candidates], "runs": runs, "bound": bound}
-        return msgspec.convert(given, Selection)
+        asked = {"candidates": [dict(each) for each in candidates], "bound": bound}
+        return msgspec.convert(asked | ({} if runs is None else {"runs": runs}), Selection)
     except msgspec.ValidationError as error:
         raise malformed(error) from None
 

@@ -142,6 +142,12 @@ def loss_program(model: nn.Module, loss: Callable[..., Tensor], inputs: Tensors,
     if "target" in inputs:
         raise ProgramError("An input is named target.", "That is the target's name.", "Rename the input.")
     refuse_modules(model)
+    _refuse_loss(loss)
+    if not any(p.requires_grad for p in _Both(model, loss).parameters()):
+        raise ProgramError(
+            "The model has nothing to train.", "No parameter of it has requires_grad.",
+            "Say model.requires_grad_(True), or of the layers to train.", field="model",
+        )  # fmt: skip
     for name, t in model.state_dict().items():
         if t.is_floating_point() and not t.isfinite().all():
             raise ProgramError(
@@ -157,6 +163,21 @@ def loss_program(model: nn.Module, loss: Callable[..., Tensor], inputs: Tensors,
     alone = partial(compute, squeeze=False)
     works = [_works(partial(way, both), examples) for way in (compute, alone)]
     return _program(both, alone if works == [False, True] else compute, examples, training=True)
+
+
+def _refuse_loss(loss: Any) -> None:
+    """Raise ProgramError if a loss cannot be called with a prediction and a target."""
+    name = getattr(loss, "__name__", type(loss).__name__)
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        raise ProgramError(
+            f"The loss is the class {name}.", "It must be one of that class.",
+            f"Write {name}() in place of {name}.", field="loss",
+        )  # fmt: skip
+    if not callable(loss):
+        raise ProgramError(
+            f"The loss is a {name}.", "It is called with the prediction and the target.",
+            "Say nn.BCEWithLogitsLoss(), for instance.", field="loss",
+        )  # fmt: skip
 
 
 def score_program(model: nn.Module, inputs: Tensors) -> Traced:
@@ -280,6 +301,17 @@ def _spectral(module: nn.Module) -> bool:
     return any(type(each).__name__ in ("_SpectralNorm", "SpectralNorm") for each in held)
 
 
+def leave_off_spectral(module: nn.Module) -> None:
+    """Take spectral norms off a module's weights, which stay as large as they were under them."""
+    if not _spectral(module):
+        return
+    for name in list(getattr(module, "parametrizations", {})):
+        nn.utils.parametrize.remove_parametrizations(module, name)
+    for hook in list(module._forward_pre_hooks.values()):
+        if type(hook).__name__ == "SpectralNorm":
+            nn.utils.remove_spectral_norm(module, hook.name)  # type: ignore[attr-defined]
+
+
 def groups(channels: int) -> int:
     """A usual number of groups for a GroupNorm of so many channels."""
     return next(g for g in (32, 16, 8, 4, 3, 2, 1) if channels % g == 0 and g < max(channels, 2))
@@ -307,19 +339,18 @@ def refuse_mixing(function: Callable[[dict[str, Tensor]], Tensor], inputs: Tenso
     single = [{name: t[i : i + 1] for name, t in batch.items()} for i in range(3)]
     with _quiet(), torch.no_grad():
         alone = [_run(function, one) for one in single]
-        if reduced and alone[0].numel() != 1:
-            raise ProgramError(
-                f"The loss has shape {tuple(alone[0].shape)}.", "A loss is one number.",
-                "Reduce it with .mean() or .sum().", field="loss",
-            )  # fmt: skip
         together, again = _run(function, batch), _run(function, batch)
+        many = next((t for t in (alone[0], together) if t.numel() != 1), None)
+        if reduced and many is not None:
+            raise ProgramError(
+                f"The loss has shape {tuple(many.shape)}.", "A loss is one number.",
+                "Reduce it with .mean() or .sum(), or leave reduction='none' out.", field="loss",
+            )  # fmt: skip
     refuse_random(together, again)
     if reduced:
         losses = torch.stack([t.double().reshape(()) for t in alone])
         refuse_nan(losses)
-        same = together.numel() == 1 and any(
-            _close(together, whole) for whole in (losses.mean(), losses.sum())
-        )
+        same = any(_close(together, whole) for whole in (losses.mean(), losses.sum()))
     else:
         rows = torch.cat(alone) if alone[0].dim() else torch.stack(alone)
         same = together.shape == rows.shape and _close(together, rows)

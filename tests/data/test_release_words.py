@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from rapha_lab.protocol.release import Release
 from rapha_lab.session.pictures import picture
+
+SELECTION = {
+    "candidates": 2, "mean": 5.0, "runs": 14, "bound": None, "noise_alone": 8.0,
+    "chosen": 0, "settings": {"lr": 0.1}, "score": {"value": 0.1, "error": 0.01},
+}  # fmt: skip
 
 
 def release(**values: Any) -> Release:
@@ -65,3 +71,13 @@ def test_points_keep_clear_of_the_frame_and_titles_of_the_edge() -> None:
     assert bottom > 1.3
     assert top < -0.3
     assert "\n" in drawn.axes[0].get_title()
+
+
+def test_a_selection_says_whose_patients_it_looked_at() -> None:
+    """Those who scored it are charged like those who were trained on."""
+    chosen = release(kind="fit", steps=1, selection=SELECTION)
+    chosen = msgspec.structs.replace(chosen, split="train")
+    assert chosen.splits == ("train", "validation")
+    assert "d, train and validation" in repr(chosen).splitlines()[-1]
+    alone = msgspec.structs.replace(release(kind="fit", steps=1, selection=None), split="train")
+    assert alone.splits == ("train",)

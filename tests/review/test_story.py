@@ -24,8 +24,9 @@ from rapha_lab.client import bundles
 from rapha_lab.client.appraisal import Verifier
 from rapha_lab.client.attacks import canaries
 from rapha_lab.client.attestation import Attestation, reappraise
-from rapha_lab.client.dossier import _charged_under, check, dossier, write
+from rapha_lab.client.dossier import _charged_under, _privacy, check, dossier, write
 from rapha_lab.client.kept import load
+from rapha_lab.client.page import _settings
 from rapha_lab.enclave.attester import SimulatedAttester
 from rapha_lab.protocol.errors import EvidenceError, RaphaError, RequestError, TrustError
 from rapha_lab.protocol.evidence import Evidence
@@ -67,6 +68,32 @@ def folder(kept: Path) -> Path:
 
 def held(folder: Path) -> dict[str, bool | None]:
     return {c["criterion"]: c["holds"] for c in json.loads((folder / "dossier.json").read_text())["criteria"]}
+
+
+def test_a_selection_counts_for_the_patients_who_scored_it(kept: Path) -> None:
+    """Whoever of them is asked again gave both; the page says what was chosen, and from how many."""
+    training, quality = load(kept).releases
+    selection = {
+        "candidates": 4,
+        "mean": 5.0,
+        "runs": 14,
+        "chosen": 1,
+        "settings": {"lr": 0.3},
+        "score": None,
+    }
+    chosen = msgspec.structs.replace(training, values=training.values | {"selection": selection})
+    judged = msgspec.structs.replace(quality, split="validation")
+    assert _privacy([training, judged])["epsilon at most"] == 2.0  # other patients
+    told = _privacy([chosen, judged])
+    assert told["epsilon at most"] == 3.0
+    assert [answer["split"] for answer in told["answers"]] == ["train and validation", "validation"]
+    rows = dict(_settings({"dataset": "ward", **chosen.values}))
+    assert (rows["selection: candidates"], rows["selection: chosen lr"]) == (4, 0.3)
+    assert "selection" not in rows
+    assert (
+        dict(_settings(training.values)).keys()
+        == dict(_settings({**training.values, "selection": None})).keys()
+    )
 
 
 def test_an_outsider_verifies_it_with_one_command(

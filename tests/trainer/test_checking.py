@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,6 +54,19 @@ def test_a_fixed_model_trains_and_keeps_what_it_can() -> None:
     assert isinstance(rapha.fix(nn.BatchNorm1d(6)), nn.GroupNorm)
 
 
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_fixed_model_has_no_spectral_norm_and_its_weight(norm: Callable[[nn.Module], nn.Module]) -> None:
+    """What the finding says that `rapha.fix` does; the weight is what the norm had made of it."""
+    model = nn.Sequential(norm(nn.Linear(8, 1)), nn.Linear(1, 1))
+    x = torch.randn(5, 8)
+    want = model.eval()(x)
+    assert not rapha.check(model, nn.BCEWithLogitsLoss(), x, Y)
+    fixed = rapha.fix(model)
+    assert rapha.check(fixed, nn.BCEWithLogitsLoss(), x, Y)
+    assert torch.allclose(fixed(x), want)
+    assert not rapha.check(model, nn.BCEWithLogitsLoss(), x, Y)
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -92,6 +106,10 @@ def contrastive(z: Tensor, y: Tensor) -> Tensor:
         (nn.utils.parametrizations.spectral_norm(nn.Linear(8, 1)), None, "weight_norm"),
         (nn.utils.spectral_norm(nn.Linear(8, 1)), None, "weight_norm"),
         (nn.Linear(8, 2), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9.0])), "reduction"),
+        (nn.Linear(8, 1), nn.BCEWithLogitsLoss(reduction="none"), "The loss has shape (3,)"),
+        (nn.Linear(8, 1), nn.BCEWithLogitsLoss, "Write BCEWithLogitsLoss()"),
+        (nn.Linear(8, 1), "bce", "The loss is a str"),
+        (nn.Linear(8, 1).requires_grad_(False), None, "nothing to train"),
     ],
 )
 def test_what_will_not_train_is_said_with_what_to_change(model: nn.Module, loss: Any, says: str) -> None:
@@ -160,6 +178,13 @@ def test_columns_of_a_dataset_stand_for_tensors() -> None:
     found = rapha.check(nn.Linear(3, 1), None, ["x0", "x1", "x2"], "y", of=Known())
     assert found
     assert set(found.paths) == {"weight", "bias"}
+
+
+def test_a_dataset_is_not_its_name() -> None:
+    """Columns are looked up in it."""
+    with pytest.raises(RequestError) as caught:
+        rapha.check(nn.Linear(1, 1), nn.MSELoss(), ["a"], "y", of="nafld")
+    assert caught.value.field == "of"
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,10 @@ from rapha_lab.curator.mechanisms.evaluate import outputs
 from rapha_lab.curator.mechanisms.train import checked, price, recipe, train, unpriced, updates, with_target
 from rapha_lab.curator.noise import Noise, noisy
 from rapha_lab.protocol.errors import RequestError
-from rapha_lab.protocol.messages import Candidate, Fit, Open, Optimizer, Selection
+from rapha_lab.protocol.messages import JUDGES, Candidate, Fit, Open, Optimizer, Selection
 from rapha_lab.protocol.schema import Schema
 
-__all__ = ["JUDGES", "loss_of", "plan"]
-
-JUDGES = "validation"
-"""The split whose patients score the runs."""
+__all__ = ["loss_of", "plan"]
 
 GRID = 1 << 20
 """Parts of half the bound in which losses are counted."""
