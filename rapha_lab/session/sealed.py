@@ -149,16 +149,16 @@ def _part(value: Any, found: list[Batch | None]) -> Any:
         found.append(value._batch)
         # what the memory keeps holds on to these objects, so that nothing else gets their ids
         return id(value._made), value._index
+    if kind in _PLAIN:
+        return kind, value
+    if kind is tuple or kind is list or kind is torch.Size:
+        return (kind, *[_part(v, found) for v in value])
+    if kind is float:
+        return kind, repr(value)
     if isinstance(value, Tensor):
         if value.requires_grad and value.is_leaf:
             return id(value), value.shape, value.dtype
         raise _Passing
-    if kind in _PLAIN:
-        return kind, value
-    if kind is float:
-        return kind, repr(value)
-    if kind is tuple or kind is list or kind is torch.Size:
-        return (kind, *[_part(v, found) for v in value])
     if kind is dict:
         return tuple([(k, _part(v, found)) for k, v in value.items()])
     if kind is slice:
