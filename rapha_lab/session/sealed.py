@@ -38,12 +38,22 @@ class SealedTensor(Tensor):
     _index: int | None
     _batch: Batch | None  # None for what several batches made
     _viewed: bool
+    _changes: list[int]  # how often it was changed in place, one list for all views of the same numbers
+    _change: int  # at which of them it was made
 
     @staticmethod
-    def wrap(values: Tensor, made: Made, batch: Batch | None, index: int | None = None) -> SealedTensor:
-        """Made-up values with how they were made, of which batch."""
+    def wrap(
+        values: Tensor,
+        made: Made,
+        batch: Batch | None,
+        index: int | None = None,
+        changes: list[int] | None = None,
+    ) -> SealedTensor:
+        """Made-up values with how they were made, of which batch, and what counts the changes of what they are a view of."""
         it = torch.Tensor._make_subclass(SealedTensor, values)
         it._made, it._index, it._batch, it._viewed = made, index, batch, False
+        it._changes = [0] if changes is None else changes
+        it._change = it._changes[0]
         return it
 
     @classmethod
@@ -64,6 +74,8 @@ class SealedTensor(Tensor):
             return args[0]._made.grad and bool(Tape(_use(args[0])).parameters)
         _refuse_norms(name, kwargs)
         _refuse_order(name, args)
+        in_place = _in_place(name) or kwargs.get("inplace") is True
+        _refuse_writing(func, name, args, kwargs, in_place)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             before = mapped(args, SealedTensor, _plain)
             out = func(*before, **mapped(kwargs, SealedTensor, _plain))
@@ -72,8 +84,8 @@ class SealedTensor(Tensor):
         made.line, made.grad, made.lasting = tracing.cell_line(), torch.is_grad_enabled(), key is not None
         if name in ("size", "shape", "numel", "nelement"):
             out = _counted(out, *args, **kwargs)
-        done = _Done(made, out, _in_place(name) and isinstance(args[0], SealedTensor), viewed)
-        if done.in_place:
+        done = _Done(made, out, in_place, viewed and not in_place)
+        if in_place:
             _refuse_parts(args[0], name)
             made.kwargs = {**made.kwargs, "_in_place": True}
         if key is not None:
@@ -131,7 +143,7 @@ def _known_by(func: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...] |
     """The batch that the arguments are of, None if of several, and what the next batch knows the operation by, if at all."""
     found: list[Batch | None] = []
     try:
-        key = func, _part(args, found), _part(kwargs, found), torch.is_grad_enabled(), _autocast()
+        key = func, _part(args, found), _part(kwargs, found), torch.is_grad_enabled(), _dtypes()
     except _Passing:
         key, found = None, []
         mapped((args, kwargs), SealedTensor, lambda t: found.append(t._batch))
@@ -144,7 +156,7 @@ def _known_by(func: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...] |
 def _part(value: Any, found: list[Batch | None]) -> Any:
     kind = type(value)
     if kind is SealedTensor:
-        if not value._made.lasting:
+        if not value._made.lasting or value._change != value._changes[0]:
             raise _Passing
         found.append(value._batch)
         # what the memory keeps holds on to these objects, so that nothing else gets their ids
@@ -166,23 +178,29 @@ def _part(value: Any, found: list[Batch | None]) -> Any:
     raise _Passing
 
 
-def _autocast() -> Any:
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+def _dtypes() -> Any:
+    """What decides on the dtype of a result besides its arguments."""
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+    return torch.get_default_dtype(), autocast
 
 
 def _again(done: _Done, args: Any, batch: Batch | None) -> Any:
     """What an operation gives on these arguments: it is the same whatever their made-up values."""
-    made, out = done.made, done.out
+    made, out, changes = done.made, done.out, None
     if done.viewed:
         mapped(args, SealedTensor, _mark)
+        changes = next((t._changes for t in args if isinstance(t, SealedTensor)), None)
     if done.in_place:
-        args[0]._made, args[0]._index, args[0]._batch = made, None, batch
-        return args[0]
+        it = args[0]
+        it._made, it._index, it._batch = made, None, batch
+        it._change = it._changes[0] = it._change + 1
+        return it
     if isinstance(out, Tensor):
-        return SealedTensor.wrap(out, made, batch)
+        return SealedTensor.wrap(out, made, batch, None, changes)
     if isinstance(out, tuple | list) and any(isinstance(t, Tensor) for t in out):
         wrapped = [
-            SealedTensor.wrap(t, made, batch, i) if isinstance(t, Tensor) else t for i, t in enumerate(out)
+            SealedTensor.wrap(t, made, batch, i, changes) if isinstance(t, Tensor) else t
+            for i, t in enumerate(out)
         ]
         # LSTM states come as a tuple within a list of outputs; x.max(1) has names for its two
         return type(out)(wrapped) if isinstance(out, tuple) else wrapped
@@ -211,20 +229,60 @@ def _shares(out: Any, argument: Any) -> bool:
     return both and out.untyped_storage()._cdata == argument.untyped_storage()._cdata
 
 
+_IN_PLACE = {"__setitem__"} | {
+    f"__i{name}__"
+    for name in (
+        *("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"),
+        *("lshift", "rshift"),
+    )
+}
+
+
 def _in_place(name: str) -> bool:
     named = name.endswith("_") and not name.endswith("__")
-    return named or name in ("__setitem__", "__iadd__", "__imul__", "__isub__")
+    return named or name in _IN_PLACE
 
 
 def _refuse_parts(it: SealedTensor, name: str) -> None:
     """Raise ProgramError for an operation in place on a part of another sealed tensor, or on one with such parts."""
     of = it._made.function
-    part = of is not None and name_of(of) in ("__getitem__", "select", "view", "transpose", "T")
+    part = of is not None and name_of(of) in ("__getitem__", "select")
     if part or it._viewed:
         which = "a part of another sealed tensor" if part else "a sealed tensor of which there is a view"
         raise ProgramError(
             f"{name} changes {which} in place.", "Programs only make new tensors.",
-            f"Use the function without the underscore: {name.strip('_')}.", line=tracing.cell_line(),
+            f"Use {name.strip('_')} without an underscore or inplace=True.", line=tracing.cell_line(),
+        )  # fmt: skip
+
+
+def _refuse_writing(func: Any, name: str, args: Any, kwargs: Any, in_place: bool) -> None:
+    """Raise for what would write elsewhere than into a sealed tensor, or is made of one that changed behind its back."""
+    set_by = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__set__" else ""
+    if kwargs.get("out") is not None or set_by not in ("", "requires_grad", "grad"):
+        raise ProgramError(
+            f"{set_by or name} writes into a tensor that is there.", "Programs only make new tensors.",
+            "Leave out= out, and go on with the new tensor.", line=tracing.cell_line(),
+        )  # fmt: skip
+    if in_place and not isinstance(args[0], SealedTensor):
+        raise SealedError(
+            f"{name.strip('_')} would write what is computed of patients into a tensor of the cell.",
+            "No value of theirs is here, so that it would hold made-up ones from then on.",
+            "Make a new tensor of this batch, or keep running figures of the parameters alone.", line=tracing.cell_line(),
+        )  # fmt: skip
+    if name not in _ABOUT:
+        mapped((args, kwargs), SealedTensor, _refuse_changed)
+
+
+_ABOUT = {"shape", "size", "dim", "ndim", "dtype", "device", "numel", "nelement"}
+
+
+def _refuse_changed(it: SealedTensor) -> None:
+    if it._change != it._changes[0]:
+        raise ProgramError(
+            "A tensor is used of which a part, or another view, was changed in place.",
+            "Programs only make new tensors, so that this one would not have changed.",
+            "Change nothing in place there: use functions without an underscore, h = h + 1 and no inplace=True.",
+            line=tracing.cell_line(),
         )  # fmt: skip
 
 

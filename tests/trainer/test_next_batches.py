@@ -139,6 +139,101 @@ def test_a_change_in_place_behind_a_view_is_refused(batches: Callable[[], Batch]
         assert seen.shape[1:] == (3, 2)
 
 
+def after_use(h: Tensor) -> Tensor:
+    before = h * 2
+    return before + F.relu(h, inplace=True)
+
+
+def result_left(h: Tensor) -> Tensor:
+    F.relu(h, inplace=True)
+    return h
+
+
+def of_what_is_shared(h: Tensor) -> Tensor:
+    same = h
+    same /= 2
+    same **= 2
+    return h
+
+
+def of_a_mask(h: Tensor) -> Tensor:
+    mask = h > 0
+    same = mask
+    same &= h < 0.5
+    return h * mask
+
+
+@pytest.mark.parametrize("change", [after_use, result_left, of_what_is_shared, of_a_mask])
+def test_what_is_changed_in_place_is_changed_whatever_it_is_called_by(
+    change: Callable[[Tensor], Tensor], batches: Callable[[], Batch]
+) -> None:
+    net = model()
+    for _ in range(2):
+        checked(
+            lambda x, y: F.binary_cross_entropy_with_logits(net[2](change(net[0](x))).squeeze(-1), y),
+            net,
+            batches(),
+        )
+
+
+ALIASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "flatten": lambda h: h.flatten(1),
+    "view": lambda h: h.view(-1, 6),
+    "contiguous": lambda h: h.contiguous(),
+    "detach": lambda h: h.detach(),
+    "dropout that is off": lambda h: F.dropout(h, 0.5, False),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_tensor_is_not_used_once_another_name_of_its_numbers_changed(
+    name: str, batches: Callable[[], Batch]
+) -> None:
+    net = model()
+    for _ in range(2):
+        h = net[0](batches()["x"])
+        other = ALIASES[name](h)
+        other.mul_(2)
+        assert other.sum().dim() == 0
+        assert h.shape[1:] == (6,)
+        with pytest.raises(ProgramError, match="in place"):
+            h.sum()
+
+
+WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "copy_": lambda h, own: own.copy_(h.detach().mean(0)),
+    "lerp_": lambda h, own: own.lerp_(h.detach().mean(0), 0.1),
+    "setitem": lambda h, own: own.__setitem__(slice(None), h.detach().mean(0)),
+    "out": lambda h, own: torch.mean(h, 0, out=own),
+    "out sealed": lambda h, own: torch.add(h, 1, out=h),
+    "data": lambda h, own: setattr(h, "data", own),
+    "of a list": lambda h, own: torch._foreach_add_([own], [h.mean(0)]),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_nothing_made_up_is_written_into_a_tensor_of_the_cell(
+    name: str, batches: Callable[[], Batch]
+) -> None:
+    """Nor is a sealed tensor exchanged where the program would not see it."""
+    net, own = model(), torch.zeros(6)
+    for _ in range(2):
+        with pytest.raises(RaphaError, match="writ"):
+            WRITES[name](net[0](batches()["x"]), own)
+    assert not own.any()
+
+
+def test_another_default_dtype_on_the_way_is_another_program(batches: Callable[[], Batch]) -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            found.append(torch.where(batches()["x"] > 0.5, 1.0, 0.0).dtype)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found == [torch.float32, torch.float64]
+
+
 def test_a_tensor_of_another_batch_is_refused_although_it_was_recorded(batches: Callable[[], Batch]) -> None:
     net = model()
     one, other = batches(), batches()
