@@ -58,7 +58,8 @@ Split = Literal["all", "train", "validation", "test"]
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")]
 Columns = Name | Annotated[list[Name], Meta(min_length=1, max_length=4096)]
 Inputs = Annotated[dict[Name, Columns], Meta(min_length=1, max_length=64)]
-Positive = Annotated[float, Meta(gt=0.0, le=1e6)]
+# not gt=0: that compares with a denormal number, which is zero in the curator, so that zero would pass
+Positive = Annotated[float, Meta(ge=1e-100, le=1e6)]
 Clip = Annotated[float, Meta(ge=1e-6, le=1e6)]
 Metric = Literal[
     "auroc",
@@ -92,7 +93,7 @@ class Ask(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True,
     where: Expression | None = None
 
 
-Share = Annotated[float, Meta(gt=0.0, lt=1.0)]
+Share = Annotated[float, Meta(ge=1e-100, lt=1.0)]
 Keys = Annotated[list[Name], Meta(max_length=3)]
 Several = Annotated[list[Name], Meta(min_length=1, max_length=100)]
 
@@ -221,7 +222,7 @@ JUDGES = "validation"
 class Candidate(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Numbers to train with in place of the fit's own; none of them moves what a run takes."""
 
-    lr: Annotated[float, Meta(gt=0.0, le=1e6)] | None = None
+    lr: Positive | None = None
     momentum: Decay | None = None
     weight_decay: Annotated[float, Meta(ge=0.0, le=1e6)] | None = None
     clip: Clip | None = None
@@ -326,7 +327,7 @@ class Shards(Ask, kw_only=True, frozen=True, tag="shards"):
     bounds: Annotated[list[tuple[float, float]], Meta(min_length=1, max_length=100)]
     default: Annotated[list[float], Meta(max_length=100)] | None = None
     k: Annotated[int, Meta(ge=1, le=10_000)] | None = None
-    seconds: Annotated[float, Meta(gt=0.0, le=60.0)] = 0.2
+    seconds: Annotated[float, Meta(ge=1e-100, le=60.0)] = 0.2
 
 
 Question = (
@@ -359,7 +360,7 @@ class Review(Ask, kw_only=True, frozen=True, tag="review"):
     columns: Annotated[list[Name], Meta(min_length=1, max_length=4096)]
     tables: Annotated[list[Name], Meta(max_length=100)] = []
     inputs: dict[str, Any] = {}
-    seconds: Annotated[float, Meta(gt=0.0, le=60.0)] = 10.0
+    seconds: Annotated[float, Meta(ge=1e-100, le=60.0)] = 10.0
 
 
 ASKS = Question | Discover | Fit | Open | Gradient | Close | Evaluate | Shards | Review | Price

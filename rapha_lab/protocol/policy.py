@@ -45,8 +45,9 @@ Digest = Annotated[str, Meta(pattern=r"^(any simulated|sha(256:[0-9a-f]{64}|384:
 Duo = Annotated[str, Meta(pattern=r"^DUO:\d{7}\Z")]
 Release = Literal["auto", "one custodian", "two custodians"]
 LaneName = Literal["aggregate", "train", "evaluate", "shards", "review"]
-Epsilon = Annotated[float, Meta(gt=0.0, le=1000.0)]
-Delta = Annotated[float, Meta(gt=0.0, lt=0.1)]
+# not gt=0: see messages.Positive
+Epsilon = Annotated[float, Meta(ge=1e-100, le=1000.0)]
+Delta = Annotated[float, Meta(ge=1e-100, lt=0.1)]
 Discovery = Annotated[float, Meta(ge=0.0, lt=0.1)]
 Count = Annotated[int, Meta(ge=1, le=10**12)]
 

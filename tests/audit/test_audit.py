@@ -152,7 +152,7 @@ class Every:
 
 def every_turn(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(banded, "turns", lambda count, bands, noise: Every())
-    patch.setattr(train, "most", lambda batch, rate: 5.0 * batch)
+    patch.setattr(train, "most", lambda batch, rate, split: 5.0 * batch)
 
 
 BROKEN = {"noise quartered": quartered, "clipping skipped": unclipped, "a patient counted twice": twice}

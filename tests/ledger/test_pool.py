@@ -7,10 +7,13 @@ import sys
 import threading
 import time
 
+import msgspec
 import pytest
 import torch
 
 from rapha_lab.curator.pool import Pool
+from rapha_lab.protocol import messages, policy
+from rapha_lab.protocol.errors import RequestError
 
 
 def test_the_thread_that_worked_last_works_next() -> None:
@@ -99,3 +102,21 @@ sys.exit(0 if found == [0.0] else 1)
     )
     assert done.returncode == 0
     assert float((torch.full((64,), 1e-40) * 2).sum()) > 0, "else the test shows nothing"
+
+
+@pytest.mark.parametrize("number", ["0", "0.0", "-0.0", "5e-324", "1e-310", "-1e-310"])
+@pytest.mark.parametrize("flush", [True, False])
+def test_no_number_that_has_to_be_positive_is_zero_where_denormal_numbers_are(
+    number: str, flush: bool
+) -> None:
+    """Where they are, "greater than 0.0" is kept by comparing with one of them, and holds of zero."""
+    request = f'{{"op": "count", "dataset": "ward", "epsilon": {number}}}'.encode()
+    torch.set_flush_denormal(flush)
+    try:
+        with pytest.raises(RequestError, match="malformed"):
+            messages.decode(request)
+        for kind in (messages.Positive, messages.Share, policy.Epsilon, policy.Delta):
+            with pytest.raises(msgspec.ValidationError):
+                msgspec.json.decode(number.encode(), type=kind)
+    finally:
+        torch.set_flush_denormal(False)

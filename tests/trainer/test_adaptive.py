@@ -79,7 +79,7 @@ def deviations(quantile: float, batch: int, epsilon: float) -> tuple[float, floa
     clip, asked = 2.0, {"batch": batch, "epsilon": epsilon, "clip_quantile": quantile}
     moved, values = run(NOBODY, Unit(0), clip=clip, **asked)
     it = lift(DOT)
-    it.for_batches_of(train.capacity(train.most(batch, batch / N), 1))
+    it.for_batches_of(train.capacity(train.most(batch, batch / N, "train"), 1))
     of_sum = float(-moved[0]) * batch / (clip * (1 + train.slack(it.microbatch)))
     of_count = -5 * batch * math.log(values["last_clip"] / clip) / max(quantile, 1 - quantile)
     return of_sum, of_count, values["noise"]

@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import node, program
+from house import numbers
 from safetensors.torch import load, save
 from torch import Tensor
 
+from rapha_lab.curator.cohort import _most
 from rapha_lab.curator.lift import Totals, lift
 from rapha_lab.curator.mapped import with_absent
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.curator.noise import SeededNoise, SystemNoise, on_grid
 from rapha_lab.protocol.errors import ProgramError, RefusedError, RequestError
 from rapha_lab.protocol.messages import Fit, Optimizer
+from rapha_lab.protocol.schema import Schema
 
 N = 1000
 
@@ -213,6 +216,14 @@ def test_slots_are_too_few_once_in_2_to_the_60_and_hardly_any_is_spare(expected:
     slots = train.capacity(expected, 1)
     assert more_than(slots) <= 2.0**-60 < more_than(math.floor(0.97 * slots) - 1)
     assert 0 <= train.capacity(expected, 8) - slots < 8
+
+
+@pytest.mark.parametrize("split", ["all", "train", "validation", "test"])
+def test_slots_are_for_as_many_patients_as_a_split_is_opened_with(split: str) -> None:
+    """Each of the three may hold some besides, all of them three times as many."""
+    schema = Schema.from_dict(numbers("ward", 1, 100))
+    rate = 10 / (schema.expected(split) or 0)
+    assert train.most(10, rate, split) == pytest.approx(rate * _most(schema, split))
 
 
 def test_another_patient_leaves_the_others_slots_alone() -> None:

@@ -100,7 +100,7 @@ class Loop:
             if digest(ask.program) != ask.digest:
                 raise ProgramError("The program is not the one its digest names.", field="digest")
             lifted = lift(ask.program)
-            most = train.most(self.ask.batch, self.rate)
+            most = train.most(self.ask.batch, self.rate, self.ask.split)
             parts = lifted.for_batches_of(train.capacity(most, 1))
             train.prepare(lifted, *lifted.tensors(tensors), self.ask.steps * parts, progress)
             while len(self._known) >= MOST:

@@ -148,7 +148,7 @@ def train(
     optimizer = updates(ask, weights.vectors, clip.noise)
     memory = banded.Memory(ask.bands, float(ask.optimizer.settings.get("momentum", 0.0)))  # type: ignore[arg-type]
     averages = {name: t.clone() for name, t in weights.items()} if ask.average else weights
-    parts = lifted.for_batches_of(capacity(most(ask.batch, rate / ask.bands), 1))
+    parts = lifted.for_batches_of(capacity(most(ask.batch, rate / ask.bands, ask.split), 1))
     slots = parts * lifted.microbatch
     rounding = 1 + slack(lifted.microbatch)
     prepare(lifted, weights, constants, ask.steps * parts, progress)
@@ -296,9 +296,9 @@ def draw(
     return torch.full((slots,), count).scatter(0, places, drawn)
 
 
-def most(batch: int, rate: float) -> float:
+def most(batch: int, rate: float, split: str) -> float:
     """The most patients a step can expect: no split is opened that holds more than this over the declared figure."""
-    return EXCESS * batch + rate * BESIDES
+    return EXCESS * batch + rate * BESIDES * (len(SPLITS) if split == "all" else 1)
 
 
 def capacity(batch: float, microbatch: int) -> int:
