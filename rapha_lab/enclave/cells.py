@@ -24,6 +24,7 @@ __all__ = ["Cell", "Cells", "Order", "kept"]
 
 State = Literal["queued", "running", "waiting", "done", "failed", "cancelled", "lost"]
 ENDED = ("done", "failed", "cancelled", "lost")
+STOPS = "being cancelled when the step or the compiling under way ends"
 MAX_SESSIONS, MAX_QUEUE, MAX_CELLS, MAX_OUTPUT = 4, 32, 500, 64 << 20
 MAX_HELD, OVERHEAD = 1 << 30, 2048
 """Bytes that one researcher's cells may hold, sent, shown or brought back; and that an output takes beside its own."""
@@ -81,9 +82,10 @@ class Cell:
         lines = [line.strip() for line in self.order.source.splitlines() if line.strip()]
         telling = next((line for line in lines if "patients" in line), lines[0] if lines else "")
         rate = (time.time() - self.asked_at) / self.step if self.step and self.state == "running" else 0
+        stops = self.cancelled and self.state == "running"
         return {
             "id": self.id, "dataset": self.order.dataset, "state": self.state,
-            "step": self.step, "steps": self.steps, "doing": self.doing,
+            "step": self.step, "steps": self.steps, "doing": STOPS if stops else self.doing,
             "epsilon": math.fsum(self.asked.values()), "spent": math.fsum(self.spent.values()),
             "seconds_left": round(rate * (self.steps - self.step), 1) if rate else None,
             "started": self.started, "ended": self.ended,

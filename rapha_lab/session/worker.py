@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import queue
 import signal
+import sys
 import threading
 from typing import Any, BinaryIO
 
@@ -47,6 +48,7 @@ class Worker:
 
     def serve(self) -> None:
         signal.signal(signal.SIGINT, self._interrupted)
+        sys.unraisablehook = self._uncaught
         threading.Thread(target=self._listen, daemon=True).start()
         while (cell := self._cells.get()) is not None:
             self._run(*cell)
@@ -64,6 +66,18 @@ class Worker:
         self._late = self._busy and self._writing
         if self._busy and not self._writing:
             raise KeyboardInterrupt
+
+    def _uncaught(self, told: Any) -> None:
+        """Say in a line what was refused where nothing can catch it, as in a loop that is given up; an interrupt waits."""
+        try:
+            if issubclass(told.exc_type, RaphaError):
+                print(told.exc_value, file=sys.stderr)
+            elif issubclass(told.exc_type, KeyboardInterrupt):
+                self._late = self._busy
+            else:
+                sys.__unraisablehook__(told)
+        except KeyboardInterrupt:
+            self._late = self._busy
 
     def _say(self, header: dict[str, Any], tensors: bytes = b"") -> None:
         main = threading.current_thread() is threading.main_thread()

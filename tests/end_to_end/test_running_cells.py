@@ -480,6 +480,41 @@ class TestStopping:
         assert job.state == "cancelled"
         assert printed(site.run("print(kept)", "ward", session=fresh).wait()) == "5\n"
 
+    def test_what_is_refused_where_nothing_catches_it_is_one_line(self, site, fresh):
+        """As by a loop that is given up once its job was cancelled: no traceback, and the cell goes on."""
+        source = """
+def given_up():
+    try:
+        yield
+    finally:
+        patients.count(epsilon=1e5)
+loop = given_up()
+next(loop)
+del loop
+print("on")
+"""
+        job = site.run(source, "ward", session=fresh).wait()
+        (said,) = [o["text"] for o in job.outputs if o.get("name") == "stderr"]
+        assert "Traceback" not in said
+        assert "Exception ignored" not in said
+        assert "budget" in said
+        assert printed(job) == "on\n"
+
+    def test_an_interrupt_where_nothing_catches_it_is_kept_for_later(self, site, fresh):
+        """It ends the cell at its next word, without a traceback of its own."""
+        source = """
+class Deaf:
+    def __del__(self):
+        raise KeyboardInterrupt
+Deaf()
+while True:
+    print("on" * 100_000)
+"""
+        job = site.run(source, "ward", session=fresh)
+        with pytest.raises(CellError, match="interrupted"):
+            job.wait()
+        assert not [o for o in job.outputs if o.get("name") == "stderr"]
+
     def test_a_cell_cancelled_before_its_python_began_is_interrupted_once_it_has(self, site, fresh):
         """It is running for the site while its values are still on their way into the session."""
         site.run("import time", "ward", session=fresh).wait()
@@ -649,6 +684,17 @@ class TestSessions:
                 job.wait()
         site.end_sessions()
         assert came
+
+
+def test_a_job_that_was_cancelled_says_that_it_stops() -> None:
+    """From the moment it was asked to until it has, which takes as long as the step or the compiling under way."""
+    order = cells_module.Order("", "d", "patients.count()")
+    cell = cells_module.Cell("j", "r", order, state="running", doing="compiling")
+    assert cell.summary()["doing"] == "compiling"
+    cell.cancelled = True
+    assert "cancelled" in cell.summary()["doing"]
+    cell.state = "cancelled"
+    assert cell.summary()["doing"] == "compiling"
 
 
 def test_a_job_says_what_it_does_before_its_steps() -> None:
