@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 import msgspec
 
@@ -27,6 +27,7 @@ from rapha_lab.curator.funds import fund
 from rapha_lab.curator.ledger import Ledger
 from rapha_lab.curator.mechanisms import Answer, Plan, aggregate, loop, review
 from rapha_lab.curator.mechanisms.loop import Loop
+from rapha_lab.curator.mechanisms.select import judged_by
 from rapha_lab.curator.mechanisms.shards import Workers
 from rapha_lab.curator.noise import Noise
 from rapha_lab.curator.optouts import OptOuts
@@ -374,7 +375,9 @@ class Desk:
         schema, metrics = self._cohort(ask.dataset).schema, getattr(ask, "metrics", ())
         mode = permit(policy, caller, _lane(ask), schema, ask.split, metrics)
         if isinstance(ask, messages.Fit) and ask.selection is not None:
-            permit(policy, caller, _lane(ask), schema, messages.JUDGES, metrics)
+            # beside weights its answer has a metric of the judges: the stricter of both lanes' rules holds
+            judged = permit(policy, caller, "evaluate", schema, messages.JUDGES, [judged_by(ask.selection)])
+            mode = max(mode, judged, key=get_args(Mode).index)
         program = ask.program if isinstance(ask, messages.Fit) else program
         if program is not None:
             policy.project(caller.project).within_size(program)

@@ -48,8 +48,9 @@ def quotes(
     schema, project = schemas[asked.dataset], policy.project(caller.project)
     for each in asked.asks:
         metrics = each.metrics if each.kind == "evaluate" else ()
-        for split in (each.split, *_judges(each)):
-            permit(policy, caller, LANES.get(each.kind, "aggregate"), schema, split, metrics)
+        permit(policy, caller, LANES.get(each.kind, "aggregate"), schema, each.split, metrics)
+        for split in _judges(each):
+            permit(policy, caller, "evaluate", schema, split, ())
     return [quote(each, project, schema, ledger) for each in asked.asks]
 
 

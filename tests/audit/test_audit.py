@@ -45,7 +45,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     schema["splits"] = {"train": TRAIN, "validation": (1 - TRAIN) / 2, "test": (1 - TRAIN) / 2}
     frame = polars.DataFrame({"pid": names, "bird": names, "y": [False] * CANARIES})
     folder = tmp_path_factory.mktemp("birds")
-    found = House(folder, schema, frame.filter(polars.Series(PRESENT)), epsilon=1000.0)
+    found = House(folder, schema, frame.filter(polars.Series(PRESENT)), epsilon=1000.0, metrics=["logloss"])
     yield found
     found.ledger.close()
 

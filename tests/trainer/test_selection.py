@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from rapha_lab.curator.accounting import Selected, epsilon_of, runs_for
 from rapha_lab.curator.desk import Caller, Cancelled
+from rapha_lab.curator.lift import Lifted
 from rapha_lab.curator.mechanisms import select, train
 from rapha_lab.curator.noise import SeededNoise
 from rapha_lab.protocol import messages
-from rapha_lab.protocol.errors import PolicyError, RaphaError, RequestError
+from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError, WaitingError
 from rapha_lab.protocol.messages import Candidate, Selection
+from rapha_lab.protocol.policy import Lane
 
 N, DELTA = 1200, 1e-5
 MEAN, RUNS, STEPS = 2.0, 9, 9
@@ -43,7 +45,8 @@ def house(tmp_path: Path) -> Iterator[House]:
     """Patients with one input, which is what decides."""
     x = np.random.default_rng(0).uniform(-1, 1, N)
     frame = polars.DataFrame({"pid": [f"p{n}" for n in range(N)], "x0": x, "y": x > 0})
-    found = House(tmp_path, numbers("choice", 1, N), frame, noise=SeededNoise(1))
+    metrics = ["auroc", "brier", "logloss"]
+    found = House(tmp_path, numbers("choice", 1, N), frame, noise=SeededNoise(1), metrics=metrics)
     yield found
     found.ledger.close()
 
@@ -153,6 +156,38 @@ def test_a_run_that_diverges_ends_nothing_and_never_wins(house: House) -> None:
     assert all(bool(t.isfinite().all()) for t in model.parameters())
     both = [{"lr": lr, "weight_decay": 1e6} for lr in (1e5, 1e6)]
     assert fit(house, candidates=both)[0]["chosen"] is None
+
+
+def test_as_much_is_looked_at_of_a_run_that_diverges(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the time between a run's score and the next run's first step would tell of runs that don't count."""
+    looks: list[int] = []
+    for lr in (1e6, 0.5):
+        looks.append(0)
+        original = Tensor.isfinite
+
+        def noted(t: Tensor, original: Any = original) -> Tensor:
+            looks[-1] += 1
+            return original(t)
+
+        monkeypatch.setattr(Tensor, "isfinite", noted)
+        fit(house, candidates=[{"lr": lr, "weight_decay": lr}, {"lr": lr / 2, "weight_decay": lr}])
+        monkeypatch.undo()
+    assert looks[0] == looks[1] > RUNS
+
+
+def test_a_machine_that_mixes_patients_in_scores_chooses_nothing(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients may be computed each alone and losses not: a patient would move a score by more than is paid for."""
+    original = Lifted.scores
+
+    def mixed(self: Lifted, parameters: Any, constants: Any, inputs: dict[str, Tensor]) -> Tensor:
+        return original(self, parameters, constants, inputs) + inputs["x"].sum() * 1e-6
+
+    monkeypatch.setattr(Lifted, "scores", mixed)
+    with pytest.raises(RefusedError, match="reproducibly"):
+        fit(house)
+    assert not house.steps
 
 
 def test_the_number_that_counts_is_poisson_cut_at_the_runs() -> None:
@@ -301,6 +336,8 @@ def test_who_opts_out_meanwhile_is_in_no_later_score(house: House) -> None:
     [
         ({"candidates": [{"lr": 1.0}]}, "candidates"),
         ({"candidates": [0.1, 1.0]}, "candidates"),
+        ({"candidates": "lr"}, "candidates"),
+        ({"candidates": 5}, "candidates"),
         ({"candidates": {"lr": [0.1, 1.0]}}, "candidates"),
         ({"candidates": []}, "runs"),
         ({"candidates": [], "runs": None, "bound": 2.0}, "bound"),
@@ -355,6 +392,28 @@ def test_a_validation_split_below_the_smallest_cohort_is_refused(house: House) -
     house.patients.train.fit(nn.Linear(1, 1), **CELL)
     with pytest.raises(PolicyError, match="validation"):
         fit(house)
+
+
+def test_the_policy_s_word_on_evaluations_holds_for_scores(house: House) -> None:
+    """A score is a metric of validation patients: it leaves as one would, in a project that may only train not at all."""
+    (project,) = house.policy.projects
+    lanes = {name: lane for name, lane in project.lanes.items() if name != "evaluate"}
+    barred = [
+        ({"lanes": lanes}, {}),
+        ({"metrics": ["auroc", "logloss"]}, {}),
+        ({"metrics": ["auroc", "brier"]}, {"bound": 1.0}),
+    ]
+    for changes, asked in barred:
+        house.policy = replace(house.policy, projects=(msgspec.structs.replace(project, **changes),))
+        with pytest.raises(PolicyError, match=r"evaluate|brier|logloss"):
+            fit(house, **asked)
+    assert not house.steps
+    looked = lanes | {"evaluate": Lane(release="one custodian")}
+    house.policy = replace(house.policy, projects=(msgspec.structs.replace(project, lanes=looked),))
+    with pytest.raises(WaitingError):
+        fit(house)
+    house.patients.train.fit(nn.Linear(1, 1), **CELL)  # weights alone are of the lane train
+    assert "selection" not in house.releases[-1].values
 
 
 def test_a_dataset_without_validation_patients_has_nobody_to_choose(tmp_path: Path) -> None:

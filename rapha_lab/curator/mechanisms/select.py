@@ -25,13 +25,23 @@ from rapha_lab.curator.lift import Lifted
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress
 from rapha_lab.curator.mechanisms.adaptive import Clip
 from rapha_lab.curator.mechanisms.evaluate import outputs
-from rapha_lab.curator.mechanisms.train import checked, price, recipe, train, unpriced, updates, with_target
+from rapha_lab.curator.mechanisms.train import (
+    capacity,
+    checked,
+    most,
+    price,
+    recipe,
+    train,
+    unpriced,
+    updates,
+    with_target,
+)
 from rapha_lab.curator.noise import Noise, noisy
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.messages import JUDGES, Candidate, Fit, Open, Optimizer, Selection
 from rapha_lab.protocol.schema import Schema
 
-__all__ = ["loss_of", "plan"]
+__all__ = ["judged_by", "loss_of", "plan"]
 
 GRID = 1 << 20
 """Parts of half the bound in which losses are counted."""
@@ -83,14 +93,17 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
         those, judges = (each.of(with_target(each, ask.inputs)) for each in (view, view.other(JUDGES)))
         rows = those.rows(ask.inputs)
         weights, best = parameters, _Best(math.inf, None, ask, Clip(ask, sigma))
+        lifted.for_batches_of(capacity(most(ask.batch, rate / ask.bands, ask.split), 1))
+        lifted.selftest_scores(parameters, constants)  # of no run: those that follow must refuse nothing
         for number, which in enumerate(drawn):
             clip = Clip(asks[which], sigma)
             data = rows, asks[which], rate, clip, noise, progress, those.present
             found = train(lifted, parameters, constants, *data, finite=lambda weights, step: None)
             progress(1)
             score = scored(lifted, found, constants, judges, ask, expected, loss.score.noise, noise)
-            finite = all(bool(t.isfinite().all()) for t in found.values())
-            better = finite and number < counts and score < best.score
+            # all of them are looked at, wherever the first is that is no number: the time is seen
+            finite = [bool(t.isfinite().all()) for t in found.values()]
+            better = all(finite) and number < counts and score < best.score
             best = _Best(score, which, asks[which], clip) if better else best
             # copied whether or not they are better
             weights = {n: torch.where(torch.tensor(better), found[n], t) for n, t in weights.items()}
@@ -123,6 +136,11 @@ def loss_of(ask: Fit | Open, mean: float, schema: Schema, delta: float) -> Selec
             field="runs",
         )
     return one.with_noise(noise_for(one.with_noise, ask.epsilon, delta))
+
+
+def judged_by(selection: Selection) -> str:
+    """The metric, by its name in a policy, that a selection's score is an answer of."""
+    return "brier" if selection.bound is None else "logloss"
 
 
 def tried(ask: Fit, candidate: Candidate) -> Fit:
