@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import inspect
 import io
 import linecache
 import re
@@ -256,10 +257,22 @@ def cell_error(error: BaseException, name: str) -> CellError:
         _cells_only(told)
         lines = list(told.format())
         message = str(error)
+        lines += _takes(message)
     except Exception:  # a hostile __str__ must not end the session
         lines, message = [f"{kind}: (its message could not be made)"], ""
     text = "".join(lines).rstrip().splitlines()
     return CellError(f"{kind}: {message}"[:2000], traceback=[*text], line=_line(error, name))
+
+
+def _takes(message: str) -> list[str]:
+    """What a question of `patients` takes, for an error of an argument that it does not."""
+    from rapha_lab.session.patients import Patients
+
+    found = re.search(r"\bPatients\.(\w+)\(\) got an unexpected keyword argument", message)
+    if found is None or not hasattr(Patients, found[1]):
+        return []
+    names = [name for name in inspect.signature(getattr(Patients, found[1])).parameters if name != "self"]
+    return [f"{found[1]} takes {', '.join(names)}.\n"]
 
 
 def _cells_only(told: traceback.TracebackException) -> None:

@@ -515,6 +515,19 @@ while True:
             job.wait()
         assert not [o for o in job.outputs if o.get("name") == "stderr"]
 
+    @pytest.mark.parametrize(
+        ("call", "takes"),
+        [
+            ("patients.train.batches(batch_size=3)", "batches takes size, epochs, epsilon, clip."),
+            ("patients.train.fit(None, lr=0.1)", "fit takes model, loss, inputs, target, "),
+        ],
+    )
+    def test_an_argument_that_a_question_does_not_take_is_told_those_it_does(self, site, fresh, call, takes):
+        """Below the traceback of the cell's own line."""
+        with pytest.raises(CellError, match="unexpected keyword") as caught:
+            site.run(call, "ward", session=fresh).wait()
+        assert caught.value.traceback[-1].startswith(takes)
+
     def test_a_cell_cancelled_before_its_python_began_is_interrupted_once_it_has(self, site, fresh):
         """It is running for the site while its values are still on their way into the session."""
         site.run("import time", "ward", session=fresh).wait()
