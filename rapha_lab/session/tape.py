@@ -155,7 +155,9 @@ class Tape:
             return (type(value).__name__, repr(value))
 
         steps = tuple((m.function, seal(m.args), seal(m.kwargs), m.grad) for m in self.order)
-        return (tuple(repr(m.columns) for m in self.leaves), steps, self.of.index)
+        # columns of another dataset, or derived anew, may have the same names
+        columns = tuple((repr(m.columns), m.values.shape, m.values.dtype, repr(m.column)) for m in self.leaves)
+        return (columns, steps, self.of.index)
 
     def replay(
         self, patients: int, leaves: Sequence[Tensor], outside: dict[int, Tensor], *, random: bool = True

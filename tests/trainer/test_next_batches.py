@@ -223,6 +223,20 @@ def test_nothing_made_up_is_written_into_a_tensor_of_the_cell(
     assert not own.any()
 
 
+def test_columns_of_the_same_names_in_another_dataset_are_another_program() -> None:
+    """Sessions and kernels outlive a loop, and its dataset."""
+    weight, seen = nn.Parameter(torch.ones(())), []
+
+    def gradients(traced: Traced, columns: dict[str, Any], reduction: str) -> dict[str, Tensor]:
+        seen.append([(spec.shape, spec.dtype) for spec in traced.program.inputs])
+        return {"p0": torch.zeros(())}
+
+    for made_up in (torch.rand(PATIENTS, 8), torch.rand(PATIENTS, 5), torch.ones(PATIENTS, 5).long()):
+        x = Batch(lambda _, made_up=made_up: made_up, gradients, 20)["x"]  # type: ignore[misc]
+        (x * weight).sum(-1).mean().backward()
+    assert seen == [[([8], "float32")], [([5], "float32")], [([5], "int64")]]
+
+
 def test_another_default_dtype_on_the_way_is_another_program(batches: Callable[[], Batch]) -> None:
     found = []
     for dtype in (torch.float32, torch.float64):
