@@ -14,7 +14,7 @@ from safetensors.torch import load
 
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.columns import Column
-from rapha_lab.protocol.errors import CellError, RequestError, SealedError
+from rapha_lab.protocol.errors import CellError, ProgramError, RequestError, SealedError
 from rapha_lab.protocol.messages import Columns, Split
 from rapha_lab.protocol.program import Program, digest
 from rapha_lab.protocol.release import Release
@@ -503,6 +503,8 @@ class _Gradients:
         )
         given = self._ask(asked, blob)[1]
         self.taken += 1
+        while len(self._sent) >= _PROGRAMS:
+            del self._sent[next(iter(self._sent))]
         self._sent[id(traced.program)] = _Sent(traced.program, name, Layout(blob), Layout(given))
         return load(given)
 
@@ -513,10 +515,21 @@ class _Gradients:
         if there.uniform:
             blob = there.pack(torch.cat([traced.tensors[name].reshape(-1) for name in there.names]))
         asked = messages.Gradient(loop=self._loop, inputs=columns, reduction=reduction, digest=sent.digest)
-        given = self._ask(asked, blob or traced.blob)[1]
+        try:
+            given = self._ask(asked, blob or traced.blob)[1]
+        except ProgramError as error:
+            if error.field != "program":
+                raise
+            # the site remembers the latest programs of a loop, and took no step
+            del self._sent[id(traced.program)]
+            return self(traced, columns, reduction)
         self.taken += 1
         numbers = back.unpack(given) if back.uniform else None
         return load(given) if numbers is None else back.parts(torch.frombuffer(numbers, dtype=torch.float32))
+
+
+_PROGRAMS = 64
+"""Programs of a loop that are remembered to be at the site."""
 
 
 class _Sent(NamedTuple):

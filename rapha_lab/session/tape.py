@@ -140,8 +140,8 @@ class Tape:
     def signature(self) -> tuple[Any, ...]:
         """Equal for tapes that make the same program."""
         place = {id(m): k for k, m in enumerate([*self.leaves, *self.order])}
-        outside: dict[int, Any] = {id(t): ("p", k, t.shape) for k, t in enumerate(self.parameters)}
-        outside |= {id(t): ("c", k, id(t), t._version) for k, t in enumerate(self.constants)}
+        outside: dict[int, Any] = {id(t): ("p", k, t.shape, t.dtype) for k, t in enumerate(self.parameters)}
+        outside |= {id(t): ("c", k, id(t), t._version, t.dtype) for k, t in enumerate(self.constants)}
 
         def seal(value: Any) -> Any:
             if isinstance(value, Use):
@@ -156,7 +156,9 @@ class Tape:
 
         steps = tuple((m.function, seal(m.args), seal(m.kwargs), m.grad) for m in self.order)
         # columns of another dataset, or derived anew, may have the same names
-        columns = tuple((repr(m.columns), m.values.shape, m.values.dtype, repr(m.column)) for m in self.leaves)
+        columns = tuple(
+            (repr(m.columns), m.values.shape, m.values.dtype, repr(m.column)) for m in self.leaves
+        )
         return (columns, steps, self.of.index)
 
     def replay(

@@ -20,10 +20,11 @@ from torch import nn
 
 from rapha_lab.curator.ledger import PATIENCE
 from rapha_lab.curator.lift import compiling
-from rapha_lab.curator.mechanisms import train
+from rapha_lab.curator.mechanisms import loop, train
 from rapha_lab.curator.mechanisms.loop import Loop
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import BudgetError, RaphaError, RequestError
+from rapha_lab.session import patients
 from rapha_lab.session.patients import _Gradients
 
 N, COLUMNS = 600, ["x0", "x1", "x2"]
@@ -58,6 +59,33 @@ def test_a_loop_learns_and_pays_for_its_steps(house: House) -> None:
     (release,) = house.releases
     assert release.values["steps"] == sum(house.steps) == 21
     assert 3.9 < house.spent() <= 4.0
+
+
+def test_a_loop_goes_on_with_a_program_that_the_site_forgot(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight that goes up and down makes a program of each of its values; sent anew, it costs no step."""
+    monkeypatch.setattr(loop, "MOST", 2)
+    monkeypatch.setattr(patients, "_PROGRAMS", 4)
+    model = nn.Linear(3, 1)
+    for k, batch in enumerate(house.patients.train.batches(size=100, epochs=4, epsilon=1)):
+        loss = F.binary_cross_entropy_with_logits(model(batch[COLUMNS])[:, 0], batch["y"].float())
+        (loss * (1.0 + k % 3)).backward()
+    (release,) = house.releases
+    assert release.values["steps"] == sum(house.steps) == 17
+
+
+def test_an_open_loop_keeps_no_room_for_large_sums(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight loops of sixteen programs each would fill the curator's memory."""
+    for room, kept in ((4, 1), (3, 0)):
+        monkeypatch.setattr(loop, "ROOM", room)
+        model = nn.Linear(3, 1)
+        for batch in house.patients.train.batches(size=100, epochs=0.5, epsilon=0.5):
+            step(model, batch)
+            (opened,) = house.desk._loops.values()
+            assert sum(known.total is not None for known in opened.loop._known.values()) == kept
+            assert model.weight.grad is not None
+            model.weight.grad = None
 
 
 def test_accumulated_gradients_are_paid_each(house: House) -> None:

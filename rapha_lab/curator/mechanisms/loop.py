@@ -29,6 +29,8 @@ __all__ = ["Loop", "plan"]
 
 MOST = 16
 """Programs a loop remembers."""
+ROOM = 1 << 20
+"""Numbers of a program up to which a loop keeps room for its sums: all of its programs' large ones would fill the memory."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Loop:
 
     def _step(self, ask: Gradient, tensors: bytes, view: View, noise: Noise, progress: Progress) -> Answer:
         known = self._program(ask, tensors, progress)
-        lifted, total = known.lifted, known.total
+        lifted, total = known.lifted, known.total or known.lifted.zeros()
         parameters, constants = lifted.tensors(tensors)
         key = known.columns(ask.inputs, self.schema)
         self._announce(progress)
@@ -83,7 +85,7 @@ class Loop:
         train.clipped_sum(lifted, parameters, constants, rows, drawn, self.ask.clip, total)
         deviation = self.sigma * self.ask.clip * (1 + train.slack(lifted.microbatch))
         train.private(total, deviation, self.ask.batch if ask.reduction == "mean" else 1, noise)
-        return Answer({}, known.packed())
+        return Answer({}, known.packed(total))
 
     def _announce(self, progress: Progress) -> None:
         """One step of those announced is taken; at the first of a block the whole block is announced."""
@@ -105,7 +107,8 @@ class Loop:
             train.prepare(lifted, *lifted.tensors(tensors), self.ask.steps * parts, progress)
             while len(self._known) >= MOST:
                 del self._known[next(iter(self._known))]
-            self._known[ask.digest] = _Known(lifted, train.capacity(most, lifted.microbatch), lifted.zeros())
+            total = lifted.zeros() if ask.program.size <= ROOM else None
+            self._known[ask.digest] = _Known(lifted, train.capacity(most, lifted.microbatch), total)
         if ask.digest not in self._known:
             raise ProgramError("The loop does not know this program.", "", "Send it once.", field="program")
         return self._known[ask.digest]
@@ -118,11 +121,11 @@ class Loop:
 
 @dataclass
 class _Known:
-    """A program that this loop has had, its slots and room for its sums."""
+    """A program that this loop has had, its slots and, if it is small, room for its sums."""
 
     lifted: Lifted
     slots: int
-    total: Totals
+    total: Totals | None
     fit: set[str] = field(default_factory=set)
     layout: Layout | None = None
 
@@ -138,10 +141,10 @@ class _Known:
             self.fit = {key}
         return key
 
-    def packed(self) -> bytes:
+    def packed(self, total: Totals) -> bytes:
         """The sums, by parameter, as they leave."""
         dtypes = {spec.name: getattr(torch, spec.dtype) for spec in self.lifted.program.parameters}
-        told = self.total.cast(dtypes)
+        told = total.cast(dtypes)
         if self.layout is not None and self.layout.uniform:
             return self.layout.pack(torch.cat([told[name].reshape(-1) for name in self.layout.names]))
         packed = pack(told)
