@@ -85,6 +85,23 @@ def test_the_best_that_counts_leaves(house: House, monkeypatch: pytest.MonkeyPat
     assert house.releases[-1].values["clip"] == told["settings"].get("clip", 2.0)
 
 
+def test_each_run_is_clipped_as_its_candidate_says(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To its own clip in every step, which the release of the best one states; the program is lifted once for all."""
+    candidates, clips, lifted = [{"clip": 0.25}, {"clip": 0.5}, {"clip": 1.0}], [], []
+    original, lift = train.clipped_sum, train.lift
+    monkeypatch.setattr(train, "clipped_sum", lambda *args: (clips.append(args[5]), original(*args))[1])
+    monkeypatch.setattr(train, "lift", lambda *args: (lifted.append(args), lift(*args))[1])
+    monkeypatch.setattr(select, "counted", lambda loss, noise: loss.runs)
+    scoring(monkeypatch, [*[0.9] * (RUNS - 1), 0.1])
+    told, _ = fit(house, candidates=candidates)
+    runs = [clips[start : start + STEPS] for start in range(0, len(clips), STEPS)]
+    assert len(runs) == RUNS
+    assert all(len({*run}) == 1 for run in runs)
+    assert {run[0] for run in runs} == {each["clip"] for each in candidates}
+    assert house.releases[-1].values["clip"] == told["settings"]["clip"] == runs[-1][0]
+    assert len(lifted) == 1
+
+
 def test_a_run_that_does_not_count_would_be_seen_to_win(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,12 +250,15 @@ class Silent(SeededNoise):
         return torch.zeros(n, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("weight", [3.0, -30.0])
 @pytest.mark.parametrize("bound", [None, 0.7])
-def test_a_score_is_the_mean_of_the_validation_patients(house: House, bound: float | None) -> None:
-    """Their Brier score, or their loss cut at the bound, over the declared number of them."""
-    found, _ = judged(house, bound)(Silent(0))
+def test_a_score_is_the_mean_of_the_validation_patients(
+    house: House, bound: float | None, weight: float
+) -> None:
+    """Their Brier score, or their loss cut at the bound, over the declared number of them; of a bad model too."""
+    found, _ = judged(house, bound)(Silent(0), weight)
     view = house.cohort.view("validation")
-    p = (3 * view.tensor(["x0"])[:, 0]).sigmoid().double()
+    p = (weight * view.tensor(["x0"])[:, 0].double()).sigmoid()
     right = torch.where(view.numbers("y") > 0, p, 1 - p)
     each = (1 - right) ** 2 if bound is None else (-right.log()).clamp(max=bound)
     half = (bound or 1.0) / 2

@@ -70,7 +70,9 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
     assert selection is not None
     asks = [tried(ask, candidate) for candidate in selection.candidates]
     _alike(asks)
-    for each in asks:
+    for each in (
+        asks if ask.bands > 1 else asks[:1]
+    ):  # bands want each one's momentum checked, nothing else does
         lifted, parameters, constants = checked(each, tensors, schema)
     loss = loss_of(ask, selection.runs, schema, delta)
     for number, each in enumerate(asks):
