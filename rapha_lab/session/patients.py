@@ -120,7 +120,8 @@ class Patients(Questions):
             loss: of (prediction, target); binary cross-entropy for a boolean target, cross-entropy for
                 a category, squared error for a number if not given.
             inputs: columns of the model's input, or {argument: columns}. A list gives a float vector
-                scaled by public bounds, a single category its code.
+                scaled by public bounds, in which a category of more than two values takes a number for each
+                (`schema.layout(inputs)` says how wide it is); a single category gives its code.
             target: the column to predict.
             epsilon: the training's own (ε, δ) guarantee per patient; the noise is computed from it.
             optimizer: any of torch.optim on the model's parameters; one that works is chosen if not given.

@@ -396,7 +396,7 @@ def _run(function: Callable[..., Tensor], batch: dict[str, Tensor]) -> Tensor:
     except ProgramError:
         raise
     except Exception as error:
-        raise _untraceable(error, patients=len(next(iter(batch.values())))) from None
+        raise _untraceable(error, batch) from None
 
 
 def _encode(exported: Any, names: list[str], tensors: Tensors, inputs: Tensors, trained: list[str]) -> Traced:
@@ -536,7 +536,7 @@ def _place(meta: dict[str, Any]) -> tuple[int | None, str]:
     return (lines[-1] if lines else None), (paths[-1] if paths else "")
 
 
-def _untraceable(error: Exception, patients: int = 1) -> ProgramError:
+def _untraceable(error: Exception, batch: Tensors | None = None) -> ProgramError:
     if isinstance(error, ProgramError):
         return error
     frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if authors(f.filename)]
@@ -550,6 +550,12 @@ def _untraceable(error: Exception, patients: int = 1) -> ProgramError:
         )  # fmt: skip
     text = str(error).strip().split("\n")[0] or kind
     instead = "Check the shapes and dtypes of inputs, target and layers."
+    if batch and ("shape" in text or "size" in text):
+        shapes = ", ".join(f"{name} {tuple(t.shape[1:])}" for name, t in batch.items())
+        instead = (
+            f"One patient's shapes are {shapes}. In a list of columns a category of more than two values takes a "
+            "number for each: patients.schema.layout(FEATURES) says how wide a list is."
+        )
     if "dtype" in text:
         instead = "Records are float32: make the model so, with model.float(), and tensors of your own."
     if "'indices'" in text:
@@ -557,6 +563,7 @@ def _untraceable(error: Exception, patients: int = 1) -> ProgramError:
             'An embedding takes the codes of a category that is named alone, inputs="ward". An integer becomes one by '
             'patients.with_columns(code=pl.col("visits").cut([0, 1, 2])), inputs="code".'
         )
+    patients = len(next(iter(batch.values()))) if batch else 1
     count = "one made-up patient" if patients == 1 else f"{patients} made-up patients together"
     return ProgramError(
         f"The model or loss fails on {count}: {kind}: {text}", "It was tried before anything was sent.",

@@ -96,7 +96,7 @@ def contrastive(z: Tensor, y: Tensor) -> Tensor:
     [
         (Branching(), None, "torch.where"),
         (nn.Linear(8, 4), contrastive, "mixes patients"),
-        (nn.Linear(7, 1), nn.BCEWithLogitsLoss(), "shapes"),
+        (nn.Linear(7, 1), nn.BCEWithLogitsLoss(), "One patient's shapes are x (8,), target ()."),
         (nn.Linear(8, 1), lambda p, y: F.mse_loss(torch.fft.fft(p).real[:, 0], y), "cosines"),
         (
             nn.Linear(8, 1),
