@@ -119,9 +119,8 @@ class Patients(Questions):
             model: called with one tensor if `inputs` is a column or a list, else with keyword arguments.
             loss: of (prediction, target); binary cross-entropy for a boolean target, cross-entropy for
                 a category, squared error for a number if not given.
-            inputs: columns of the model's input, or {argument: columns}. A list gives a float vector
-                scaled by public bounds, in which a category of more than two values takes a number for each
-                (`schema.layout(inputs)` says how wide it is); a single category gives its code.
+            inputs: columns of the model's input, or {argument: columns}. A list gives a float vector scaled by public
+                bounds, as wide as `schema.layout(inputs)` says; a single category gives its code.
             target: the column to predict.
             epsilon: the training's own (ε, δ) guarantee per patient; the noise is computed from it.
             optimizer: any of torch.optim on the model's parameters; one that works is chosen if not given.
@@ -148,9 +147,13 @@ class Patients(Questions):
         named = self._inputs(inputs)
         _module(model)
         common = self._common(epsilon)
-        chosen = recipe.choose(
-            self._expected(), common["epsilon"], model, optimizer, epochs=epochs, batch=batch, clip=clip
-        )
+        sizes: dict[str, Any] = {
+            "epochs": epochs,
+            "batch": batch,
+            "clip": clip,
+            "follows": bool(clip_quantile),
+        }
+        chosen = recipe.choose(self._expected(), common["epsilon"], model, optimizer, **sizes)
         column = self.schema.column(target) if loss is None else None
         chosen["selection"] = recipe.selection(candidates, runs, bound, loss, column)
         loss = loss or recipe.loss_for(self.schema.column(target))

@@ -39,8 +39,12 @@ def choose(
     epochs: float | None = None,
     batch: int | None = None,
     clip: float | None = None,
+    follows: bool = False,
 ) -> dict[str, Any]:
     """Steps, batch, clip and optimiser of a fit on `expected` patients, those given kept as they are.
+
+    Args:
+        follows: whether the clip follows a quantile: a rate for a low start would be far too fast for where it climbs to.
 
     Raises:
         RequestError: naming the argument that is out of range.
@@ -62,8 +66,9 @@ def choose(
             )
         return chosen | {"optimizer": described(optimizer)}
     numbers = sum(p.numel() for p in trained)
-    drowned = 0.25 * epsilon * expected / (chosen["steps"] * chosen["clip"] * math.sqrt(numbers))
-    lr = min(0.25 / chosen["clip"], drowned)
+    most = max(chosen["clip"], CLIP) if follows else chosen["clip"]
+    drowned = 0.25 * epsilon * expected / (chosen["steps"] * most * math.sqrt(numbers))
+    lr = min(0.25 / most, drowned)
     return chosen | {"optimizer": Optimizer(name="sgd", settings={"lr": lr, "momentum": MOMENTUM})}
 
 

@@ -303,9 +303,7 @@ def _spectral(module: nn.Module) -> bool:
 
 def leave_off_spectral(module: nn.Module) -> None:
     """Take spectral norms off a module's weights, which stay as large as they were under them."""
-    if not _spectral(module):
-        return
-    for name in list(getattr(module, "parametrizations", {})):
+    for name in list(getattr(module, "parametrizations", {})) if _spectral(module) else ():
         nn.utils.parametrize.remove_parametrizations(module, name)
     for hook in list(module._forward_pre_hooks.values()):
         if type(hook).__name__ == "SpectralNorm":

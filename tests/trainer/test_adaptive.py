@@ -20,6 +20,8 @@ from rapha_lab.curator.mechanisms import adaptive, train
 from rapha_lab.curator.noise import SeededNoise, SystemNoise
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.messages import Optimizer
+from rapha_lab.session import patients
+from rapha_lab.session.questions import made
 
 NOBODY = torch.full((N, 4), math.nan)
 """Patients who count for nothing."""
@@ -173,6 +175,25 @@ def test_a_fit_tells_its_first_and_last_clip(tmp_path: Path) -> None:
     assert release["clipping norm"].value == 3.0
     assert 0 < release["clipping norm in the end"].value < 3.0
     assert release.count_noise >= 50 / 20
+    house.ledger.close()
+
+
+@pytest.mark.parametrize(("start", "quantile", "like"), [(0.1, 0.9, 2.0), (10.0, 0.9, 10.0), (0.1, 0.0, 0.1)])
+def test_a_low_start_is_given_no_faster_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: float, quantile: float, like: float
+) -> None:
+    """The clip climbs from it; the rate that suits it would have the model run away."""
+    import polars
+
+    asked: list[Any] = []
+    monkeypatch.setattr(patients, "made", lambda kind, **fields: asked.append(fields) or made(kind, **fields))
+    frame = polars.DataFrame({"pid": [f"{n}" for n in range(400)], "x0": [0.5] * 400, "y": [True] * 400})
+    house, model = House(tmp_path, numbers("adaptive", 1, 400), frame), nn.Linear(1, 1)
+    common: dict[str, Any] = {"inputs": ["x0"], "target": "y", "epsilon": 1.0, "batch": 50, "epochs": 1}
+    house.patients.train.fit(model, clip=start, clip_quantile=quantile, **common)
+    house.patients.train.fit(model, clip=like, **common)
+    followed, fixed = (each["optimizer"].settings["lr"] for each in asked)
+    assert followed == fixed
     house.ledger.close()
 
 
