@@ -67,6 +67,24 @@ def test_a_second_job_of_the_same_shape_starts_at_once(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_step_of_other_slots_or_numbers_is_compiled_for_itself() -> None:
+    """Machine code has its shapes and numbers written in: on other arguments it would read what is not there."""
+    make, loss, xs, ys = MODELS["logistic"]
+    model, x, y = make(), xs(), ys()
+    it, parameters, constants = lifted(model, loss, x, y)
+    assert it.compile(parameters, constants) is not None
+    same, *_ = lifted(model, loss, x, y)
+    assert same.compiled_before
+    same.microbatch += 8
+    assert not same.compiled_before
+    twice, *_ = lifted(model, lambda out, target: 2 * loss(out, target), x, y)
+    thrice, *tensors = lifted(model, lambda out, target: 3 * loss(out, target), x, y)
+    assert not twice.compiled_before
+    assert thrice.compile(*tensors) is not None
+    assert not twice.compiled_before
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_short_run_uses_a_compiled_step_that_is_there_and_makes_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -248,6 +248,14 @@ def test_another_default_dtype_on_the_way_is_another_program(batches: Callable[[
     assert found == [torch.float32, torch.float64]
 
 
+def test_autocast_on_the_way_is_another_program(batches: Callable[[], Batch]) -> None:
+    net, found = model(), []
+    for dtype in (None, torch.bfloat16, torch.float16, None):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            found.append(net[0](batches()["x"]).dtype)
+    assert found == [torch.float32, torch.bfloat16, torch.float16, torch.float32]
+
+
 def test_a_tensor_of_another_batch_is_refused_although_it_was_recorded(batches: Callable[[], Batch]) -> None:
     net = model()
     one, other = batches(), batches()
