@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 
 from rapha_lab.curator.accounting import Selected, epsilon_of, runs_for
 from rapha_lab.curator.desk import Caller, Cancelled
+from rapha_lab.curator.funds import fund
 from rapha_lab.curator.lift import Lifted
 from rapha_lab.curator.mechanisms import select, train
 from rapha_lab.curator.noise import SeededNoise
+from rapha_lab.curator.quotes import quotes
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import PolicyError, RaphaError, RefusedError, RequestError, WaitingError
 from rapha_lab.protocol.messages import Candidate, Selection
 from rapha_lab.protocol.policy import Lane
+from rapha_lab.protocol.quote import Inquiries, Inquiry
 
 N, DELTA = 1200, 1e-5
 MEAN, RUNS, STEPS = 2.0, 9, 9
@@ -429,6 +433,14 @@ def test_the_policy_s_word_on_evaluations_holds_for_scores(house: House) -> None
         with pytest.raises(PolicyError, match=r"evaluate|brier|logloss"):
             fit(house, **asked)
     assert not house.steps
+    house.policy = replace(house.policy, projects=(msgspec.structs.replace(project, lanes=lanes),))
+    for runs in (None, MEAN):
+        asked = Inquiry(kind="fit", split="train", epsilon=1.0, steps=STEPS, batch=100, runs=runs)
+        about = Inquiries(dataset=house.schema.name, project="p", asks=[asked])
+        caller = Caller(house.key, "p", "quote")
+        with pytest.raises(PolicyError, match="evaluate") if runs else nullcontext():
+            fund(house.ledger, house.policy, "p", house.schema.name, ("train", "validation"))
+            quotes(about, house.policy, caller, {house.schema.name: house.schema}, house.ledger)
     looked = lanes | {"evaluate": Lane(release="one custodian")}
     house.policy = replace(house.policy, projects=(msgspec.structs.replace(project, lanes=looked),))
     with pytest.raises(WaitingError):

@@ -70,9 +70,8 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
     assert selection is not None
     asks = [tried(ask, candidate) for candidate in selection.candidates]
     _alike(asks)
-    for each in (
-        asks if ask.bands > 1 else asks[:1]
-    ):  # bands want each one's momentum checked, nothing else does
+    # bands want the momentum of each to be checked; nothing else of them differs
+    for each in asks if ask.bands > 1 else asks[:1]:
         lifted, parameters, constants = checked(each, tensors, schema)
     loss = loss_of(ask, selection.runs, schema, delta)
     for number, each in enumerate(asks):
