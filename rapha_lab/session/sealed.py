@@ -267,7 +267,8 @@ def _refuse_writing(func: Any, name: str, args: Any, kwargs: Any, in_place: bool
         raise SealedError(
             f"{name.strip('_')} would write what is computed of patients into a tensor of the cell.",
             "No value of theirs is here, so that it would hold made-up ones from then on.",
-            "Make a new tensor of this batch, or keep running figures of the parameters alone.", line=tracing.cell_line(),
+            "Make a new tensor of this batch, as by torch.stack, or keep running figures of the parameters alone.",
+            line=tracing.cell_line(),
         )  # fmt: skip
     if name not in _ABOUT:
         mapped((args, kwargs), SealedTensor, _refuse_changed)
