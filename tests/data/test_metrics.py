@@ -63,6 +63,31 @@ class TestValues:
                 exact[name], abs=0.015 if name == "auprc" else 0.006
             ), name
 
+    @pytest.mark.parametrize("name", ["brier", "logloss"])
+    def test_intervals_hold_for_a_model_that_says_nearly_the_same_of_all(self, name):
+        """Its bins fall anywhere, for no candidate is between its scores: one bin holds them all, somewhere in it."""
+        rng, held = np.random.default_rng(3), 0
+        for _ in range(60):
+            s = rng.normal(0.77, 0.003, 1275)
+            y = (rng.random(1275) < expit(s)).astype(int)
+            low, high = judged(y, s, 1.0, [name], rng)["metrics"][name]["interval"]
+            p = expit(0.77)
+            held += (
+                low
+                <= {"brier": p * (1 - p), "logloss": -p * np.log(p) - (1 - p) * np.log(1 - p)}[name]
+                <= high
+            )
+        assert held >= 54
+
+    def test_where_no_bin_holds_most_nothing_is_added(self):
+        """Intervals of models that tell patients apart are as wide as they were."""
+        edges, crowd = evaluate.edges_between(-0.5, 0.5), metrics._crowd
+        apart, same = np.full((2, 13), 9.0), np.full((2, 13), 1.0)
+        same[:, 5] = 90
+        assert crowd(apart, edges, 0.0, metrics._brier) == 0
+        assert crowd(np.zeros((2, 13)), edges, 0.0, metrics._brier) == 0
+        assert crowd(same, edges, 0.0, metrics._logloss) > 0
+
     def test_auroc_at_a_usual_price_is_close(self):
         """1,600 patients at ε = 1: the mean error is under a hundredth."""
         rng = np.random.default_rng(1)

@@ -80,7 +80,7 @@ def judge(
                 plain, drawn = (
                     metric(refine(c, edges, cut, whole=False)[0], logits) for c in (raw, raw + moves)
                 )
-                slack = ties if name == "auroc" else 0.0
+                slack = ties if name == "auroc" else _crowd(counts, edges, cut, metric)
                 answer["metrics"][name] = _interval(value, float(plain), drawn, most, 1.0, slack)
         if name == "auroc":
             answer["roc"] = _roc(counts)
@@ -118,6 +118,23 @@ def _ties(counts: Counts, edges: np.ndarray, cut: float) -> float:
     """The cube of the share of pairs in one bin: a bound of experience on what their order adds to a rank."""
     grid = _without_cut(counts, edges, cut)[0]
     return float(_share(grid.prod(0).sum(), grid.sum(1).prod(), 1.0)) ** 3
+
+
+def _crowd(counts: Counts, edges: np.ndarray, cut: float, metric: Callable[..., np.ndarray]) -> float:
+    """By how much a metric may be other than its bins say where one holds most patients, who may be anywhere in it.
+
+    So it is where scores are closer than the candidates for the bins' place, which then falls anywhere; else nothing.
+    """
+    grid, edges = _without_cut(counts, edges, cut)
+    fullest = int(grid.sum(0).argmax())
+    if grid[:, fullest].sum() <= grid.sum() / 2:
+        return 0.0
+    width = edges[1] - edges[0]
+    places = edges[0] + width * (fullest - 1 + np.linspace(0, 1, PARTS + 1))
+    crowd = grid[:, fullest][:, None]
+    found = np.array([float(metric(crowd, np.array([place]))) for place in places])
+    middle = float(metric(crowd, np.array([places[PARTS // 2]])))
+    return float(np.abs(found - middle).max() * crowd.sum() / grid.sum())
 
 
 def _interval(
