@@ -79,7 +79,7 @@ def step_of(rows: dict[str, Tensor], width: int, batch: int, *, compiled: bool =
     )
     traced = loss_program(model, nn.CrossEntropyLoss(), {"x": rows["x"][0]}, rows["target"][0])
     it, noise, patients = lift(traced.program), SystemNoise(), len(rows["x"]) - 1
-    slots = it.for_batches_of(train.capacity(train.most(batch, batch / patients), 1)) * it.microbatch
+    slots = it.for_batches_of(train.capacity(train.most(batch, batch / patients, "train"), 1)) * it.microbatch
     parameters, constants = it.tensors(traced.blob)
     weights, total = train.Weights(parameters), it.zeros()
     if compiled and it.compile(weights, constants) is not None:

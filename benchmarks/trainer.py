@@ -111,7 +111,7 @@ def ours(workload: Workload, engine: str, facts: dict[str, Any]) -> Step:
 def slots_of(program: Program, batch: int) -> int:
     """Slots of a step of `fit`, in whole microbatches."""
     it = lift(program)
-    return it.for_batches_of(train.capacity(train.most(batch, 1 / PATIENTS), 1)) * it.microbatch
+    return it.for_batches_of(train.capacity(train.most(batch, 1 / PATIENTS, "train"), 1)) * it.microbatch
 
 
 def steps_of(
