@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rapha_lab.curator.lift import gradients, layers, losses, recurrent, reductions, shapes  # noqa: F401
 from rapha_lab.curator.lift.compiling import Step, compiled, is_kept
+from rapha_lab.curator.lift.draws import DRAWS
 from rapha_lab.curator.lift.graph import Graph, refused
 from rapha_lab.curator.lift.table import TABLE
 from rapha_lab.curator.lift.taps import GROUP, Stored
@@ -157,7 +158,8 @@ class Lifted:
                 name: padded(t[start : start + self.microbatch], self.microbatch)
                 for name, t in inputs.items()
             }
-            out = gradients.forward(self.graph, values, rows)
+            with DRAWS.drawn():
+                out = gradients.forward(self.graph, values, rows)
             parts.append(out.expand(self.microbatch, *self.output)[: count - start])
         return torch.cat(parts)
 
@@ -186,7 +188,8 @@ class Lifted:
         """
         totals = self.zeros() if totals is None else totals
         norm = torch.tensor(clip, dtype=torch.float64)
-        self._step(totals, parameters, constants, inputs, mask, norm, totals.counted)
+        with DRAWS.drawn():
+            self._step(totals, parameters, constants, inputs, mask, norm, totals.counted)
         return totals
 
     def zeros(self) -> Totals:
@@ -272,7 +275,7 @@ class Lifted:
             only, seen = torch.arange(self.microbatch) == slot, []
             for company in (1.0, 0.0, 1e30, float("nan")):
                 rows = {name: _beside(t, only, company) for name, t in batch.items()}
-                with torch.random.fork_rng():
+                with DRAWS.alone():
                     torch.manual_seed(0)
                     began = time.perf_counter()
                     seen.append(compute(rows, only))

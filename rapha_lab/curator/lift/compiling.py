@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph_module import GraphModule
 
+from rapha_lab.curator.lift.draws import DRAWS
 from rapha_lab.curator.lift.stored import KEPT
 
 __all__ = [
@@ -154,7 +155,8 @@ def _compile(step: Step, example: tuple[Any, ...]) -> Step:
     def run(*arguments: Any) -> None:
         fast(_flat(arguments, names))
 
-    run(*example)
+    with DRAWS.drawn():
+        run(*example)
     return run
 
 
