@@ -112,7 +112,7 @@ class EnclaveMagics(Magics):
         sent = self._rehearsal.send(self.shell.user_ns, args.input)
         if args.rehearse_only or not args.no_rehearsal:
             held: list[dict[str, Any]] = []
-            show = _show if args.rehearse_only else held.append
+            show = card.place if args.rehearse_only else held.append
             try:
                 with card.rehearsing(dataset):
                     self._rehearsal.run(
@@ -202,6 +202,7 @@ class _Card:
     def __init__(self, shell: InteractiveShell) -> None:
         self._out = shell.display_pub  # a rehearsal has display() for itself
         self._begun, self._id, self._shown = time.monotonic(), uuid.uuid4().hex, False
+        self._alone = True
 
     @contextmanager
     def rehearsing(self, dataset: Dataset) -> Iterator[None]:
@@ -222,9 +223,16 @@ class _Card:
         if self._shown or slow or works or job.state == "waiting":
             self._show(job._repr_mimebundle_())
 
+    def place(self, output: dict[str, Any], steps: int = 0) -> None:
+        """Show an output: the first one of a cell without steps takes the card's place, others stand below it."""
+        if steps <= 1:
+            self.give_way()
+        self._alone = False
+        _show(output)
+
     def give_way(self) -> None:
-        """Make room for what a cell without steps shows first."""
-        if self._shown:
+        """Make room for what is shown first, while nothing else is."""
+        if self._shown and self._alone:
             self._out.clear_output(wait=True)
             self._id, self._shown = uuid.uuid4().hex, False
 
@@ -236,10 +244,8 @@ class _Card:
 def _follow(job: Job, card: _Card) -> None:
     """Show a job's outputs as they come, and its card."""
     for outputs in job.follow():
-        if outputs and job.told.get("steps", 0) <= 1:
-            card.give_way()
         for output in outputs:
-            _show(output)
+            card.place(output, job.told.get("steps", 0))
         card.update(job)
     if job.state not in ENDED:
         raise SiteError("The job was left running.", "", _back(job))

@@ -147,6 +147,25 @@ def test_a_slow_rehearsal_says_so_and_its_card_makes_room(notebook: Notebook) ->
     notebook.run("out.publish = put")
 
 
+def test_what_was_shown_stays_when_a_question_follows_a_training(notebook: Notebook) -> None:
+    """The card of a training takes no answer's place, and no answer takes the training's."""
+    training = (
+        "import torch, time\nmodel = torch.nn.Linear(1, 1)\n"
+        "patients.train.fit(model, inputs=['age'], target='death', epsilon=0.05, batch=1000, epochs=5)\n"
+    )
+    outputs = notebook.run(
+        "%%enclave flchain\n" + training + "time.sleep(1)\npatients.test.count(epsilon=0.04)"
+    )
+    assert len(bundles(outputs, "application/vnd.rapha.release+json")) == 2
+    assert len(bundles(outputs, "application/vnd.rapha.job+json")) == 1
+
+
+def test_what_a_slow_rehearsal_showed_stays_when_it_fails(notebook: Notebook) -> None:
+    slow = "import time; time.sleep(2.5)\nprint('so far'); time.sleep(0.5)\nprint(1)\n"
+    outputs = notebook.run(f"%%enclave flchain --rehearse-only\n{slow}patients.head()")
+    assert "so far" in str(bundles(outputs, "text/plain"))
+
+
 def test_jobs_show_as_a_table_and_are_a_list(notebook: Notebook) -> None:
     """Number, dataset, state, steps, ε, and the line that tells most of the cell."""
     notebook.run("%%enclave flchain\npatients.validation.count(epsilon=0.07)")
