@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,7 @@ class Lifted:
         self.paths, self.note = paths, "not compiled: too short a run to gain by it"
         self.program = graph.program
         self._step: Step = self._add
+        self._drawn = DRAWS.drawn if _draws(graph.program) else nullcontext
         self._layout: Layout | None = None
 
     def tensors(self, blob: bytes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -158,7 +160,7 @@ class Lifted:
                 name: padded(t[start : start + self.microbatch], self.microbatch)
                 for name, t in inputs.items()
             }
-            with DRAWS.drawn():
+            with self._drawn():
                 out = gradients.forward(self.graph, values, rows)
             parts.append(out.expand(self.microbatch, *self.output)[: count - start])
         return torch.cat(parts)
@@ -188,7 +190,7 @@ class Lifted:
         """
         totals = self.zeros() if totals is None else totals
         norm = torch.tensor(clip, dtype=torch.float64)
-        with DRAWS.drawn():
+        with self._drawn():
             self._step(totals, parameters, constants, inputs, mask, norm, totals.counted)
         return totals
 
@@ -292,6 +294,13 @@ class Lifted:
                     "Tell the site's custodian.",
                 )
         return min(took)
+
+
+def _draws(program: Program) -> bool:
+    """Whether it may draw random numbers, as dropout does by itself, in attention and between recurrent layers."""
+    return any(
+        name in node.op for node in program.nodes for name in ("dropout", "attention", "gru", "lstm", "rnn")
+    )
 
 
 def _beside(rows: Tensor, only: Tensor, company: float) -> Tensor:
