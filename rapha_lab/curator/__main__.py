@@ -68,8 +68,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the site's operator ends the site, not its curator
     keep_pages()
     flush_denormals()
-    reader = os.fdopen(os.dup(0), "rb")
-    writer = os.fdopen(os.dup(1), "wb")
+    reader = os.fdopen(os.dup(0), "rb", messages.BUFFER)
+    writer = os.fdopen(os.dup(1), "wb", messages.BUFFER)
     os.dup2(2, 1)  # what a library prints never gets among the frames
     frame = messages.read_frame(reader)
     if frame is None:

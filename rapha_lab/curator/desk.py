@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import msgspec
 
@@ -81,13 +81,15 @@ class Caller:
     job: str
 
 
-class _Opened(NamedTuple):
-    """A training loop that is open: whose, its mechanism, at which δ, and on whom."""
+@dataclass
+class _Opened:
+    """A training loop that is open: whose, its mechanism, at which δ, on whom, and the policy that last let it go on."""
 
     owner: Caller
     loop: Loop
     delta: float
     view: View
+    policy: Policy | None = None
 
 
 class Desk:
@@ -224,8 +226,11 @@ class Desk:
     def _gradient(
         self, caller: Caller, ask: messages.Gradient, tensors: bytes, on_step: OnStep
     ) -> tuple[dict[str, Any], bytes]:
-        _, found, delta, view = self._loop(caller, ask.loop)
-        _at_once(self._permit(self._policy(), caller, found.ask, program=ask.program))
+        kept, policy = self._loop(caller, ask.loop), self._policy()
+        found, delta, view = kept.loop, kept.delta, kept.view
+        if kept.policy is not policy or ask.program is not None:
+            _at_once(self._permit(policy, caller, found.ask, program=ask.program))
+            kept.policy = policy
 
         def progress(steps: int, doing: str = "") -> None:
             if not steps:
@@ -244,12 +249,12 @@ class Desk:
 
     def _close(self, caller: Caller, ask: messages.Close) -> tuple[Release | dict[str, Any], bytes]:
         with self._opening:
-            _, found, delta, _ = self._loop(caller, ask.loop)
+            kept = self._loop(caller, ask.loop)
             del self._loops[ask.loop]
+        found, delta, opened = kept.loop, kept.delta, kept.loop.ask
         if not found.done:
             self._ledger.abandon(ask.loop, "no step was taken")
             return {}, b""
-        opened = found.ask
         values = {"kind": "fit", "steps": found.done, "noise": found.sigma, "clip": opened.clip}
         values |= {"rate": found.rate, "batch": opened.batch, "engine": found.engine}
         answer = Answer(values | words(opened))

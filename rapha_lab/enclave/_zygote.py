@@ -27,6 +27,7 @@ from rapha_lab.enclave import _layers, _preload
 __all__ = ["idle", "main"]
 
 _MEMORY = 77
+_BUFFER = 1 << 18  # as protocol.messages has it, of which nothing is loaded here
 
 
 def idle(reader: BinaryIO, writer: BinaryIO) -> None:
@@ -146,10 +147,10 @@ class _Zygote:
             os.dup2(fd, target)
         self.control.detach()
         os.closerange(len(sources), 1 << 16)
-        reader, writer = open(3, "rb"), open(4, "wb")  # noqa: SIM115
+        reader, writer = open(3, "rb", _BUFFER), open(4, "wb", _BUFFER)  # noqa: SIM115
         _preload.reseed()
-        if limits["core"] is not None:
-            os.sched_setaffinity(0, {limits["core"]})
+        if limits["cores"]:
+            os.sched_setaffinity(0, limits["cores"])
         if limits["share"] < 100:
             os.nice(19)  # its threads inherit it, and nothing that is left to it raises it again
         layers = dict(self.layers)

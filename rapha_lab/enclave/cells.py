@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from rapha_lab.enclave.cores import SESSIONS
 from rapha_lab.enclave.curator import Curator, CuratorLost
 from rapha_lab.enclave.sandbox import Limits, Worker, Zygote
 from rapha_lab.protocol import messages
@@ -193,7 +194,7 @@ class Cells:
             if (researcher, name) in self._sessions:
                 return None
             self._room(researcher)
-        return self._zygote.spawn(Limits())
+        return self._zygote.spawn(Limits(cores=SESSIONS))
 
     def _room(self, researcher: str) -> None:
         """Room for one more session: the researcher's own that was idle for longest makes it, never one with a job."""

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
+from rapha_lab.enclave.cores import CURATOR
 from rapha_lab.enclave.sandbox import widen
 from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import RaphaError, SiteError, from_wire
@@ -24,16 +25,19 @@ __all__ = ["Curator", "CuratorLost"]
 Progress = Callable[[int, int, float, str], None]
 
 
-THREADS = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2))}
-"""Threads of one step, where the operator sets none. They wait for each other by spinning: with one for each core, a small
-step takes twice the processor time and, once anything else runs, twice as long."""
+THREADS = {"OMP_NUM_THREADS": str(len(CURATOR))}
+"""Threads of one step, where the operator sets none. They wait for each other by spinning: with more than it has cores,
+a small step takes twice the processor time and, once anything else runs, twice as long."""
+
+
+Reply = tuple[dict[str, Any], bytes]
 
 
 class _Waiting:
-    """A call that waits for its replies, and the process that has them."""
+    """A call that waits for its replies, and the process that has them: "read" says to read, None that it is lost."""
 
     def __init__(self) -> None:
-        self.replies: queue.SimpleQueue[tuple[dict[str, Any], bytes] | None] = queue.SimpleQueue()
+        self.replies: queue.SimpleQueue[Reply | Literal["read"] | None] = queue.SimpleQueue()
         self.process: subprocess.Popen[bytes] | None = None
 
 
@@ -49,7 +53,7 @@ class Curator:
     def __init__(self, workers: Callable[[], socket.socket]) -> None:
         self._workers = workers
         self._config: dict[str, Any] = {}
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         self._numbers = itertools.count(1)
         self._waiting: dict[str, _Waiting] = {}
         self._closed = False
@@ -77,8 +81,10 @@ class Curator:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=[channel.fileno()],
+                bufsize=messages.BUFFER,
                 env=THREADS | os.environ,
             )
+        os.sched_setaffinity(process.pid, CURATOR)  # before it has threads, which inherit it
         widen(process.stdin.fileno(), process.stdout.fileno())  # type: ignore[union-attr]
         return process
 
@@ -98,28 +104,56 @@ class Curator:
         if "error" in ready:
             process.wait()
             raise from_wire(ready["error"])
-        threading.Thread(target=self._listen, args=(process,), daemon=True).start()
 
     @property
     def pid(self) -> int:
         """The process id, for the site's operator."""
         return self._process.pid
 
-    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+    def _reply(self, mine: _Waiting) -> Reply | None:
+        """The next reply to a call, None if its process died.
+
+        One of those that wait reads for all, so that no thread is woken where only one waits.
+        """
+        while True:
+            if mine.replies.empty() and self._reading.acquire(blocking=False):
+                try:
+                    while mine.replies.empty():
+                        self._read(mine.process)  # type: ignore[arg-type]
+                finally:
+                    self._reading.release()
+            if (reply := mine.replies.get()) != "read":
+                return reply
+
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        """Pass on the next reply, or its end, to whom it concerns."""
         try:
-            while (frame := messages.read_frame(process.stdout)) is not None:  # type: ignore[arg-type]
-                header = msgspec.json.decode(frame[0])
-                with self._lock:
-                    waiting = self._waiting.get(header["id"])
-                if waiting is not None:
-                    waiting.replies.put((header, frame[1]))
+            frame = messages.read_frame(process.stdout)  # type: ignore[arg-type]
         except messages.RequestError:
-            pass  # killed in the middle of a frame
-        process.wait()
+            frame = None  # killed in the middle of a frame
+        if frame is None:
+            process.wait()
+            with self._lock:
+                self._lose(process)
+            return
+        header = msgspec.json.decode(frame[0])
         with self._lock:
-            lost = [waiting for waiting in self._waiting.values() if waiting.process is process]
-        for waiting in lost:
-            waiting.replies.put(None)
+            waiting = self._waiting.get(header["id"])
+        if waiting is not None:
+            waiting.replies.put((header, frame[1]))
+
+    def _lose(self, process: subprocess.Popen[bytes]) -> None:
+        for waiting in self._waiting.values():
+            if waiting.process is process:
+                waiting.replies.put(None)
+
+    def _leave(self, number: str) -> None:
+        """End a call; whoever else waits has to read now, if nobody does."""
+        with self._lock:
+            self._waiting.pop(number, None)
+            other = next(iter(self._waiting.values()), None)
+        if other is not None and not self._reading.locked():
+            other.replies.put("read")
 
     def _send(self, header: dict[str, Any], *request: bytes, waiting: _Waiting | None = None) -> None:
         """Write a frame, and a request and its tensors as a second one: a session's bytes are in no header of ours."""
@@ -127,13 +161,14 @@ class Curator:
             if self._closed:
                 raise SiteError("The site is stopping.")
             if self._process.poll() is not None:
+                self._lose(self._process)  # who reads now reads another's pipe
                 self._process = self._launch()
                 self._configure(self._process)
             if waiting is not None:
                 waiting.process = self._process
                 self._waiting[header["id"]] = waiting
             try:
-                messages.write_frame(self._process.stdin, messages.encode(header))  # type: ignore[arg-type]
+                messages.write_frame(self._process.stdin, messages.encode(header), more=bool(request))  # type: ignore[arg-type]
                 if request:
                     messages.write_frame(self._process.stdin, *request)  # type: ignore[arg-type]
             except BrokenPipeError:
@@ -165,7 +200,7 @@ class Curator:
         mine = _Waiting()
         try:
             self._send(header, *request, waiting=mine)
-            while (reply := mine.replies.get()) is not None:
+            while (reply := self._reply(mine)) is not None:
                 said, blob = reply
                 if "step" in said:
                     on_step(said["step"], said["steps"], said["spent"], said["doing"])
@@ -175,8 +210,7 @@ class Curator:
                     return said["release"] if "release" in said else said["result"], blob
             raise _lost()
         finally:
-            with self._lock:
-                self._waiting.pop(header["id"], None)
+            self._leave(header["id"])
 
     def collect(self, researcher: str, subject: str) -> tuple[dict[str, Any], bytes]:
         """An approved answer of the researcher's that waited in the airlock, as `ask` gives it."""

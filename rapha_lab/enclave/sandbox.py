@@ -38,6 +38,7 @@ from typing import Any, BinaryIO
 from rapha_lab.enclave import _layers
 from rapha_lab.enclave._cgroup import Cgroup
 from rapha_lab.protocol.errors import SiteError
+from rapha_lab.protocol.messages import BUFFER
 
 __all__ = ["TIERS", "Limits", "Report", "Worker", "Zygote", "probe", "widen"]
 
@@ -62,7 +63,7 @@ class Limits:
     Attributes:
         share: weight of all its threads together where the processor is short; a process beside it has 100. Where no
             control group weighs them, below 100 each has the least priority there is.
-        core: the only processor core it may run on.
+        cores: the processor cores it may run on; any, if none is named.
     """
 
     memory: int = 2 << 30
@@ -71,7 +72,7 @@ class Limits:
     threads: int = 64
     output: int = 8 << 30
     share: int = 5
-    core: int | None = None
+    cores: tuple[int, ...] = ()
 
     @classmethod
     def shard(cls) -> Limits:
@@ -118,8 +119,8 @@ class Worker:
         )
         self.pid: int | None = None
         self.layers: dict[str, bool] = {}
-        self.reader = io.BufferedReader(_Counted(reads, limits.output, self._overflow))
-        self.writer = open(writes, "wb")  # noqa: SIM115
+        self.reader = io.BufferedReader(_Counted(reads, limits.output, self._overflow), BUFFER)
+        self.writer = open(writes, "wb", BUFFER)  # noqa: SIM115
 
     @property
     def tier(self) -> str:

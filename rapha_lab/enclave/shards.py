@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from rapha_lab.enclave import cores
 from rapha_lab.enclave.sandbox import Limits, Worker, Zygote
 from rapha_lab.protocol.errors import RaphaError, SiteError
 
-__all__ = ["CORES", "ShardWorkers"]
-
-CORES = tuple(sorted(os.sched_getaffinity(0)))
-"""One shard at a time runs on each: it can keep no other's waiting."""
+__all__ = ["ShardWorkers"]
 
 
 class ShardWorkers:
@@ -36,7 +33,7 @@ class ShardWorkers:
     def __init__(self, sessions: Callable[[], Zygote], tier: str | None = None) -> None:
         self._sessions, self._tier = sessions, tier
         self._zygote: Zygote | None = None
-        self._pool = ThreadPoolExecutor(len(CORES), thread_name_prefix="shard")
+        self._pool = ThreadPoolExecutor(len(cores.ALL), thread_name_prefix="shard")
         self._lock, self._wave, self._workers = threading.Lock(), 0, list[Worker]()
 
     def connect(self) -> socket.socket:
@@ -59,7 +56,8 @@ class ShardWorkers:
         elif message["do"] == "spawn":
             with self._lock:
                 self._wave = wave = int(str(message["wave"]))
-            for core in CORES[: int(str(message["count"]))]:
+            # one shard at a time runs on each core: it can keep no other's waiting
+            for core in cores.ALL[: int(str(message["count"]))]:
                 self._pool.submit(self._spawn, wave, core, channel)
         else:
             self._clear()
@@ -86,7 +84,7 @@ class ShardWorkers:
     def _spawn(self, wave: int, core: int, channel: socket.socket) -> None:
         assert self._zygote is not None
         with contextlib.suppress(RaphaError, OSError):
-            worker = self._zygote.spawn(replace(Limits.shard(), core=core))
+            worker = self._zygote.spawn(replace(Limits.shard(), cores=(core,)))
             with self._lock:
                 if wave != self._wave:
                     return worker.close()

@@ -19,6 +19,7 @@ import msgspec
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from rapha_lab.enclave import cores
 from rapha_lab.enclave.attester import SimulatedAttester, attester
 from rapha_lab.enclave.cells import Cells, kept
 from rapha_lab.enclave.console import Console
@@ -26,7 +27,7 @@ from rapha_lab.enclave.curator import Curator
 from rapha_lab.enclave.gateway import Gateway
 from rapha_lab.enclave.identity import Login, Provider
 from rapha_lab.enclave.sandbox import Zygote
-from rapha_lab.enclave.shards import CORES, ShardWorkers
+from rapha_lab.enclave.shards import ShardWorkers
 from rapha_lab.enclave.wire import connections
 from rapha_lab.protocol.builds import Build
 from rapha_lab.protocol.checkpoint import Inclusion
@@ -191,7 +192,7 @@ class Site:
             "measurement": self._attester.measurement,
             "build": self._build,
             "tier": self._zygote.tier,
-            "cores": len(CORES),
+            "cores": len(cores.ALL),
             "datasets": [msgspec.to_builtins(dataset) for dataset in self.config.datasets],
         }
 

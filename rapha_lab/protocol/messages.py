@@ -19,6 +19,7 @@ from rapha_lab.protocol.program import Program
 
 __all__ = [
     "ASKS",
+    "BUFFER",
     "REVIEWED",
     "Aggregate",
     "Ask",
@@ -414,15 +415,19 @@ def malformed(error: Exception) -> RequestError:
     )
 
 
+BUFFER = 1 << 18
+"""Bytes of the buffer at either end of a pipe: the message of a small step passes in one piece, and wakes its reader once."""
+
 _PREFIX = struct.Struct(">4sIQ")
 _MAGIC = b"RPH1"
 
 
-def write_frame(stream: BinaryIO, header: bytes, tensors: bytes = b"") -> None:
-    """Write one message: 4 magic bytes, two lengths, the JSON header, the tensors blob."""
+def write_frame(stream: BinaryIO, header: bytes, tensors: bytes = b"", *, more: bool = False) -> None:
+    """Write one message: 4 magic bytes, two lengths, the JSON header, the tensors blob; at once if no `more` follow."""
     stream.write(_PREFIX.pack(_MAGIC, len(header), len(tensors)) + header)
     stream.write(tensors)
-    stream.flush()
+    if not more:
+        stream.flush()
 
 
 def read_frame(

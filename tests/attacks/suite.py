@@ -20,8 +20,8 @@ import polars
 from attacks import ATTACKS
 from outside import MARK
 
+from rapha_lab.enclave.cores import ALL
 from rapha_lab.enclave.sandbox import Limits, Worker, Zygote
-from rapha_lab.enclave.shards import CORES
 from rapha_lab.protocol import messages
 
 HERE = Path(__file__).parent
@@ -96,7 +96,7 @@ def attack(frame):
 def assault_from_a_shard(results: Results, zygote: Zygote) -> None:
     """Every attack from a function on a shard, whose records hold the canary of a sibling's; it says how each went."""
     fd = _inherited(500)  # far from the three descriptors of the event loop that polars opens to read a frame
-    limits = replace(Limits.shard(), core=CORES[0])
+    limits = replace(Limits.shard(), cores=ALL[:1])
     outcomes: dict[str, dict[str, Any]] = {}
     sibling = zygote.spawn(limits)
     _give(sibling, "def attack(frame):\n    import time\n    time.sleep(100)\n", results.canary)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from rapha_lab.curator.workers import EnclaveWorkers
+from rapha_lab.enclave.cores import ALL
 from rapha_lab.enclave.sandbox import Zygote
-from rapha_lab.enclave.shards import CORES, ShardWorkers
+from rapha_lab.enclave.shards import ShardWorkers
 
 
 @pytest.fixture(scope="session")
@@ -28,5 +29,5 @@ def enclave(sessions: Zygote) -> Iterator[ShardWorkers]:
 def workers(enclave: ShardWorkers) -> Iterator[EnclaveWorkers]:
     """The curator's end."""
     fd = enclave.connect().detach()
-    yield (mine := EnclaveWorkers(fd, len(CORES)))
+    yield (mine := EnclaveWorkers(fd, len(ALL)))
     mine._channel.close()

@@ -14,8 +14,9 @@ from bay import CANARY, Here, asked, ward
 from rapha_lab.curator import workers as curators
 from rapha_lab.curator.mechanisms import shards
 from rapha_lab.curator.workers import converse
+from rapha_lab.enclave.cores import ALL
 from rapha_lab.enclave.sandbox import Limits
-from rapha_lab.enclave.shards import CORES, ShardWorkers
+from rapha_lab.enclave.shards import ShardWorkers
 from rapha_lab.protocol.errors import RaphaError, SiteError
 
 SECONDS = 0.5
@@ -72,9 +73,7 @@ class TestAnAnswer:
     def test_too_late_is_never_taken_for_the_next_ones(self, workers):
         """A wave's worker that is still there belongs to nobody."""
         late = "import time, os\n    time.sleep(0.8)\n    os.write(4, bytes(8))"
-        assert np.float64(0.0).tobytes() not in told(
-            workers, *[late] * len(CORES), *["return 2.0"] * len(CORES)
-        )
+        assert np.float64(0.0).tobytes() not in told(workers, *[late] * len(ALL), *["return 2.0"] * len(ALL))
 
 
 class TestAWorker:
@@ -86,8 +85,8 @@ class TestAWorker:
     def test_has_one_core_that_no_other_has(self, workers):
         """However many threads it starts, its neighbour's processor stays its neighbour's."""
         ask = "import os\n    (core,) = os.sched_getaffinity(0)\n    return core"
-        found = told(workers, *[ask] * len(CORES))
-        assert sorted(np.frombuffer(answer)[0] for answer in found) == list(CORES)
+        found = told(workers, *[ask] * len(ALL))
+        assert sorted(np.frombuffer(answer)[0] for answer in found) == list(ALL)
 
     def test_carries_nothing_over(self, workers):
         """What one leaves in a module is not there for the next."""
@@ -99,7 +98,7 @@ class TestTheClock:
     def test_the_answer_never_comes_before_its_time(self, workers):
         """Two waves that are done at once take two waves' time."""
         begun = list[float]()
-        told(workers, *["return 1.0"] * 2 * len(CORES), started=lambda: begun.append(time.monotonic()))
+        told(workers, *["return 1.0"] * 2 * len(ALL), started=lambda: begun.append(time.monotonic()))
         assert time.monotonic() - begun[0] >= 2 * SECONDS
 
     def test_mutant_an_early_release_would_be_seen(self, workers, monkeypatch):

@@ -143,11 +143,9 @@ class _Known:
 
     def packed(self, total: Totals) -> bytes:
         """The sums, by parameter, as they leave."""
-        dtypes = {spec.name: getattr(torch, spec.dtype) for spec in self.lifted.program.parameters}
-        told = total.cast(dtypes)
-        if self.layout is not None and self.layout.uniform:
-            return self.layout.pack(torch.cat([told[name].reshape(-1) for name in self.layout.names]))
-        packed = pack(told)
+        if self.layout is not None and self.layout.uniform and self.layout.names == [*total]:
+            return self.layout.pack(total.flat.float())
+        packed = pack(total.cast({s.name: getattr(torch, s.dtype) for s in self.lifted.program.parameters}))
         self.layout = Layout(packed)
         return packed
 

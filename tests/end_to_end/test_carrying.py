@@ -1,0 +1,97 @@
+"""The gateway's side of the curator's pipe: every caller gets its own answers, whoever reads, and is told when they are lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from pipe import requests
+from test_running_cells import until
+from ward import Ward
+
+from rapha_lab.enclave import cores
+from rapha_lab.enclave.curator import Curator, CuratorLost
+
+
+@pytest.fixture
+def curator(serving: Ward, tmp_path: Path) -> Iterator[Curator]:
+    """A curator like the running site's, with a ledger of its own."""
+    mine = Curator(serving.site._shards.connect)
+    mine.open(serving.site._curator._config | {"ledger": str(tmp_path / "ledger.sqlite")})
+    yield mine
+    mine.close()
+
+
+class Training:
+    """A fit of many steps, asked in a thread of its own; `begun` once it told of a step."""
+
+    def __init__(self, curator: Curator, serving: Ward, number: int, steps: int) -> None:
+        fit, tensors = requests(serving)["fit"]
+        asked = json.dumps(fit | {"steps": steps, "epsilon": 1.0 + number / 100}).encode()
+        self.begun, self.outcome = threading.Event(), list[Any]()
+
+        def ask() -> None:
+            who = f"job-{number}", str(serving.key.public), "p"
+            try:
+                self.outcome.append(curator.ask(*who, asked, tensors, lambda *_: self.begun.set())[0])
+            except Exception as error:
+                self.outcome.append(error)
+
+        self.thread = threading.Thread(target=ask)
+        self.thread.start()
+
+    def ended(self) -> Any:
+        """Its release or what was raised."""
+        self.thread.join(60)
+        assert not self.thread.is_alive(), "it waits for ever"
+        return self.outcome[0]
+
+
+def test_callers_get_their_own_answers_while_others_come_and_go(curator: Curator, serving: Ward) -> None:
+    trainings = [Training(curator, serving, number, 300) for number in range(3)]
+    for training in trainings:
+        assert training.begun.wait(60)
+    entries = [curator.look_up("log", start=n, end=n + 1) for n in range(2)]
+    assert entries[0] != entries[1]
+    with ThreadPoolExecutor(6) as pool:
+        again = [*pool.map(lambda n: curator.look_up("log", start=n % 2, end=n % 2 + 1), range(200))]
+    assert again == entries * 100
+    releases = [training.ended() for training in trainings]
+    assert [release["job"] for release in releases] == ["job-0", "job-1", "job-2"]
+    assert [release["epsilon"] for release in releases] == [1.0, 1.01, 1.02]
+
+
+@pytest.mark.parametrize("asks_again", [False, True])
+def test_whoever_waits_for_a_curator_that_died_is_told(
+    curator: Curator, serving: Ward, asks_again: bool
+) -> None:
+    """One of them reads; the others, and one that comes right afterwards and starts a new one, leave nobody waiting."""
+    trainings = [Training(curator, serving, number, 10**6) for number in range(3)]
+    for training in trainings:
+        assert training.begun.wait(60)
+    os.kill(curator.pid, signal.SIGKILL)
+    if asks_again:
+        until(lambda: curator._process.poll() is not None)
+        assert [told["name"] for told in curator.look_up("catalog")] == ["ward"]
+    assert all(isinstance(training.ended(), CuratorLost) for training in trainings)
+    assert [told["name"] for told in curator.look_up("catalog")] == ["ward"]
+
+
+def test_a_session_runs_on_no_core_of_the_curators(serving: Ward) -> None:
+    """It could time how busy that is, and each would empty the other's caches."""
+    if len(cores.ALL) < 2:
+        pytest.skip("one core")
+    for thread in psutil.Process(serving.site._curator.pid).threads():
+        assert os.sched_getaffinity(thread.id) == {*cores.CURATOR}
+    site = serving.connect()
+    told = site.run("import os\nprint(sorted(os.sched_getaffinity(0)))", "ward", session="cores").wait()
+    site.end_sessions("cores")
+    assert told.outputs[0]["data"]["text/plain"] == str([*cores.SESSIONS])
