@@ -20,7 +20,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from rapha_lab.curator.accounting import BandedGaussian, noise_for
-from rapha_lab.curator.mapped import with_absent
+from rapha_lab.curator.mapped import with_nobody
 from rapha_lab.curator.mechanisms import banded, train
 from rapha_lab.curator.noise import SeededNoise
 from rapha_lab.protocol.messages import Fit, Optimizer
@@ -73,7 +73,7 @@ class Records:
         return Records(self.x[which], self.y[which])
 
     def rows(self, inputs: Any) -> dict[str, Tensor]:
-        return with_absent({name: self.x if isinstance(c, list) else self.y for name, c in inputs.items()})
+        return {n: with_nobody(self.x if isinstance(c, list) else self.y) for n, c in inputs.items()}
 
     def known(self, column: str) -> Tensor:
         return torch.ones(len(self.x), dtype=torch.bool)

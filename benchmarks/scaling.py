@@ -38,7 +38,7 @@ from workloads import mlp
 from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.lift import lift
 from rapha_lab.curator.lift.compiling import assembled, keep_pages
-from rapha_lab.curator.mapped import OnDisk, filled, on_disk, with_absent
+from rapha_lab.curator.mapped import OnDisk, filled, on_disk, with_nobody
 from rapha_lab.curator.mechanisms import evaluate, train
 from rapha_lab.curator.noise import SystemNoise, compile_noise
 from rapha_lab.protocol.messages import Evaluate
@@ -59,7 +59,8 @@ LONG = {("patients", 10**7): 30, ("parameters", 10**8): 75, ("parameters", 10**7
 
 
 def in_memory(patients: int) -> dict[str, Tensor]:
-    return with_absent({"x": torch.randn(patients, 30), "target": torch.randint(2, (patients,))})
+    made = {"x": torch.randn(patients, 30), "target": torch.randint(2, (patients,))}
+    return {name: with_nobody(t) for name, t in made.items()}
 
 
 def from_disk(patients: int) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from rapha_lab.curator.accounting import Gaussian, SampledGaussian, Selected, Sum, noise_for, runs_for
 from rapha_lab.curator.lift import lift
-from rapha_lab.curator.mapped import with_absent
+from rapha_lab.curator.mapped import with_nobody
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.curator.mechanisms.adaptive import Clip
 from rapha_lab.curator.mechanisms.select import counted, tried
@@ -66,7 +66,7 @@ class Trial:
 
     def run(self, ask: Fit, sigma: float) -> dict[str, Tensor]:
         """The weights of one training at this noise."""
-        rows = with_absent(dict(zip(("x", "target"), self.data, strict=True)))
+        rows = dict(zip(("x", "target"), map(with_nobody, self.data), strict=True))
         everybody = lambda rows: torch.ones(len(rows), dtype=torch.bool)  # noqa: E731
         data = rows, ask, SHARE, Clip(ask, sigma), self.noise, lambda *_: None, everybody
         return train.train(self.lifted, self.parameters, self.constants, *data, finite=lambda *_: None)

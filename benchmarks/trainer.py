@@ -40,7 +40,7 @@ from workloads import WORKLOADS, Bag, Workload
 
 from rapha_lab.curator.lift import lift
 from rapha_lab.curator.lift.compiling import assembled, keep_pages
-from rapha_lab.curator.mapped import with_absent
+from rapha_lab.curator.mapped import with_nobody
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.curator.noise import SystemNoise, compile_noise
 from rapha_lab.protocol.program import Program
@@ -96,7 +96,7 @@ def ours(workload: Workload, engine: str, facts: dict[str, Any]) -> Step:
             raise NotImplementedError(it.note)
         facts["seconds"] = round(seconds, 1)
     it.selftest(weights, constants)
-    rows, noise = with_absent({"x": x, "target": y}), SystemNoise()
+    rows, noise = {"x": with_nobody(x), "target": with_nobody(y)}, SystemNoise()
     drawn = torch.arange(slots).clamp(max=workload.batch)  # what is left of the slots is empty
     optimizer = torch.optim.SGD(weights.vectors, lr=RATE)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rapha_lab.protocol.errors import SiteError
 
-__all__ = ["MEMORY", "OnDisk", "ask_for", "filled", "on_disk", "taken", "with_absent", "with_nobody"]
+__all__ = ["MEMORY", "OnDisk", "ask_for", "filled", "on_disk", "taken", "with_nobody"]
 
 MEMORY = 1 << 30
 """Bytes of one input's rows up to which they are held in memory."""
@@ -40,13 +40,8 @@ class OnDisk(dict[str, Tensor]):
     """Rows by input of which some are read from disk."""
 
 
-def with_absent(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The patients' rows with one of zeros below, which fills the slots that no patient was drawn for."""
-    return {name: with_nobody(t) for name, t in inputs.items()}
-
-
 def with_nobody(rows: Tensor) -> Tensor:
-    """The rows with one of zeros below."""
+    """The rows with one of zeros below, which fills the slots that no patient was drawn for."""
     return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
 
 

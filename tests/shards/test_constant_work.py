@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rapha_lab.curator.lift import lift
-from rapha_lab.curator.mapped import with_absent
+from rapha_lab.curator.mapped import with_nobody
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.curator.noise import SeededNoise
 from rapha_lab.session import tracing
@@ -36,9 +36,9 @@ def step(drawn, rows, clip=1.0):
     lifted = lift(traced.program)
     parameters, constants = lifted.tensors(traced.blob)
     names = [spec.name for spec in traced.program.inputs]
-    given = dict(zip(names, rows, strict=True))
+    given = {name: with_nobody(t) for name, t in zip(names, rows, strict=True)}
     with Counting() as counting:
-        train.clipped_sum(lifted, parameters, constants, with_absent(given), drawn, clip)
+        train.clipped_sum(lifted, parameters, constants, given, drawn, clip)
     return counting.seen
 
 

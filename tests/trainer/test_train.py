@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rapha_lab.curator.cohort import _most
 from rapha_lab.curator.lift import Totals, lift
-from rapha_lab.curator.mapped import with_absent
+from rapha_lab.curator.mapped import with_nobody
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.curator.noise import SeededNoise, SystemNoise, on_grid
 from rapha_lab.protocol.errors import ProgramError, RefusedError, RequestError
@@ -38,7 +38,7 @@ class Records:
         return Records(self.values[which])
 
     def rows(self, inputs: Any) -> dict[str, Tensor]:
-        return with_absent(dict.fromkeys(inputs, self.values))
+        return dict.fromkeys(inputs, with_nobody(self.values))
 
     def __len__(self) -> int:
         return len(self.values)
@@ -149,7 +149,7 @@ def test_an_update_of_all_weights_as_one_vector_is_that_of_each(name: str, dtype
 
 def test_a_step_s_sum_is_of_that_step_alone() -> None:
     """The vector that a run keeps for its sums holds nothing of the step before."""
-    it, rows = lift(DOT), with_absent({"x": torch.ones(8, 4)})
+    it, rows = lift(DOT), {"x": with_nobody(torch.ones(8, 4))}
     used = Totals({"w": [4]})
     used.flat.fill_(7.0)
     used.counted.fill_(7.0)
