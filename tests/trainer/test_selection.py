@@ -212,6 +212,37 @@ def test_a_machine_that_mixes_patients_in_scores_chooses_nothing(
     assert not house.steps
 
 
+def test_a_machine_that_mixes_patients_in_gradients_chooses_nothing(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found out before any step, as for a single fit."""
+    original = Lifted.clipped_sum
+
+    def mixed(self: Lifted, parameters: Any, constants: Any, inputs: dict[str, Tensor], *more: Any) -> Any:
+        totals = original(self, parameters, constants, inputs, *more)
+        totals.flat.add_(inputs["x"].sum() * 1e-6)
+        return totals
+
+    monkeypatch.setattr(Lifted, "clipped_sum", mixed)
+    with pytest.raises(RefusedError, match="reproducibly"):
+        fit(house)
+    assert not house.steps
+
+
+def test_the_machine_is_tested_once_for_all_runs(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs begin at the same weights and have the same shapes, so that each would try the very same."""
+    tests, original = [], Lifted._reproducible
+
+    def noted(self: Lifted, compute: Any) -> float:
+        tests.append(list(house.steps))
+        return original(self, compute)
+
+    monkeypatch.setattr(Lifted, "_reproducible", noted)
+    fit(house)
+    assert tests == [[], []]  # gradients and scores, before the first step
+    assert sum(house.steps) == RUNS * (STEPS + 1)
+
+
 def test_the_number_that_counts_is_poisson_cut_at_the_runs() -> None:
     """Five thousand draws by chi-square, at the published mean."""
     loss = Selected(train.SampledGaussian(0.2, 10.0, 10), 3.0, runs_for(3.0))

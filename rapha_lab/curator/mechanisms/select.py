@@ -26,9 +26,11 @@ from rapha_lab.curator.mechanisms import Answer, Plan, Progress
 from rapha_lab.curator.mechanisms.adaptive import Clip
 from rapha_lab.curator.mechanisms.evaluate import outputs
 from rapha_lab.curator.mechanisms.train import (
+    Weights,
     capacity,
     checked,
     most,
+    prepare,
     price,
     recipe,
     train,
@@ -94,12 +96,14 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
         those, judges = (each.of(with_target(each, ask.inputs)) for each in (view, view.other(JUDGES)))
         rows = those.rows(ask.inputs)
         weights, best = parameters, _Best(math.inf, None, ask, Clip(ask, sigma))
-        lifted.for_batches_of(capacity(most(ask.batch, rate / ask.bands, ask.split), 1))
-        lifted.selftest_scores(parameters, constants)  # of no run: those that follow must refuse nothing
+        parts = lifted.for_batches_of(capacity(most(ask.batch, rate / ask.bands, ask.split), 1))
+        # of no run: those that follow must refuse nothing
+        prepare(lifted, Weights(parameters), constants, loss.steps * parts, progress)
+        lifted.selftest_scores(parameters, constants)
         for number, which in enumerate(drawn):
             clip = Clip(asks[which], sigma)
             data = rows, asks[which], rate, clip, noise, progress, those.present
-            found = train(lifted, parameters, constants, *data, finite=lambda weights, step: None)
+            found = train(lifted, parameters, constants, *data, finite=lambda *_: None, prepared=True)
             progress(1)
             score = scored(lifted, found, constants, judges, ask, expected, loss.score.noise, noise)
             # all of them are looked at, wherever the first is that is no number: the time is seen

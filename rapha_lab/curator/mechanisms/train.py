@@ -139,10 +139,12 @@ def train(
     progress: Progress,
     present: Callable[[Tensor], Tensor],
     finite: Callable[[Tensors, int], None] = lambda weights, step: _finite(weights, step),
+    prepared: bool = False,
 ) -> Tensors:
     """The parameters after `ask.steps` steps on the patients' rows, each `(n + 1, *shape)`, the last of zeros.
 
-    Who of some rows is no longer `present` takes no part in the next step; `finite` stops a run that diverged.
+    Who of some rows is no longer `present` takes no part in the next step; `finite` stops a run that diverged. With
+    `prepared`, the caller has called `prepare` with this very program, as it is lifted here, and these parameters.
     """
     weights = Weights(parameters)
     optimizer = updates(ask, weights.vectors, clip.noise)
@@ -151,7 +153,8 @@ def train(
     parts = lifted.for_batches_of(capacity(most(ask.batch, rate / ask.bands, ask.split), 1))
     slots = parts * lifted.microbatch
     rounding = 1 + slack(lifted.microbatch)
-    prepare(lifted, weights, constants, ask.steps * parts, progress)
+    if not prepared:
+        prepare(lifted, weights, constants, ask.steps * parts, progress)
     total = lifted.zeros()
     count = len(next(iter(rows.values()))) - 1
     turn = banded.turns(count, ask.bands, noise) if ask.bands > 1 else None
