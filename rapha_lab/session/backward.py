@@ -59,18 +59,8 @@ def backward(
     given = loss._batch.gradients(traced, found.columns, known.reduction)
     reached = [found.parameters[k] for k in known.reached]
     grads = [given[f"p{k}"].to(p.dtype) for k, p in zip(known.reached, reached, strict=True)]
-    if inputs is None and all(map(_plain, reached)):
-        for p, grad in zip(reached, grads, strict=True):
-            p.grad = grad if p.grad is None else p.grad.add_(grad)
-    else:
-        # autograd takes them further: through hooks, and to what a parameter was itself computed from
-        torch.autograd.backward(reached, grads, inputs=inputs)
-
-
-def _plain(parameter: Tensor) -> bool:
-    """Whether a gradient goes into `.grad` and nowhere else."""
-    hooks = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
-    return parameter.is_leaf and not hooks
+    # autograd takes them further: through hooks, and to what a parameter was itself computed from
+    torch.autograd.backward(reached, grads, inputs=inputs)
 
 
 def _loss(loss: Any) -> _Loss:

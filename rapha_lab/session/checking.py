@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rapha_lab.protocol.errors import PolicyError, ProgramError, RequestError
 from rapha_lab.protocol.program import Program
 from rapha_lab.protocol.program import within as in_bounds
-from rapha_lab.session import recipe, tracing
+from rapha_lab.session import layers, recipe, tracing
 
 __all__ = ["Finding", "Findings", "check", "fix", "within"]
 
@@ -152,7 +152,7 @@ def fix(model: nn.Module) -> nn.Module:
     # what a norm of the older way computed last, which deepcopy would refuse
     fixed = copy.deepcopy(model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
     for name, module in list(fixed.named_modules()):
-        tracing.leave_off_spectral(module)
+        layers.leave_off_spectral(module)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             parent, _, last = name.rpartition(".")
             new = _group_norm(module)
@@ -167,7 +167,7 @@ def fix(model: nn.Module) -> nn.Module:
 
 
 def _group_norm(old: nn.modules.batchnorm._BatchNorm) -> nn.GroupNorm:
-    new = nn.GroupNorm(tracing.groups(old.num_features), old.num_features, old.eps, old.affine)
+    new = nn.GroupNorm(layers.groups(old.num_features), old.num_features, old.eps, old.affine)
     if old.affine:
         new.load_state_dict({"weight": old.weight.detach(), "bias": old.bias.detach()})
     return new.train(old.training)
@@ -178,7 +178,7 @@ def _layers(model: nn.Module) -> list[Finding]:
     found = []
     for name, module in model.named_modules():
         try:
-            tracing.refuse_layer(name, module)
+            layers.refuse_layer(name, module)
         except ProgramError as error:
             instead = f"{error.instead} rapha.fix(model) does it."
             found.append(Finding(True, name or "model", error.what, error.why, instead))

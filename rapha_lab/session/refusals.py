@@ -56,6 +56,14 @@ REFUSALS: dict[str, tuple[str, str, str]] = {
         ("__reduce_ex__", "__deepcopy__", "share_memory_"),
         ("A sealed tensor cannot be copied or saved.", _MISSING, "Save the model's weights."),
     ),
+    **dict.fromkeys(
+        ("grad_fn", "register_hook", "retain_grad", "register_post_accumulate_grad_hook"),
+        (
+            "{name} of a value computed from patients was asked for.",
+            "Gradients are derived at the site, and only their noisy sums by parameter come back.",
+            "A hook of a parameter is called with its private gradient: p.register_hook(...).",
+        ),
+    ),
     "__iter__": ("Going through patients one by one was asked for.", _MISSING, _WHOLE),
     "__len__": ("The number of patients in a batch was asked for.", "It is secret.", "Use batch.expected."),
     "__getitem__": ("Single patients were asked for.", _MISSING, _INDEX),

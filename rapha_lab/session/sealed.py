@@ -10,6 +10,7 @@ refused because a made-up value would mislead, not because a real one could get 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
@@ -74,6 +75,8 @@ class SealedTensor(Tensor):
             return args[0]._made.grad and bool(Tape(_use(args[0])).parameters)
         _refuse_norms(name, kwargs)
         _refuse_order(name, args)
+        if batch is not None and torch.is_autocast_enabled("cpu"):
+            batch.memory.say_of_autocast()
         in_place = _in_place(name) or kwargs.get("inplace") is True
         _refuse_writing(func, name, args, kwargs, in_place)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
@@ -123,6 +126,14 @@ class Memory:
 
     leaves: dict[str, Made] = field(default_factory=dict)
     done: dict[tuple[Any, ...], _Done] = field(default_factory=dict)
+    warned: bool = False
+
+    def say_of_autocast(self) -> None:
+        """Warn, once in a loop, that half precision does nothing here."""
+        if not self.warned:
+            self.warned = True
+            said = "autocast does nothing here: what is computed of patients is computed at the site, in float32."
+            warnings.warn_explicit(said, UserWarning, tracing.CELL.get() or "cell", tracing.cell_line() or 1)
 
     def keep(self, key: tuple[Any, ...], done: _Done) -> None:
         """Remember an operation; a loop that never does the same twice remembers the last few thousand."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.program import DTYPES, Arg, Node, Program, Ref, TensorSpec, check, refs
 from rapha_lab.protocol.tensors import pack
+from rapha_lab.session import layers
 from rapha_lab.session.plain import WRITTEN_OUT, gaussian_nll_loss
 
 __all__ = ["Traced", "loss_program", "score_program", "trace"]
@@ -110,6 +111,8 @@ def derived(refuses: Callable[[Any, tuple[Any, ...]], bool]) -> Iterator[None]:
 
     def checked(function: Any, *args: Any, **kwargs: Any) -> Any:
         if refuses(function, args):
+            if function.__name__ == "BackwardHookFunction":
+                raise ProgramError(*layers.HOOK, field="model", line=cell_line())
             raise ProgramError(
                 f"{function.__name__} has a backward of its own.",
                 "Gradients are derived at the site from the forward pass, so that it would be lost.",
@@ -141,8 +144,9 @@ def loss_program(model: nn.Module, loss: Callable[..., Tensor], inputs: Tensors,
     """
     if "target" in inputs:
         raise ProgramError("An input is named target.", "That is the target's name.", "Rename the input.")
-    refuse_modules(model)
+    layers.refuse_modules(model)
     _refuse_loss(loss)
+    layers.refuse_hooks(_Both(model, loss))
     if not any(p.requires_grad for p in _Both(model, loss).parameters()):
         raise ProgramError(
             "The model has nothing to train.", "No parameter of it has requires_grad.",
@@ -182,7 +186,7 @@ def _refuse_loss(loss: Any) -> None:
 
 def score_program(model: nn.Module, inputs: Tensors) -> Traced:
     """The program of one patient's scores, the model in evaluation mode; arguments as for `loss_program`."""
-    refuse_modules(model, training=False)
+    layers.refuse_modules(model, training=False)
     return _program(_Both(model, None), lambda both, batch: _call(both.model, batch), inputs, training=False)
 
 
@@ -262,57 +266,6 @@ def _matched(loss: Any, prediction: Tensor, target: Tensor, squeeze: bool = True
     if classes and prediction.dim() == target.dim() + 1:
         target = target.long()
     return prediction, target
-
-
-def refuse_modules(model: nn.Module, training: bool = True) -> None:
-    """Raise ProgramError if `model` holds a layer whose training looks across patients."""
-    for name, module in model.named_modules():
-        refuse_layer(name, module, training)
-
-
-def refuse_layer(name: str, module: nn.Module, training: bool = True) -> None:
-    """Raise ProgramError if a module's own training looks across patients."""
-    it = f"{name or 'The model'} is a {type(module).__name__}"
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (training or module.running_mean is None):
-        channels = module.num_features
-        raise ProgramError(
-            f"{it}, which mixes patients.",
-            "It normalises each patient by the others of the batch, so no gradient is one patient's own.",
-            f"Replace it by nn.GroupNorm({groups(channels)}, {channels}) or nn.LayerNorm.", field=name or "model",
-        )  # fmt: skip
-    if training and _spectral(module):
-        raise ProgramError(
-            f"{it} with spectral_norm, which changes vectors of its own while it computes.",
-            "A patient's program changes nothing.",
-            "Use nn.utils.parametrizations.weight_norm, or no norm: clipped gradients move the weights little.",
-            field=name or "model",
-        )  # fmt: skip
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and training and module.track_running_stats:
-        raise ProgramError(
-            f"{it} with running statistics, which mix patients.", "It keeps means over all that it has seen.",
-            "Make it with track_running_stats=False.", field=name or "model",
-        )  # fmt: skip
-
-
-def _spectral(module: nn.Module) -> bool:
-    """Whether one of its weights is under a spectral norm, in the newer or the older way."""
-    chains = getattr(module, "parametrizations", {}).values()
-    held = [*(each for chain in chains for each in chain), *module._forward_pre_hooks.values()]
-    return any(type(each).__name__ in ("_SpectralNorm", "SpectralNorm") for each in held)
-
-
-def leave_off_spectral(module: nn.Module) -> None:
-    """Take spectral norms off a module's weights, which stay as large as they were under them."""
-    for name in list(getattr(module, "parametrizations", {})) if _spectral(module) else ():
-        nn.utils.parametrize.remove_parametrizations(module, name)
-    for hook in list(module._forward_pre_hooks.values()):
-        if type(hook).__name__ == "SpectralNorm":
-            nn.utils.remove_spectral_norm(module, hook.name)  # type: ignore[attr-defined]
-
-
-def groups(channels: int) -> int:
-    """A usual number of groups for a GroupNorm of so many channels."""
-    return next(g for g in (32, 16, 8, 4, 3, 2, 1) if channels % g == 0 and g < max(channels, 2))
 
 
 def made_up(example: Tensor, patients: int, seed: int = 0) -> Tensor:

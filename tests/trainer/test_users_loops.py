@@ -200,6 +200,15 @@ REFUSED = {
         "backward=staticmethod(lambda ctx, g: -g))).apply(loss)",
         "(2 * x).detach() - x",
     ),
+    "a hook of a module": (
+        "model[0].register_full_backward_hook(lambda *a: None); model(batch[X])",
+        "p.register_hook",
+    ),
+    "a hook of a module, the older way": (
+        "model[0].register_backward_hook(lambda *a: None); model(batch[X])",
+        "p.register_hook",
+    ),
+    "a hook of what is computed": ("model(batch[X]).register_hook(print)", "p.register_hook"),
     "in two parts": (
         "torch.utils.checkpoint.checkpoint(model, batch[X], use_reentrant=True)",
         "use_reentrant=False",
@@ -334,6 +343,51 @@ patients.train.fit(Net(3, 1), inputs=X, target="y", epsilon=1)
             ran(house, cell.replace("CHANGE", change))
     function = torch.autograd.Function.apply
     assert "checked" not in repr(function)
+
+
+def test_hooks_of_parameters_are_called(house: House) -> None:
+    """Whichever way they were put there, each at every step."""
+    source = """
+seen, w = [], model[0].weight
+node = torch.autograd.graph.get_gradient_edge(model[2].bias).node
+node.register_hook(lambda *grads: seen.append("node"))
+w.register_hook(lambda grad: seen.append("gradient"))
+w.register_post_accumulate_grad_hook(lambda p: seen.append("after"))
+torch.autograd.graph.register_multi_grad_hook(list(model.parameters()), lambda grads: seen.append("all"))
+for batch in batches(0.5):
+    update(loss_of(batch))
+"""
+    seen = ran(house, source)["seen"]
+    assert sorted(seen) == sorted(["node", "gradient", "after", "all"] * 3)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "model[0].register_full_backward_hook(print)",
+        "model.register_full_backward_pre_hook(print)",
+        "model[0].register_backward_hook(print)",
+        "model[0].weight.register_hook(print)",
+        "model[2].bias.register_post_accumulate_grad_hook(print)",
+    ],
+)
+def test_a_fit_refuses_hooks_that_it_would_not_call(house: House, hook: str) -> None:
+    """Its steps are taken at the site."""
+    with pytest.raises(ProgramError, match="would not be called"):
+        ran(house, f'{hook}\npatients.train.fit(model, inputs=X, target="y", epsilon=1)')
+
+
+def test_autocast_is_said_to_do_nothing_once_in_a_loop(house: House) -> None:
+    """By the line of the cell."""
+    source = """
+for batch in batches(0.5):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(batch)
+    update(loss)
+"""
+    with pytest.warns(UserWarning, match="autocast does nothing here") as said:
+        ran(house, source)
+    assert [warning.filename for warning in said] == ["<enclave cell 1>"]
 
 
 def test_a_scaler_leaves_the_loss_as_it_is(house: House) -> None:
