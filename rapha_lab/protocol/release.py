@@ -229,7 +229,8 @@ class Release(msgspec.Struct, kw_only=True):
         )
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        card = msgspec.to_builtins(self) | {"title": self.title, "rows": msgspec.to_builtins(self.rows)}
+        drawn = {"title": self.title, "rows": msgspec.to_builtins(self.rows), "splits": list(self.splits)}
+        card = msgspec.to_builtins(self) | drawn
         return {MIME: card, "text/html": self._repr_html_(), "text/plain": repr(self)}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from rapha_lab.protocol.release import Release
+from rapha_lab.protocol.release import MIME, Release
 from rapha_lab.session.pictures import picture
 
 SELECTION = {
@@ -79,5 +79,6 @@ def test_a_selection_says_whose_patients_it_looked_at() -> None:
     chosen = msgspec.structs.replace(chosen, split="train")
     assert chosen.splits == ("train", "validation")
     assert "d, train and validation" in repr(chosen).splitlines()[-1]
+    assert chosen._repr_mimebundle_()[MIME]["splits"] == ["train", "validation"]
     alone = msgspec.structs.replace(release(kind="fit", steps=1, selection=None), split="train")
     assert alone.splits == ("train",)

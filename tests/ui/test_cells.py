@@ -97,6 +97,17 @@ class TestSeal:
         expect(covers.first).to_contain_text("Run the cell again")
         expect(covers.get_by_role("button")).to_have_count(0)
 
+    def test_a_release_says_whose_patients_it_looked_at(self, lab: Lab) -> None:
+        """A selection's are those who scored it too; a notebook of before names the one split."""
+        release = {"title": "Trained", "rows": [], "epsilon": 1, "delta": 0, "dataset": "d", "split": "train"}
+        both = release | {"splits": ["train", "validation"]}
+        outputs = [_display({"application/vnd.rapha.release+json": each}) for each in (both, release)]
+        lab.write("splits.ipynb", {"source": "model", "outputs": outputs, "execution_count": 1})
+        lab.open("splits.ipynb", kernel=False)
+        cards = lab.cell(0).locator(".rapha-Release")
+        expect(cards.nth(0)).to_contain_text("d, train and validation splits")
+        expect(cards.nth(1)).to_contain_text("d, train split")
+
     def test_a_signed_output_is_covered_in_another_cell_and_when_doubled(
         self, lab: Lab, executed: Path
     ) -> None:

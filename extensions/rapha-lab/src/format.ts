@@ -25,6 +25,11 @@ export function epsilon(x: number, round: 'up' | 'down' = 'up'): string {
   return String((round === 'up' ? Math.ceil(scaled) : Math.floor(scaled)) / 1000);
 }
 
+/** Whose patients were looked at: "train and validation splits". */
+export function splits(names: string[]): string {
+  return names.includes('all') ? 'all splits' : `${names.join(' and ')} split${names.length > 1 ? 's' : ''}`;
+}
+
 /** A span of time in words: "3 min 20 s". */
 export function duration(seconds: number): string {
   const s = Math.max(0, Math.round(seconds));

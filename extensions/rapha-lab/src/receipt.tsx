@@ -1,6 +1,6 @@
 import { Clipboard, Dialog, showDialog } from '@jupyterlab/apputils';
 import * as React from 'react';
-import { epsilon, figure } from './format';
+import { epsilon, figure, splits } from './format';
 import { IReceipt, IRelease, ISignature } from './tokens';
 
 export interface ISealedRelease {
@@ -30,7 +30,7 @@ function Receipt(props: { receipt: IReceipt; release: IRelease; signature: ISign
       <dl>
         <dt>Release</dt>
         <dd>
-          {release.title || release.op}, {release.dataset}, {release.split}
+          {release.title || release.op}, {release.dataset}, {splits(release.splits ?? [release.split])}
         </dd>
         <dt>Price</dt>
         <dd>

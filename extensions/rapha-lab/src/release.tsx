@@ -2,7 +2,7 @@ import { JupyterFrontEnd, JupyterFrontEndPlugin } from '@jupyterlab/application'
 import { IRenderMimeRegistry } from '@jupyterlab/rendermime';
 import * as React from 'react';
 import { addCard } from './card';
-import { epsilon, figure, value } from './format';
+import { epsilon, figure, splits, value } from './format';
 import { IRelease, Mime } from './tokens';
 
 const MOST = 60;
@@ -37,7 +37,7 @@ function ReleaseCard({ data }: { data: IRelease }): JSX.Element {
         )}
         {data.op !== 'review' && <span>one {data.unit} more or less</span>}
         <span>
-          {data.dataset}, {data.split === 'all' ? 'all splits' : `${data.split} split`}
+          {data.dataset}, {splits(data.splits ?? [data.split])}
         </span>
       </p>
     </section>

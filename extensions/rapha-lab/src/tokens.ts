@@ -113,6 +113,8 @@ export interface IRelease {
   unit: string;
   dataset: string;
   split: string;
+  /** Whose patients were looked at and charged; not in a notebook of before. */
+  splits?: string[];
   receipt?: IReceipt | null;
   site: string;
 }
