@@ -70,8 +70,11 @@ class Findings(list[Finding]):
 
     def __repr__(self) -> str:
         head = "This model trains." if self else "This model does not train yet."
-        trains = [f"trains  {name}: {path}" for name, path in self.paths.items()]
-        taken = {path.partition(":")[0] for path in self.paths.values()}
+        alike: dict[str, list[str]] = {}
+        for name, path in self.paths.items():
+            alike.setdefault(path, []).append(name)
+        trains = [f"trains  {', '.join(names)}: {path}" for path, names in alike.items()]
+        taken = {path.partition(":")[0] for path in alike}
         means = [f"        {way}: {meaning}." for way, meaning in PATHS.items() if way in taken]
         return "\n".join([head, *map(str, self), *trains, *means])
 

@@ -50,7 +50,7 @@ def test_a_fixed_model_trains_and_keeps_what_it_can() -> None:
     found = rapha.check(fixed, nn.BCEWithLogitsLoss(), X, Y)
     assert found
     assert set(found.paths) == {name for name, _ in fixed.named_parameters()}
-    assert "trains  0.weight" in repr(found)
+    assert "trains  0.bias, 0.weight: stored: conv1d" in repr(found)
     assert isinstance(rapha.fix(nn.BatchNorm1d(6)), nn.GroupNorm)
 
 
@@ -146,6 +146,14 @@ def test_what_trains_slowly_is_noted_with_what_would_not() -> None:
     assert "20,000" in note.why
     assert "each patient gets a copy of the parameter" in repr(found)
     assert "outer:" not in repr(found)
+
+
+def test_parameters_that_go_the_same_way_are_named_together() -> None:
+    """A reason stands once, however many layers it holds for."""
+    norms = [nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 1)]
+    found = rapha.check(nn.Sequential(*norms), nn.BCEWithLogitsLoss(), torch.randn(5, 8), Y)
+    (copies,) = [line for line in repr(found).splitlines() if "layer_norm is no layer" in line]
+    assert copies.startswith("trains  0.bias, 0.weight, 2.bias, 2.weight: copy:")
 
 
 def test_a_model_that_the_policy_does_not_let_train_is_refused_untraced(
