@@ -281,9 +281,15 @@ class Site:
         found.poll()
         return found
 
-    def cancel(self, job: str) -> dict[str, Any]:
-        """Stop a cell of yours; what has run stays charged."""
-        return self._channel.call("cancel", {"id": job})[0] | self._tag()
+    def cancel(self, job: str) -> Job:
+        """Stop a cell of yours, and give it as `attach` does; what has run stays charged.
+
+        Raises:
+            RequestError: you have no such job.
+        """
+        found = Job(self, job)
+        found.cancel()
+        return found
 
     def end_sessions(self, session: str = "") -> None:
         """End your sessions there, or one of them; what they hold is lost, what was released is not."""
@@ -527,7 +533,7 @@ class Job:
 
     def cancel(self) -> None:
         """Stop it; what has run stays charged."""
-        self.told |= self.site.cancel(self.id)
+        self.told |= self.site._channel.call("cancel", {"id": self.id})[0]
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         shown = {k: v for k, v in self.told.items() if k not in ("error", "traceback")}

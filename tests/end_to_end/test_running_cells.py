@@ -453,7 +453,9 @@ class TestStopping:
         job = site.run(LONG, "ward", session=fresh)
         until(lambda: job.poll(0.5) is not None and job.told["step"] > 0)
         reserved = serving.spent()["train"] - before
-        job.cancel()
+        stopped = site.cancel(job.id)
+        assert stopped.id == job.id
+        assert "cancelled" in stopped._repr_mimebundle_()["text/plain"]
         with pytest.raises(RaphaError, match="cancelled"):
             job.wait()
         assert job.state == "cancelled"
