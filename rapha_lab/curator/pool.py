@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 __all__ = ["Pool"]
 
 
+class _Job(NamedTuple):
+    owner: str
+    run: Callable[[], None]
+
+
 class Pool:
-    """Runs jobs in up to `size` threads; the others wait their turn.
+    """Runs jobs in up to `size` threads; the others wait their turn, and one owner's never take the last thread.
 
     A `concurrent.futures` pool gives each job to the thread that has rested longest, so that the steps of one
     training loop wander from processor to processor.
@@ -21,25 +28,18 @@ class Pool:
 
     def __init__(self, size: int, name: str) -> None:
         self._size, self._name, self._lock = size, name, threading.Lock()
-        self._idle: list[queue.SimpleQueue[Callable[[], None] | None]] = []
+        self._idle: list[queue.SimpleQueue[_Job | None]] = []
         self._threads: list[threading.Thread] = []
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting: deque[_Job] = deque()
+        self._running: Counter[str] = Counter()
         self._over = False
 
-    def submit(self, function: Callable[..., None], *args: object) -> None:
-        """Run `function(*args)`, which raises nothing, as soon as a thread is free."""
-        job = partial(function, *args)
+    def submit(self, owner: str, function: Callable[..., None], *args: object) -> None:
+        """Run `function(*args)`, which raises nothing, once a thread is free and the owner leaves one to others."""
         with self._lock:
-            if self._idle:
+            self._waiting.append(_Job(owner, partial(function, *args)))
+            if (self._idle or self._one_more()) and (job := self._next()) is not None:
                 self._idle.pop().put(job)
-            elif len(self._threads) < self._size:
-                inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-                inbox.put(job)
-                name = f"{self._name}-{len(self._threads)}"
-                self._threads.append(threading.Thread(target=self._work, args=(inbox,), name=name))
-                self._threads[-1].start()
-            else:
-                self._waiting.append(job)
 
     def close(self) -> None:
         """Drop what waits, and return once what runs has ended."""
@@ -51,17 +51,44 @@ class Pool:
         for thread in self._threads:
             thread.join()
 
-    def _work(self, inbox: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    def _one_more(self) -> bool:
+        """Begin another, idle thread, if there may be one and the machine gives it."""
+        if len(self._threads) == self._size:
+            return False
+        inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        thread = threading.Thread(target=self._work, args=(inbox,), name=f"{self._name}-{len(self._threads)}")
+        try:
+            thread.start()
+        except RuntimeError:
+            if not self._threads:
+                raise  # nobody would ever do it
+            return False
+        self._threads.append(thread)
+        self._idle.append(inbox)
+        return True
+
+    def _next(self) -> _Job | None:
+        """The first that waits and may run now, counted as running."""
+        for place, job in enumerate(self._waiting):
+            if self._running[job.owner] < max(1, self._size - 1):
+                del self._waiting[place]
+                self._running[job.owner] += 1
+                return job
+        return None
+
+    def _work(self, inbox: queue.SimpleQueue[_Job | None]) -> None:
         job = inbox.get()
         while job is not None:
             try:
-                job()
+                job.run()
             except BaseException as error:  # a thread that ended would be one fewer for ever
-                print(f"{self._name}: {type(error).__name__}", file=sys.stderr)
+                with contextlib.suppress(Exception):
+                    print(f"{self._name}: {type(error).__name__}", file=sys.stderr)
             with self._lock:
+                self._running[job.owner] -= 1
                 if self._over:
                     return
-                job = self._waiting.popleft() if self._waiting else None
+                job = self._next()
                 if job is None:
                     self._idle.append(inbox)
             job = job or inbox.get()

@@ -75,11 +75,13 @@ class Server:
             elif call.do == "quote":
                 self._pricing.submit(self._look_up, call)
             elif call.do == "collect":
-                self._pool.submit(self._reply, call, self._desk.collect, clock.now(), call.text)
+                self._pool.submit(
+                    call.researcher, self._reply, call, self._desk.collect, clock.now(), call.text
+                )
             elif call.do != "ask":
                 self._quick.submit(self._look_up, call)
             elif (request := messages.read_frame(self._reader)) is not None:
-                self._pool.submit(self._answer, call, *request, clock.now())
+                self._pool.submit(call.researcher, self._answer, call, *request, clock.now())
         self._cancelled.add("*")
         self._pool.close()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import queue
 import subprocess
 import sys
 import threading
@@ -19,12 +21,12 @@ from rapha_lab.protocol.errors import RequestError
 def test_the_thread_that_worked_last_works_next() -> None:
     pool, seen = Pool(3, "test"), []
     gate = threading.Barrier(4)
-    for _ in range(3):
-        pool.submit(lambda: gate.wait())
+    for owner in "abc":
+        pool.submit(owner, lambda: gate.wait())
     gate.wait()  # three threads there are now
     for _ in range(6):
         done = threading.Event()
-        pool.submit(lambda done=done: (seen.append(threading.get_ident()), done.set()))
+        pool.submit("a", lambda done=done: (seen.append(threading.get_ident()), done.set()))
         assert done.wait(5)
         time.sleep(0.02)
     pool.close()
@@ -45,7 +47,7 @@ def test_no_more_run_at_once_than_stated_and_all_run_in_their_order() -> None:
             running[0] -= 1
 
     for number in range(20):
-        pool.submit(job, number)
+        pool.submit("a" if number % 2 else "b", job, number)
     while len(order) < 20:
         time.sleep(0.005)
     pool.close()
@@ -60,8 +62,8 @@ def test_a_job_that_raises_ends_no_thread(capsys: pytest.CaptureFixture[str]) ->
     def bad() -> None:
         raise ValueError("age 97")
 
-    pool.submit(bad)
-    pool.submit(done.set)
+    pool.submit("a", bad)
+    pool.submit("a", done.set)
     assert done.wait(5)
     pool.close()
     told = capsys.readouterr().err
@@ -69,12 +71,63 @@ def test_a_job_that_raises_ends_no_thread(capsys: pytest.CaptureFixture[str]) ->
     assert "97" not in told
 
 
+def test_one_owner_never_takes_the_last_thread() -> None:
+    """However many long jobs they bring, another's is run at once; theirs go on as theirs end, in their order."""
+    pool, go, ran = Pool(3, "test"), threading.Semaphore(0), queue.SimpleQueue()
+    for number in range(5):
+        pool.submit("many", lambda number=number: (ran.put(number), go.acquire()))
+    assert {ran.get(timeout=5), ran.get(timeout=5)} == {0, 1}
+    for _ in range(3):
+        pool.submit("other", ran.put, "other")
+        assert ran.get(timeout=5) == "other"
+    for number in (2, 3, 4):
+        go.release()
+        assert ran.get(timeout=5) == number
+    assert ran.empty()
+    go.release(2)
+    pool.close()
+
+
+def test_no_thread_is_lost_where_the_machine_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job waits for a thread that there is, and the next one tries again; without any thread it is said."""
+    pool, go, ran = Pool(2, "test"), threading.Event(), queue.SimpleQueue()
+
+    def none(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none)
+        with pytest.raises(RuntimeError):
+            pool.submit("a", ran.put, "before")
+    pool.submit("a", go.wait, 5)
+    assert ran.get(timeout=5) == "before"
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none)
+        pool.submit("b", ran.put, "kept")
+    pool.submit("c", ran.put, "next")
+    assert [ran.get(timeout=5) for _ in range(2)] == ["kept", "next"]
+    go.set()
+    pool.close()
+
+
+def test_a_job_that_raises_where_nothing_can_be_told_ends_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its standard error is closed."""
+    pool, done = Pool(1, "test"), threading.Event()
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", closed)
+    pool.submit("a", lambda: 1 / 0)
+    pool.submit("a", done.set)
+    assert done.wait(5)
+    pool.close()
+
+
 def test_closing_waits_for_what_runs_and_drops_what_waits() -> None:
     pool, ran = Pool(1, "test"), []
     started, go = threading.Event(), threading.Event()
-    pool.submit(lambda: (started.set(), go.wait(5), ran.append("running")))
+    pool.submit("a", lambda: (started.set(), go.wait(5), ran.append("running")))
     assert started.wait(5)
-    pool.submit(lambda: ran.append("waiting"))
+    pool.submit("a", lambda: ran.append("waiting"))
     closer = threading.Thread(target=pool.close)
     closer.start()
     go.set()
@@ -93,7 +146,7 @@ curator.messages.read_frame = lambda stream: None  # no configuration comes: it 
 curator.main()
 found = []
 pool = Pool(1, "test")
-pool.submit(lambda: found.append(float((torch.full((64,), 1e-40) * 2).sum())))
+pool.submit("a", lambda: found.append(float((torch.full((64,), 1e-40) * 2).sum())))
 pool.close()
 sys.exit(0 if found == [0.0] else 1)
 """
