@@ -70,10 +70,13 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(shell: Any) -> None:
     """`%load_ext rapha_lab`: gives notebooks the `%%enclave` cells, and datasets their `plan`."""
-    from rapha_lab.client.site import Dataset
-    from rapha_lab.notebook.magics import EnclaveMagics
-    from rapha_lab.notebook.planner import plan
+    from rapha_lab.client.progress import Progress
 
-    # the client may not import the notebook, so the method comes with the extension
-    Dataset.plan = plan  # type: ignore[attr-defined]
-    shell.register_magics(EnclaveMagics)
+    with Progress().during("Loading PyTorch and what rehearses cells", "Loaded"):
+        from rapha_lab.client.site import Dataset
+        from rapha_lab.notebook.magics import EnclaveMagics
+        from rapha_lab.notebook.planner import plan
+
+        # the client may not import the notebook, so the method comes with the extension
+        Dataset.plan = plan  # type: ignore[attr-defined]
+        shell.register_magics(EnclaveMagics)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = ["Progress"]
 
-QUICK = 1.0
-"""Seconds for which nothing is said."""
+QUICK, USUAL = 1.0, 3.0
+"""Seconds for which nothing is said; and of what takes about as long anywhere."""
 
 
 class Progress:
@@ -27,6 +29,18 @@ class Progress:
         if seconds >= QUICK and text != self._said:
             self._said, self._line = text, self._line or _line()
             self._line(text)
+
+    @contextmanager
+    def during(self, what: str, done: str) -> Iterator[None]:
+        """While a block runs that cannot call `say` itself: what goes on if it is slow, and then what it came to."""
+        timer = threading.Timer(USUAL, self.say, [what])
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+        self.end(done)
 
     def end(self, what: str) -> None:
         """What it came to, in the place of what was said; nothing if nothing was."""
