@@ -13,6 +13,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from rapha_lab.curator.airlock import Airlock
+from rapha_lab.curator.blocks import Blocks
 from rapha_lab.curator.cohort import Cohort, Findings
 from rapha_lab.curator.desk import Caller, Desk
 from rapha_lab.curator.funds import follow
@@ -61,6 +62,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     datasets: list[Source]
     workers: int
     cores: int
+    blocks: list[int] = []
 
 
 def main() -> None:
@@ -127,7 +129,7 @@ def _open(config: Config, reader: Any, writer: Any) -> Server:
         reviews=f"{config.measurement} {config.tier}" if config.tier == "S3" else None,
     )
     free = _free(ledger, in_force, cohorts, build) | _custody(airlock, pages)
-    return Server(desk, free, reader, writer)
+    return Server(desk, free, reader, writer, Blocks(config.blocks))
 
 
 def _unforeseen(error: Exception) -> RequestError:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from rapha_lab.curator import clock
+from rapha_lab.curator.blocks import Blocks
 from rapha_lab.curator.desk import Caller, Cancelled, Desk
 from rapha_lab.curator.pool import Pool
 from rapha_lab.protocol import messages
@@ -39,6 +40,8 @@ class Call(msgspec.Struct, forbid_unknown_fields=True):
     end: int | None = None
     text: str = ""
     quote: Inquiries | None = None
+    block: int = -1
+    shared: int = 0
 
 
 class Server:
@@ -47,11 +50,18 @@ class Server:
     Args:
         desk: answers requests.
         free: what costs nothing because it holds nothing of a patient, by name: (call) -> JSON, or JSON and tensors.
+        blocks: memory that sessions share, for the tensors of loops' steps.
     """
 
     def __init__(
-        self, desk: Desk, free: dict[str, Callable[[Call], Any]], reader: BinaryIO, writer: BinaryIO
+        self,
+        desk: Desk,
+        free: dict[str, Callable[[Call], Any]],
+        reader: BinaryIO,
+        writer: BinaryIO,
+        blocks: Blocks,
     ) -> None:
+        self._blocks = blocks
         self._desk, self._free, self._reader, self._writer = desk, free, reader, writer
         self._lock = threading.Lock()
         self._cancelled: set[str] = set()
@@ -89,6 +99,13 @@ class Server:
         with self._lock:
             messages.write_frame(self._writer, messages.encode(header), tensors)
 
+    def _by_block(self, block: int, header: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
+        """What to say of a step's answer: with its tensors, or with how many bytes of them its session's memory now has."""
+        if block < 0 or not messages.BUFFER < len(blob) <= messages.BLOCK:
+            return header, blob
+        self._blocks.write(block, blob)
+        return header | {"release": header["release"] | {"shared": len(blob)}}, b""
+
     def _leave(self, header: dict[str, Any], tensors: bytes, came: float) -> None:
         """Say an answer or refusal at the next whole quantum after its request came."""
         clock.wait(came)
@@ -104,7 +121,11 @@ class Server:
                 told = {"step": done, "steps": planned, "spent": spent, "doing": doing}
                 self._say({"id": call.id, **told})
 
-        self._reply(call, self._desk.answer, came, request, tensors, on_step)
+        def answer(caller: Caller) -> tuple[Release | dict[str, Any], bytes]:
+            numbers = self._blocks.read(call.block, call.shared) if call.shared else tensors
+            return self._desk.answer(caller, request, numbers, on_step)
+
+        self._reply(call, answer, came)
 
     def _reply(self, call: Call, answer: Callable[..., Any], came: float, *asked: Any) -> None:
         try:
@@ -114,7 +135,7 @@ class Server:
             leave = (
                 self._leave
                 if isinstance(release, Release)
-                else lambda header, blob, _: self._say(header, blob)
+                else lambda header, blob, _: self._say(*self._by_block(call.block, header, blob))
             )
             leave({"id": call.id, "release": release}, blob, came)
         except RaphaError as error:

@@ -30,6 +30,7 @@ __all__ = [
     "landlock",
     "limit",
     "seccomp",
+    "shared",
 ]
 
 LAYERS = ("namespaces", "privileges", "rlimits", "deadline", "threads", "landlock", "seccomp", "cgroup")
@@ -37,6 +38,18 @@ NAMESPACES = ("user", "pid", "net", "mnt", "ipc", "uts")
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _GIB = 1 << 30
+
+
+def shared(fd: int) -> memoryview:
+    """The whole file behind a descriptor as memory, which stays when the descriptor is closed."""
+    size, libc = os.fstat(fd).st_size, ctypes.CDLL(None, use_errno=True)
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mmap.restype = ctypes.c_void_p
+    # not by the mmap module, which keeps a descriptor
+    address = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "mmap")
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
 
 
 def give_way() -> None:

@@ -102,7 +102,7 @@ class _Zygote:
 
     def _obey(self) -> bool:
         """Do what the launcher's next packet says; false once it has closed."""
-        packet, fds, _, _ = socket.recv_fds(self.control, 1 << 16, 2)
+        packet, fds, _, _ = socket.recv_fds(self.control, 1 << 16, 3)
         if not packet:
             return False
         message = json.loads(packet)
@@ -137,9 +137,12 @@ class _Zygote:
                 os._exit(1)
         self.workers[pid] = (number, time.monotonic(), limits, [])
 
-    def _become_worker(self, parent: int, number: int, limits: dict[str, Any], job: int, result: int) -> None:
+    def _become_worker(
+        self, parent: int, number: int, limits: dict[str, Any], job: int, result: int, *block: int
+    ) -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        shared = [_layers.shared(fd) for fd in block]
         # an open /dev/null of its own: file flags on the zygote's would be a channel between siblings
         null = os.open(os.devnull, os.O_RDWR)
         sources = [null, null, null, job, result, self.control.fileno()]
@@ -163,7 +166,7 @@ class _Zygote:
         os.write(5, json.dumps({"is": "worker", "id": number, "layers": layers}).encode())
         os.close(5)
         _preload.seal_imports()
-        self.entry(reader, writer)
+        self.entry(reader, writer, *shared)
         with contextlib.suppress(OSError):
             writer.flush()
         os._exit(0)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from rapha_lab.enclave.blocks import Block, Blocks
 from rapha_lab.enclave.cores import SESSIONS
 from rapha_lab.enclave.curator import Curator, CuratorLost
 from rapha_lab.enclave.sandbox import Limits, Worker, Zygote
@@ -116,6 +117,7 @@ class Cells:
         schemas: the public schemas by dataset, for the handles.
         project_of: (researcher, project, dataset) -> the project they act for, or PolicyError.
         idle: seconds after which a session that was given nothing ends.
+        blocks: memory for a session and the curator; all goes through pipes without.
     """
 
     def __init__(
@@ -126,7 +128,9 @@ class Cells:
         schemas: dict[str, dict[str, Any]],
         project_of: Callable[[str, str, str], str],
         idle: float = 3600.0,
+        blocks: Blocks | None = None,
     ) -> None:
+        self._blocks = blocks or Blocks(0)
         self._zygote, self._curator, self._sign = zygote, curator, sign
         self._schemas, self._project_of, self.idle = schemas, project_of, idle
         self._changed = threading.Condition()
@@ -194,7 +198,12 @@ class Cells:
             if (researcher, name) in self._sessions:
                 return None
             self._room(researcher)
-        return self._zygote.spawn(Limits(cores=SESSIONS))
+        block = self._blocks.take()
+        try:
+            return self._zygote.spawn(Limits(cores=SESSIONS), block)
+        except BaseException:
+            self._blocks.give_back(block)
+            raise
 
     def _room(self, researcher: str) -> None:
         """Room for one more session: the researcher's own that was idle for longest makes it, never one with a job."""
@@ -234,7 +243,13 @@ class Cells:
             return self._sessions[key]
         finally:
             if worker is not None:
-                worker.close()
+                threading.Thread(target=self._retire, args=(worker,), daemon=True).start()
+
+    def _retire(self, worker: Worker) -> None:
+        """End a worker of which nothing is under way any more; its block is free once it is gone."""
+        worker.close()
+        worker.wait()
+        self._blocks.give_back(worker.block)
 
     def of(self, researcher: str) -> list[Cell]:
         """The researcher's cells, oldest first."""
@@ -354,8 +369,15 @@ class Cells:
                 setattr(cell, name, value)
             self._changed.notify_all()
 
-    def _ask(self, cell: Cell, request: bytes, tensors: bytes) -> tuple[dict[str, Any], bytes]:
-        """One request of a cell's: carried to the curator, its release shown as a card."""
+    def _ask(
+        self, cell: Cell, request: bytes, tensors: bytes, block: Block | None = None, shared: int = 0
+    ) -> tuple[dict[str, Any], bytes]:
+        """One request of a cell's: carried to the curator, its release shown as a card.
+
+        Args:
+            block: the memory that its session shares with the curator.
+            shared: how many bytes of tensors are there, in place of `tensors`.
+        """
         epsilon, loop = messages.asked_for(request)
 
         def on_step(step: int, steps: int, spent: float, doing: str) -> None:
@@ -376,7 +398,11 @@ class Cells:
                 cell.asked[cell.asking] = epsilon
             number = cell.asking
             job = loop or number
-        asked = number, cell.researcher, cell.order.project, request, tensors, on_step
+        asked: tuple[Any, ...] = number, cell.researcher, cell.order.project, request, tensors, on_step
+        if (
+            block is not None and loop
+        ):  # other requests are asked again where the curator died, from what is kept here
+            asked = *asked, block.number, shared
         while True:
             seen = self._decisions
             try:
@@ -502,12 +528,12 @@ class _Session:
             outcome = self._worker.wait(1)
         except TimeoutError:
             outcome = "killed"
-        self._worker.close()
         why = _OUTCOMES.get(outcome, _OUTCOMES["killed"])
         lost = SiteError("The session at the site ended.", why, "Run the notebook's enclave cells again.")
         for cell in self.cells:
             if cell.state not in ENDED:
                 self._cells._end(cell, "cancelled" if cell.cancelled else "lost", error=lost.to_wire())
+        self._cells._retire(self._worker)
 
     def _mourn(self) -> None:
         """Once the worker is gone, stop what it still asks: nobody could receive the answer."""
@@ -544,15 +570,15 @@ class _Session:
             elif said.say == "output" and said.output.get("type") in ("stream", "display"):
                 self._cells._add(cell, self._cells._honest(said.output))
             elif said.say == "ask":
-                self._answer(cell, said.number, bytes(said.ask), frame[1])
+                self._answer(cell, said, frame[1])
             elif said.say == "done":
                 cell.told += len(frame[0])
                 return self._finish(cell, said, frame[1])
 
-    def _answer(self, cell: Cell, number: int, request: bytes, tensors: bytes) -> None:
-        answer: dict[str, Any] = {"do": "answer", "number": number}
+    def _answer(self, cell: Cell, said: _Said, tensors: bytes) -> None:
+        answer: dict[str, Any] = {"do": "answer", "number": said.number}
         try:
-            wire, blob = self._cells._ask(cell, request, tensors)
+            wire, blob = self._cells._ask(cell, bytes(said.ask), tensors, self._worker.block, said.shared)
         except RaphaError as error:
             self._say(answer | {"error": error.to_wire()})
             if isinstance(error, _Stopped):
@@ -574,6 +600,7 @@ class _Said(msgspec.Struct, forbid_unknown_fields=True):
     output: dict[str, Any] = {}
     number: int = 0
     ask: msgspec.Raw = msgspec.Raw(b"null")
+    shared: int = 0
     error: msgspec.Raw = msgspec.Raw(b"null")
     traceback: msgspec.Raw = msgspec.Raw(b"[]")
     values: msgspec.Raw = msgspec.Raw(b"{}")

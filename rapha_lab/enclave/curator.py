@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -48,10 +48,11 @@ class Curator:
 
     Args:
         workers: gives a channel over which it may ask for workers, one for each process.
+        blocks: descriptors of the memory that it shares with sessions.
     """
 
-    def __init__(self, workers: Callable[[], socket.socket]) -> None:
-        self._workers = workers
+    def __init__(self, workers: Callable[[], socket.socket], blocks: Sequence[int] = ()) -> None:
+        self._workers, self._blocks = workers, list(blocks)
         self._config: dict[str, Any] = {}
         self._lock, self._reading = threading.Lock(), threading.Lock()
         self._numbers = itertools.count(1)
@@ -80,7 +81,7 @@ class Curator:
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                pass_fds=[channel.fileno()],
+                pass_fds=[channel.fileno(), *self._blocks],
                 bufsize=messages.BUFFER,
                 env=THREADS | os.environ,
             )
@@ -90,7 +91,7 @@ class Curator:
 
     def _configure(self, process: subprocess.Popen[bytes]) -> None:
         try:
-            config = self._config | {"workers": self._channel}
+            config = self._config | {"workers": self._channel, "blocks": self._blocks}
             messages.write_frame(process.stdin, messages.encode(config))  # type: ignore[arg-type]
             first = messages.read_frame(process.stdout)  # type: ignore[arg-type]
         except (OSError, messages.RequestError):
@@ -175,14 +176,27 @@ class Curator:
                 raise _lost() from None
 
     def ask(
-        self, job: str, researcher: str, project: str, request: bytes, tensors: bytes, on_step: Progress
+        self,
+        job: str,
+        researcher: str,
+        project: str,
+        request: bytes,
+        tensors: bytes,
+        on_step: Progress,
+        block: int = -1,
+        shared: int = 0,
     ) -> tuple[dict[str, Any], bytes]:
         """Carry one request; gives the release as JSON and its tensors.
+
+        Args:
+            block: the number of the memory that its session shares, for the tensors of a loop's step.
+            shared: how many bytes of tensors are there already.
 
         Raises:
             RaphaError: the curator's refusal; CuratorLost if its process died.
         """
-        header = {"do": "ask", "id": job, "researcher": researcher, "project": project}
+        who = {"id": job, "researcher": researcher, "project": project}
+        header = {"do": "ask", **who, "block": block, "shared": shared}
         return self._call(header, on_step, request, tensors)
 
     def look_up(self, what: str, **fields: Any) -> Any:

@@ -37,6 +37,7 @@ from typing import Any, BinaryIO
 
 from rapha_lab.enclave import _layers
 from rapha_lab.enclave._cgroup import Cgroup
+from rapha_lab.enclave.blocks import Block
 from rapha_lab.protocol.errors import SiteError
 from rapha_lab.protocol.messages import BUFFER
 
@@ -110,7 +111,10 @@ class Worker:
     reader: BinaryIO
     writer: BinaryIO
 
-    def __init__(self, zygote: Zygote, number: int, limits: Limits, reads: int, writes: int) -> None:
+    def __init__(
+        self, zygote: Zygote, number: int, limits: Limits, reads: int, writes: int, block: Block | None
+    ) -> None:
+        self.block = block
         self._zygote, self._number = zygote, number
         self._locked, self._gone = threading.Event(), threading.Event()
         self._outcome = "killed"
@@ -303,8 +307,11 @@ class Zygote:
             )
         return report
 
-    def spawn(self, limits: Limits | None = None) -> Worker:
+    def spawn(self, limits: Limits | None = None, block: Block | None = None) -> Worker:
         """A fresh worker, locked and waiting in its entry function; a zygote that died is started again.
+
+        Args:
+            block: memory that is its function's third argument.
 
         Raises:
             SiteError: if a layer that held before does not hold this time, or all workers stand still.
@@ -317,7 +324,7 @@ class Zygote:
             )
         try:
             self.revive()
-            worker = self._spawn(limits or Limits())
+            worker = self._spawn(limits or Limits(), block)
         finally:
             self._gate.release()
         if worker.tier < self.tier:
@@ -353,18 +360,17 @@ class Zygote:
             finally:
                 self._say({"do": "go on"})
 
-    def _spawn(self, limits: Limits) -> Worker:
+    def _spawn(self, limits: Limits, block: Block | None = None) -> Worker:
         job_out, job_in = os.pipe()
         result_out, result_in = os.pipe()
         widen(job_in, result_out)
         with self._lock:
             self._count += 1
-            worker = Worker(self, self._count, limits, result_out, job_in)
+            worker = Worker(self, self._count, limits, result_out, job_in, block)
             self._workers[self._count] = worker
         try:
-            if not self._say(
-                {"do": "spawn", "id": worker._number, "limits": asdict(limits)}, [job_out, result_in]
-            ):
+            ends = [job_out, result_in] + ([] if block is None else [block.fd])
+            if not self._say({"do": "spawn", "id": worker._number, "limits": asdict(limits)}, ends):
                 self._forget(worker._number)
         finally:
             os.close(job_out)

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from rapha_lab.enclave import cores
 from rapha_lab.enclave.attester import SimulatedAttester, attester
+from rapha_lab.enclave.blocks import Blocks
 from rapha_lab.enclave.cells import Cells, kept
 from rapha_lab.enclave.console import Console
 from rapha_lab.enclave.curator import Curator
@@ -141,15 +142,19 @@ class Site:
         self._build = _build(config.release, self._attester.measurement)
         self.simulated = isinstance(self._attester, SimulatedAttester)
         self._shards = ShardWorkers(lambda: self._zygote, config.tier)
-        self._curator = Curator(self._shards.connect)
+        self._blocks = Blocks()
+        self._curator = Curator(self._shards.connect, self._blocks.fds)
         try:
             self._zygote = Zygote("rapha_lab.session.worker:main", tier=config.tier)
             self._curator.open(self._curator_config(seed))
         except BaseException:
             self._curator.close()
+            self._blocks.close()
             raise
         schemas = {told["name"]: told["schema"] for told in self._curator.look_up("catalog")}
-        self.cells = Cells(self._zygote, self._curator, self._sign, schemas, self._project_of, config.idle)
+        self.cells = Cells(
+            self._zygote, self._curator, self._sign, schemas, self._project_of, config.idle, self._blocks
+        )
         self.gateway = Gateway(
             self.cells,
             card=self.card,
@@ -357,6 +362,7 @@ class Site:
         self._zygote.close()
         self._curator.close()
         self._shards.close()
+        self._blocks.close()
 
 
 def serve(

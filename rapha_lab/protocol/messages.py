@@ -19,6 +19,7 @@ from rapha_lab.protocol.program import Program
 
 __all__ = [
     "ASKS",
+    "BLOCK",
     "BUFFER",
     "REVIEWED",
     "Aggregate",
@@ -418,6 +419,10 @@ def malformed(error: Exception) -> RequestError:
 BUFFER = 1 << 18
 """Bytes of the buffer at either end of a pipe: the message of a small step passes in one piece, and wakes its reader once."""
 
+BLOCK = 1 << 26
+"""Bytes of the memory that a session and the curator share: tensors of a loop's step are there, if they are larger than a
+pipe's buffer and no larger than this."""
+
 _PREFIX = struct.Struct(">4sIQ")
 _MAGIC = b"RPH1"
 
@@ -438,7 +443,7 @@ def read_frame(
     Raises:
         RequestError: if the stream ends inside a message, or it is none, or is larger than allowed.
     """
-    prefix = _read(stream, _PREFIX.size)
+    prefix = stream.read(_PREFIX.size)
     if not prefix:
         return None
     if len(prefix) < _PREFIX.size:
@@ -448,16 +453,8 @@ def read_frame(
         raise RequestError("This is no message of this protocol.", "It does not begin with RPH1.")
     if header > max_header or tensors > max_tensors:
         raise RequestError("The message is too large.", f"Limits: {max_header} and {max_tensors} bytes.")
-    body = _read(stream, header), _read(stream, tensors)
+    # memory that nothing was written to is not taken, so that it grows only with what really arrives
+    body = stream.read(header), stream.read(tensors)
     if (len(body[0]), len(body[1])) != (header, tensors):
         raise RequestError("The message is truncated.", "The stream ended before its stated length.")
     return body
-
-
-def _read(stream: BinaryIO, size: int) -> bytes:
-    """`size` bytes, or fewer at the end of the stream; memory grows only with what really arrives."""
-    parts, left = [], size
-    while left and (part := stream.read(min(left, 1 << 20))):
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)

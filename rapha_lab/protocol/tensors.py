@@ -58,7 +58,7 @@ class Layout:
 
     def pack(self, flat: Any) -> bytes:
         """The bytes of the float32 numbers of all tensors, one after another in the order of `names`."""
-        return self._header + flat.numpy(force=True).tobytes()
+        return b"".join((self._header, flat.numpy(force=True)))  # one copy
 
     def unpack(self, data: bytes) -> bytearray | None:
         """The float32 numbers of bytes like these, to be read as one array; None if they are others."""

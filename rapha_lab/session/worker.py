@@ -2,6 +2,7 @@
 
 Frames to the worker:   {"do": "run", ...}  {"do": "answer", "number", ...}
 Frames from the worker: {"say": "begun"}  {"say": "output", ...}  {"say": "ask", "number", ...}  {"say": "done", ...}
+The tensors of a loop's step, if they are large, are in memory that the curator shares: {"shared": bytes}.
 SIGINT interrupts the cell that has begun.
 """
 
@@ -28,16 +29,17 @@ from rapha_lab.session.patients import Patients
 __all__ = ["main"]
 
 
-def main(reader: BinaryIO, writer: BinaryIO) -> None:
-    """Serve cells until the pipe closes."""
-    Worker(reader, writer).serve()
+def main(reader: BinaryIO, writer: BinaryIO, block: memoryview | None = None) -> None:
+    """Serve cells until the pipe closes; `block` is memory that the curator shares."""
+    Worker(reader, writer, block).serve()
 
 
 class Worker:
     """One researcher's session: a namespace that lives from cell to cell."""
 
-    def __init__(self, reader: BinaryIO, writer: BinaryIO) -> None:
-        self._reader, self._writer = reader, writer
+    def __init__(self, reader: BinaryIO, writer: BinaryIO, block: memoryview | None = None) -> None:
+        self._reader, self._writer, self._block = reader, writer, block
+        self._unanswered = 0
         self._write_lock, self._ask_lock = threading.Lock(), threading.Lock()
         self._cells: queue.SimpleQueue[tuple[dict[str, Any], bytes] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[dict[str, Any], bytes]] = queue.SimpleQueue()
@@ -100,13 +102,36 @@ class Worker:
         with self._ask_lock:
             self.screen.settle()
             number = next(self._numbers)
-            self._say({"say": "ask", "number": number, "ask": msgspec.Raw(messages.encode(request))}, tensors)
-            header, blob = self._answers.get()
+            asked = {"say": "ask", "number": number, "ask": msgspec.Raw(messages.encode(request))}
+            if shared := self._shares(request, tensors):
+                asked, tensors = asked | {"shared": shared}, b""
+            self._unanswered += 1
+            self._say(asked, tensors)
+            header, blob = self._answered()
             while header["number"] != number:  # of a question whose cell was interrupted
-                header, blob = self._answers.get()
-        if header.get("error") is not None:
-            raise from_wire(header["error"])
+                header, blob = self._answered()
+            if header.get("error") is not None:
+                raise from_wire(header["error"])
+            if (there := header["release"].get("shared")) is not None:
+                assert self._block is not None
+                blob = bytes(self._block[:there])
         return header["release"], blob
+
+    def _answered(self) -> tuple[dict[str, Any], bytes]:
+        header, blob = self._answers.get()
+        self._unanswered -= 1
+        return header, blob
+
+    def _shares(self, request: messages.ASKS, tensors: bytes) -> int:
+        """How many bytes of a step's tensors were put into the shared memory.
+
+        None where an answer to an earlier question may still come there, as after an interrupt.
+        """
+        fits = messages.BUFFER < len(tensors) <= messages.BLOCK and isinstance(request, messages.Gradient)
+        if self._block is None or not fits or self._unanswered:
+            return 0
+        self._block[: len(tensors)] = tensors
+        return len(tensors)
 
     def _run(self, header: dict[str, Any], tensors: bytes) -> None:
         try:

@@ -13,6 +13,14 @@ def main(reader: BinaryIO, writer: BinaryIO) -> None:
         writer.flush()
 
 
+def sharing(reader: BinaryIO, writer: BinaryIO, block: memoryview) -> None:
+    """The same, with `block` in scope."""
+    scope: dict[str, Any] = {"block": block}
+    for line in reader:
+        writer.write(json.dumps(answer(json.loads(line), scope)).encode() + b"\n")
+        writer.flush()
+
+
 def answer(source: str, scope: dict[str, Any]) -> dict[str, Any]:
     """Run `source`; its name `result` is the value."""
     scope["result"] = None

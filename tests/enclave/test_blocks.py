@@ -1,0 +1,87 @@
+"""Memory that a session and the curator share: one session's, without a descriptor, and of zeros for the next."""
+
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rapha_lab.curator import blocks as curators
+from rapha_lab.enclave.blocks import Blocks
+from rapha_lab.enclave.sandbox import Worker, Zygote
+from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.messages import BLOCK
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    """Workers that run what they are sent, with a block at hand."""
+    with Zygote("sandbox_cell:sharing", bare=True) as mine:
+        yield mine
+
+
+@pytest.fixture
+def blocks() -> Iterator[Blocks]:
+    """Two of them."""
+    yield (mine := Blocks(2))
+    mine.close()
+
+
+def run(worker: Worker, source: str) -> Any:
+    """The `result` of a worker's snippet."""
+    worker.writer.write(json.dumps(source).encode() + b"\n")
+    worker.writer.flush()
+    return json.loads(worker.reader.readline())
+
+
+def test_both_sides_see_the_same_memory_and_the_worker_holds_no_descriptor_of_it(zygote, blocks) -> None:
+    """A descriptor could cut the file short under the curator, whose process would die of that."""
+    block = blocks.take()
+    curator = curators.Blocks(blocks.fds)
+    with zygote.spawn(block=block) as worker:
+        assert run(worker, f"result = len(block) == {BLOCK}")["value"]
+        run(worker, "block[:5] = b'there'")
+        assert curator.read(block.number, 5) == b"there"
+        curator.write(block.number, b"back")
+        assert run(worker, "result = bytes(block[:4]).decode()")["value"] == "back"
+        folder = Path(f"/proc/{worker.pid}/fd")
+        if os.access(folder, os.R_OK):
+            assert len(os.listdir(folder)) == 5
+        for call in (f"import os; os.ftruncate({block.fd}, 0)", "import mmap; mmap.mmap(-1, 9)"):
+            assert "error" in run(worker, call), call
+
+
+def test_the_next_session_gets_zeros_and_nobody_gets_anothers(zygote, blocks) -> None:
+    first, second = blocks.take(), blocks.take()
+    assert first.number != second.number
+    assert blocks.take() is None
+    with zygote.spawn(block=first) as mine, zygote.spawn(block=second) as other:
+        run(mine, f"block[:6] = b'secret'; block[{BLOCK} - 6:] = b'secret'")
+        assert run(other, "result = bytes(block) == bytes(len(block))")["value"] is True
+    mine.wait(10)
+    blocks.give_back(first)
+    again = blocks.take()
+    assert again == first
+    with zygote.spawn(block=again) as next_one:
+        assert run(next_one, "result = bytes(block) == bytes(len(block))")["value"] is True
+    with mmap.mmap(first.fd, BLOCK) as memory:
+        assert memory[:] == bytes(BLOCK)
+
+
+@pytest.mark.parametrize(("number", "size"), [(-1, 9), (2, 9), (0, 0), (0, -1), (0, BLOCK + 1), (0, 1 << 62)])
+def test_a_size_or_block_that_is_not_there_is_refused(blocks, number: int, size: int) -> None:
+    with pytest.raises(RequestError):
+        curators.Blocks(blocks.fds).read(number, size)
+
+
+def test_what_was_read_is_the_curators_own(blocks) -> None:
+    """Else a session could change the numbers between their check and their use."""
+    block, curator = blocks.take(), curators.Blocks(blocks.fds)
+    with mmap.mmap(block.fd, BLOCK) as session:
+        session[:4] = b"good"
+        read = curator.read(block.number, 4)
+        session[:4] = b"evil"
+    assert read == b"good"

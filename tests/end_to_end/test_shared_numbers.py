@@ -1,0 +1,138 @@
+"""A large model's numbers go between its loop and the curator in memory that both share, and nobody else's comes by them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from test_running_cells import printed
+from ward import FEATURES, Ward
+
+from rapha_lab.client.site import Site
+from rapha_lab.protocol import messages
+from rapha_lab.session.worker import Worker
+
+LOOP = f"""
+import torch, torch.nn.functional as F
+model = torch.nn.Sequential(torch.nn.Linear({len(FEATURES)}, 280), torch.nn.Tanh(), torch.nn.Linear(280, 280), torch.nn.Tanh(),
+                            torch.nn.Linear(280, 1))
+before = [p.detach().clone() for p in model.parameters()]
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for batch in patients.train.batches(100, epochs=0.4, epsilon=2.0):
+    loss = F.binary_cross_entropy_with_logits(model(batch[{FEATURES!r}]).squeeze(-1), batch["died"])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    print("step")
+"""
+"""80,000 parameters: 320 kB, more than a pipe's buffer."""
+
+MOVED = """
+moved = [bool((p != b).any()) for p, b in zip(model.parameters(), before)]
+print(moved, bool(all(p.isfinite().all() for p in model.parameters())))
+"""
+
+
+@pytest.fixture
+def site(serving: Ward) -> Iterator[Site]:
+    """A connection whose sessions end with the test."""
+    mine = serving.connect()
+    yield mine
+    mine.end_sessions()
+
+
+def worker_of(serving: Ward, name: str) -> Any:
+    """The running site's worker of a session."""
+    return next(s._worker for key, s in serving.site.cells._sessions.items() if key[1] == name and not s.over)
+
+
+def test_a_large_models_steps_pass_by_shared_memory(site: Site, serving: Ward) -> None:
+    """Nothing of them goes through the session's pipe, but for the program, once; and the model learns."""
+    site.run("x = 1", "ward", session="large").wait()
+    worker = worker_of(serving, "large")
+    assert worker.block is not None
+    left = worker.reader.raw._left
+    job = site.run(LOOP + MOVED, "ward", session="large").wait()
+    text = printed(job)
+    assert text.strip().endswith(f"{[True] * 6} True"), text
+    steps = text.count("step")
+    assert steps > 3
+    size = 4 * (280 * (len(FEATURES) + 1) + 280 * 281 + 281)
+    assert left - worker.reader.raw._left < steps * size / 2
+
+
+def test_a_session_that_has_no_block_trains_through_its_pipes(site: Site, serving: Ward, monkeypatch) -> None:
+    monkeypatch.setattr(serving.site.cells._blocks, "_free", [])
+    site.run("x = 1", "ward", session="pipes").wait()
+    assert worker_of(serving, "pipes").block is None
+    assert site.run(LOOP, "ward", session="pipes").wait().state == "done"
+
+
+FORGED = {
+    "more than there is": 'say({"say": "ask", "number": 77, "ask": ask, "shared": 1 << 40})',
+    "less than nothing": 'say({"say": "ask", "number": 77, "ask": ask, "shared": -5})',
+    "a part of it": 'say({"say": "ask", "number": 77, "ask": ask, "shared": 1000})',
+}
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_a_size_that_a_session_made_up_is_refused_and_harms_nobody(
+    site: Site, serving: Ward, forged: str
+) -> None:
+    source = f"""
+import msgspec
+from rapha_lab.protocol import messages
+opened = patients._ask(messages.Open(dataset="ward", split="train", epsilon=0.1, steps=2, batch=100, clip=1.0))[0]
+ask = msgspec.Raw(messages.encode(messages.Gradient(loop=opened["loop"], inputs={{"x0": "age"}}, digest="none")))
+it = patients._ask.__self__
+say = it._say
+{FORGED[forged]}
+told, _ = it._answers.get(timeout=20)
+print(told["number"], told["error"]["kind"])
+"""
+    job = site.run(source, "ward", session="forged").wait()
+    assert "77 ProgramError" in str(job.outputs) or "77 RequestError" in str(job.outputs), job.outputs
+    assert site.run("patients.count(epsilon=0.1)", "ward", session="forged").wait().state == "done"
+
+
+def test_an_answer_that_may_still_come_is_not_written_over_what_is_asked() -> None:
+    """An interrupted step's answer comes into the memory too: the next step's numbers go by the pipe until it is there."""
+    written, block = io.BytesIO(), memoryview(bytearray(messages.BLOCK))
+    worker = Worker(io.BytesIO(), written, block)
+    numbers = bytes(2 * messages.BUFFER)
+    step = messages.Gradient(loop="l", inputs={"x0": "age"}, digest="d")
+
+    def asked() -> tuple[dict[str, Any], bytes]:
+        frame = messages.read_frame(io.BytesIO(written.getvalue()[before:]))
+        assert frame is not None
+        return msgspec.json.decode(frame[0]), frame[1]
+
+    def later(*numbered: int) -> None:
+        for number in numbered:
+            worker._answers.put(({"number": number, "release": {"shared": 8}}, b""))
+
+    before = 0
+    later(1)
+    worker.ask(step, numbers)
+    assert asked()[0]["shared"] == len(numbers)
+
+    class Interrupted:
+        def get(self) -> Any:
+            raise KeyboardInterrupt
+
+    before, answers = len(written.getvalue()), worker._answers
+    worker._answers = Interrupted()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        worker.ask(step, numbers)
+    worker._answers, before = answers, len(written.getvalue())
+    later(2, 3)
+    worker.ask(step, numbers)
+    assert "shared" not in asked()[0]
+    assert asked()[1] == numbers
+    before = len(written.getvalue())
+    later(4)
+    worker.ask(step, numbers)
+    assert asked()[0]["shared"] == len(numbers)
