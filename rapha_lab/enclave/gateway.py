@@ -23,7 +23,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from rapha_lab.enclave.cells import Cells, Order
+from rapha_lab.enclave.cell import Order
+from rapha_lab.enclave.cells import Cells
 from rapha_lab.enclave.identity import Login
 from rapha_lab.enclave.limits import Amounts, Limits, Queue, Turns, neighbourhood
 from rapha_lab.enclave.wire import Bodies

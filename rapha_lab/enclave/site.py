@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rapha_lab.enclave import cores
 from rapha_lab.enclave.attester import SimulatedAttester, attester
 from rapha_lab.enclave.blocks import Blocks
-from rapha_lab.enclave.cells import Cells, kept
+from rapha_lab.enclave.cell import kept
+from rapha_lab.enclave.cells import Cells
 from rapha_lab.enclave.console import Console
 from rapha_lab.enclave.curator import Curator
 from rapha_lab.enclave.gateway import Gateway

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from rapha_lab.cli import main
 from rapha_lab.enclave import gateway
-from rapha_lab.enclave.cells import Cell, Cells, Order
+from rapha_lab.enclave.cell import Cell, Order
+from rapha_lab.enclave.cells import Cells
 from rapha_lab.enclave.gateway import MINE, ROOMS, WAITING, Gateway
 from rapha_lab.enclave.identity import LONGEST, Login, Provider, token_nonce
 from rapha_lab.enclave.limits import Limits, neighbourhood
