@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from rapha_lab.curator.lift import gradients, layers, losses, recurrent, reductions, shapes  # noqa: F401
+from rapha_lab.curator.lift import gradients, layers, losses, pools, recurrent, reductions, shapes  # noqa: F401
 from rapha_lab.curator.lift.compiling import Step, compiled, is_kept
 from rapha_lab.curator.lift.draws import DRAWS
+from rapha_lab.curator.lift.even import Evenly
 from rapha_lab.curator.lift.graph import Graph, refused
 from rapha_lab.curator.lift.table import TABLE
 from rapha_lab.curator.lift.taps import GROUP, Stored
@@ -386,13 +387,19 @@ def _dry_run(
     parameters = {s.name: _meta(s, trained=True) for s in program.parameters}
     constants = {s.name: _meta(s) for s in program.constants}
     inputs = {s.name: _meta(s, SMALLEST) for s in program.inputs}
+    evenly = Evenly()
+
+    def differentiate() -> gradients.Found:
+        with evenly:
+            return gradients.parts(graph, routes, parameters, constants, inputs, checked)
+
     with Meter() as meter, torch.device("meta"):
         if loss:
-            found = _loss(
-                lambda: gradients.parts(graph, routes, parameters, constants, inputs, checked), graph, made
-            )
+            found = _loss(differentiate, graph, made)
         else:
-            gradients.forward(graph, {**parameters, **constants}, inputs, checked)
+            with evenly:
+                gradients.forward(graph, {**parameters, **constants}, inputs, checked)
+    graph.uneven = evenly.numbers // SMALLEST
     _same_for_more(graph, {**parameters, **constants}, made, apart)
     out = made[program.output]
     if not isinstance(out, Tensor):

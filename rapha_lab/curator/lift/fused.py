@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rapha_lab.curator.lift.even import tanh
+
 __all__ = ["FUSED"]
 
 Kept = tuple[Tensor, Tensor]
@@ -34,7 +36,7 @@ def gru(given: Tensor, recalled: Tensor, first: Tensor, weight: Tensor, bias: Te
         mine, memory = kept[t], _affine(h, weight, bias)
         rz = torch.add(given[t, :, : 2 * n], memory[:, : 2 * n], out=mine[:, : 2 * n]).sigmoid_()
         mine[:, 3 * n :] = memory[:, 2 * n :]
-        new = torch.addcmul(given[t, :, 2 * n :], rz[:, :n], memory[:, 2 * n :]).tanh_()
+        new = tanh(torch.addcmul(given[t, :, 2 * n :], rz[:, :n], memory[:, 2 * n :]))
         mine[:, 2 * n : 3 * n] = new
         h = torch.lerp(new, h, rz[:, n:], out=out[0, t])
     return out, kept
@@ -68,11 +70,11 @@ def lstm(given: Tensor, recalled: Tensor, first: Tensor, weight: Tensor, bias: T
     for t in range(time):
         gates = torch.add(given[t], _affine(h, weight, bias), out=kept[t])
         gates[:, : 2 * n].sigmoid_()
-        gates[:, 2 * n : 3 * n].tanh_()
+        gates[:, 2 * n : 3 * n] = tanh(gates[:, 2 * n : 3 * n])
         gates[:, 3 * n :].sigmoid_()
         i, f, g, o = gates.chunk(4, 1)
         c = torch.addcmul(f * c, i, g, out=out[1, t])
-        h = torch.mul(o, c.tanh(), out=out[0, t])
+        h = torch.mul(o, tanh(c), out=out[0, t])
     return out, kept
 
 
@@ -84,7 +86,7 @@ def lstm_back(grad: Tensor, first: Tensor, weight: Tensor, out: Tensor, kept: Te
     for t in reversed(range(len(kept))):
         before = out[1, t - 1] if t else first[1]
         i, f, g, o = kept[t].chunk(4, 1)
-        far = out[1, t].tanh()
+        far = tanh(out[1, t])
         dh = dh + grad[0, t]
         dc = dc + grad[1, t] + dh * o * (1 - far * far)
         mine = given[t]

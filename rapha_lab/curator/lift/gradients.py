@@ -113,7 +113,7 @@ def parts(
         uses.extend(used)
         return out
 
-    with torch.enable_grad():
+    with graph.evenly(), torch.enable_grad():
         own = {
             name: parameters[name].detach().expand(size, *parameters[name].shape).requires_grad_()
             for name in routes.copied
@@ -162,7 +162,8 @@ def clipped_sum(
     found = {name: in_memory(part) for name, part in found.items()}
     square = reduce(torch.add, (part.square() for part in found.values()))
     counts = kept(mask & (square <= HUGE**2))
-    scale = kept(torch.where(counts, (clip / square.sqrt()).clamp(max=1.0), 0.0))
+    # the root of what is no number would take longer
+    scale = kept(torch.where(counts, (clip / torch.where(counts, square, 1.0).sqrt()).clamp(max=1.0), 0.0))
     counted = torch.stack([counts.sum(), (scale == 1.0).sum()])
     return {name: part.total(scale, counts) for name, part in found.items()}, counted
 
@@ -184,5 +185,5 @@ def batched(inputs: Tensors) -> dict[str, Tensor]:
 
 def forward(graph: Graph, values: Tensors, inputs: Tensors, checked: Checked | None = None) -> Tensor:
     """The program's output for each patient, without gradients."""
-    with torch.no_grad():
+    with graph.evenly(), torch.no_grad():
         return graph.run({**shared(values), **batched(inputs)}, None, checked)

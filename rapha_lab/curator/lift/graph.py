@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rapha_lab.curator.lift.table import TABLE
+from rapha_lab.curator.lift.even import FEW, Evenly, tracing
+from rapha_lab.curator.lift.table import INSTEAD, TABLE
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.program import DTYPES, Node, Program, Ref, at
 
@@ -22,12 +24,15 @@ Checked = Callable[[Node, Callable[[], Any]], Any]
 class Graph:
     """The program's nodes with their arguments checked against the operations' schemas.
 
+    Attributes:
+        uneven: numbers of one patient that go through operations which take longer for some of them.
+
     Raises:
         ProgramError: for an operation that is not in the table or an argument that does not fit.
     """
 
     def __init__(self, program: Program) -> None:
-        self.program = program
+        self.program, self.uneven = program, 0
         self.steps = [(node, *self._bound(node)) for node in program.nodes]
 
     def _bound(self, node: Node) -> tuple[Any, list[Any]]:
@@ -43,9 +48,17 @@ class Graph:
         if node.op not in TABLE:
             what = f"{at(node)} is not an operation this site computes."
             why = "Only operations of the published table can be computed patient by patient."
-            raise ProgramError(what, why, "Write it with other operations.", field=node.op, line=node.line)
+            instead = INSTEAD.get(node.op, "Write it with other operations.")
+            raise ProgramError(what, why, instead, field=node.op, line=node.line)
         op, function = TABLE[node.op]
         return function, _bind(node, op._schema.arguments)
+
+    def evenly(self) -> AbstractContextManager[Any]:
+        """What the program and its derivatives are computed in, so that no time tells of a number.
+
+        The few that most losses are made of are not worth what it takes; a compiled step takes nothing for it.
+        """
+        return Evenly() if self.uneven > FEW or tracing() else nullcontext()
 
     def run(
         self, values: Mapping[str, Tensor], hook: Hook | None = None, checked: Checked | None = None

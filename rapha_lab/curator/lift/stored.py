@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from rapha_lab.curator.lift.even import tracing
 
 __all__ = ["KEPT", "in_memory", "kept", "products", "weighted"]
 
@@ -40,13 +41,9 @@ KEPT = torch.ops.rapha.kept.default
 """What a compiler must compute once, contiguous in memory."""
 
 
-def _traced() -> bool:
-    return get_proxy_mode() is not None
-
-
 def kept(x: Tensor) -> Tensor:
     """The same numbers, in memory."""
-    return _kept(x) if _traced() else x
+    return _kept(x) if tracing() else x
 
 
 def in_memory(record: Record) -> Record:
@@ -60,7 +57,7 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     """Each patient's matrix product, `(..., n, t)` by `(..., t, m)`."""
     (n, t), m = a.shape[-2:], b.shape[-1]
     rows = next((k for k in AT_ONCE if n % k == 0), 0)
-    if not (_traced() and rows and m >= WIDE and t >= LONG and a.dtype == torch.float32):
+    if not (tracing() and rows and m >= WIDE and t >= LONG and a.dtype == torch.float32):
         return torch.bmm(a, b) if a.dim() == 3 else a @ b
     a, b = a.unflatten(-2, (-1, rows)).unsqueeze(-1), b.unsqueeze(-3)
     return kept(torch.stack([(a[..., k, :, :] * b).sum(-2) for k in range(rows)], -2).flatten(-3, -2))
@@ -68,4 +65,4 @@ def products(a: Tensor, b: Tensor) -> Tensor:
 
 def weighted(weights: Tensor, rows: Tensor) -> Tensor:
     """The sum of the rows times their weights."""
-    return (weights.unsqueeze(1) * rows).sum(0) if _traced() else weights @ rows
+    return (weights.unsqueeze(1) * rows).sum(0) if tracing() else weights @ rows

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["TABLE", "batch_of", "dims", "raised", "rule"]
+__all__ = ["INSTEAD", "TABLE", "batch_of", "dims", "raised", "rule"]
 
 Rule = Callable[..., Any]
 TABLE: dict[str, tuple[Any, Rule]] = {}
@@ -142,10 +142,13 @@ elementwise(
     *(f"{name}.Scalar" for name in (*_WITH_NUMBER, *_BITWISE)),
     "bitwise_not.default", "lerp.Scalar", "lerp.Tensor", "where.self",
     "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "masked_fill.Scalar", "copysign.Tensor",
-    "pow.Scalar", "xlogy.Scalar_Other", "xlogy.Scalar_Self", "special_log_ndtr.default",
-    "special_ndtr.default",
+    "pow.Scalar", "xlogy.Scalar_Other", "xlogy.Scalar_Self", "special_ndtr.default",
     "max.other", "min.other",
 )  # fmt: skip
+
+
+INSTEAD = {"aten.special_log_ndtr.default": "Write torch.special.ndtr(x).clamp(min=1e-30).log()."}
+"""What to write for an operation that would take longer for some numbers than for others."""
 
 
 def _floats_only(*names: str) -> None:
