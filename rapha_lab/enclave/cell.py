@@ -13,7 +13,7 @@ __all__ = ["ENDED", "Cell", "Order", "State", "kept"]
 
 State = Literal["queued", "running", "waiting", "done", "failed", "cancelled", "lost"]
 ENDED = ("done", "failed", "cancelled", "lost")
-STOPS = "being cancelled when the step or the compiling under way ends"
+STOPS = "being cancelled when the step under way ends"
 
 
 class Order(msgspec.Struct, forbid_unknown_fields=True):

@@ -703,7 +703,7 @@ class TestSessions:
 
 
 def test_a_job_that_was_cancelled_says_that_it_stops() -> None:
-    """From the moment it was asked to until it has, which takes as long as the step or the compiling under way."""
+    """From the moment it was asked to until it has, which takes as long as the step under way."""
     order = cells_module.Order("", "d", "patients.count()")
     cell = cells_module.Cell("j", "r", order, state="running", doing="compiling")
     assert cell.summary()["doing"] == "compiling"

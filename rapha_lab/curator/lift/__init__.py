@@ -229,14 +229,19 @@ class Lifted:
         """Whether `compile` takes no time."""
         return is_kept(self._shape)
 
-    def compile(self, parameters: Tensors, constants: Tensors) -> float | None:
-        """Compile the clipped sum for its one shape; the seconds it took, or None if it stays as it is."""
+    def compile(
+        self, parameters: Tensors, constants: Tensors, going: Callable[[], None] = lambda: None
+    ) -> float | None:
+        """Compile the clipped sum for its one shape; the seconds it took, or None if it stays as it is.
+
+        `going` is called now and then meanwhile; what it raises ends the compiling.
+        """
         generator = torch.Generator().manual_seed(0)
         batch = {spec.name: _made_up(spec, self.microbatch, generator) for spec in self.program.inputs}
         mask, clip = torch.ones(self.microbatch, dtype=torch.bool), torch.tensor(1.0, dtype=torch.float64)
         totals = self.zeros()
         example = (totals, {**parameters}, {**constants}, batch, mask, clip, totals.counted)
-        fast = compiled(self._add, self._shape, example)
+        fast = compiled(self._add, self._shape, example, going)
         if self._step == self._add or fast.step is None:
             self.note = fast.note  # of several runs in one job the first compiles
         self._step = fast.step or self._add

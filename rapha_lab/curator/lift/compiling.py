@@ -12,15 +12,19 @@ import ctypes
 import dataclasses
 import math
 import os
+import shlex
 import shutil
+import signal
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -80,6 +84,15 @@ _KEPT = 32
 _turn = threading.RLock()
 PATIENCE = 120.0
 """Seconds that a job waits for others' compiling; then it goes on without."""
+PAUSE = 0.5
+"""Seconds after which a job that waits or compiles looks whether it is still wanted."""
+
+Going = Callable[[], None]
+"""Called now and then meanwhile; raises if the job is to end."""
+
+
+def _unasked() -> None:
+    """Nobody would end it."""
 
 
 class _Busy(Exception):
@@ -87,10 +100,13 @@ class _Busy(Exception):
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _alone(going: Going) -> Iterator[None]:
     """Nobody else compiles meanwhile: tracing, the compiler's settings and its rules are the process's, not a thread's."""
-    if not _turn.acquire(timeout=PATIENCE):
-        raise _Busy
+    due = time.monotonic() + PATIENCE
+    while not _turn.acquire(timeout=PAUSE):
+        going()
+        if time.monotonic() > due:
+            raise _Busy
     try:
         yield
     finally:
@@ -102,20 +118,21 @@ def is_kept(key: tuple[Any, ...]) -> bool:
     return key in _steps
 
 
-def compiled(step: Step, key: tuple[Any, ...], example: tuple[Any, ...]) -> Compiled:
+def compiled(step: Step, key: tuple[Any, ...], example: tuple[Any, ...], going: Going = _unasked) -> Compiled:
     """`step` compiled for arguments shaped as in `example`, if there is a compiler that takes it in `SECONDS`.
 
     Args:
         step: a function of dicts of tensors and tensors, without data-dependent control flow.
         key: equal for steps that compute the same.
         example: made-up arguments.
+        going: what it raises ends the compiling, of which nothing is kept.
     """
     try:
-        with _alone():
+        with _alone(going):
             if key not in _steps:
                 while len(_steps) >= _KEPT:
                     del _steps[next(iter(_steps))]
-                _steps[key] = made = _tried(step, example)
+                _steps[key] = made = _tried(step, example, going)
                 return made
             kept = _steps[key]
             return kept if kept.step is None else dataclasses.replace(_BEFORE, step=kept.step)
@@ -123,11 +140,12 @@ def compiled(step: Step, key: tuple[Any, ...], example: tuple[Any, ...]) -> Comp
         return Compiled(None, 0.0, "not compiled: others' models were being compiled")
 
 
-def _tried(step: Step, example: tuple[Any, ...]) -> Compiled:
+def _tried(step: Step, example: tuple[Any, ...], going: Going) -> Compiled:
     began = time.monotonic()
     try:
-        fast = _compile(step, example)
+        fast = _compile(step, example, going)
     except Exception:
+        going()  # a job that was ended says nothing of the model
         # whatever a compiler stumbles on, the step computes without it
         late = time.monotonic() - began > SECONDS
         why = (
@@ -140,7 +158,7 @@ def _tried(step: Step, example: tuple[Any, ...]) -> Compiled:
     return Compiled(fast, seconds, f"compiled in {seconds:.0f} s")
 
 
-def _compile(step: Step, example: tuple[Any, ...]) -> Step:
+def _compile(step: Step, example: tuple[Any, ...], going: Going) -> Step:
     names = [[*part] for part in example if isinstance(part, Mapping)]
 
     def by_position(*flat: Tensor) -> tuple[()]:
@@ -150,7 +168,7 @@ def _compile(step: Step, example: tuple[Any, ...]) -> Step:
         step(*parts, *tensors)
         return ()
 
-    fast = assembled(by_position, _flat(example, names))
+    fast = assembled(by_position, _flat(example, names), going)
 
     def run(*arguments: Any) -> None:
         fast(_flat(arguments, names))
@@ -165,7 +183,9 @@ def _flat(arguments: Sequence[Any], names: list[list[str]]) -> list[Tensor]:
     return [part[name] for part, own in parts for name in own] + list(arguments[len(names) :])
 
 
-def assembled(function: Callable[..., Any], example: list[Tensor]) -> Callable[[list[Tensor]], Any]:
+def assembled(
+    function: Callable[..., Any], example: list[Tensor], going: Going = _unasked
+) -> Callable[[list[Tensor]], Any]:
     """Machine code for a function of tensors of these very shapes; it takes them as a list, which it empties.
 
     Raises:
@@ -175,7 +195,7 @@ def assembled(function: Callable[..., Any], example: list[Tensor]) -> Callable[[
     import torch._inductor.lowering  # some decompositions look there
     from torch._inductor.decomposition import select_decomp_table
 
-    with _alone(), _bounded(SECONDS), warnings.catch_warnings(), torch.no_grad():
+    with _alone(going), _bounded(SECONDS, going), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         graph = make_fx(function, tracing_mode="fake", decomposition_table=select_decomp_table())(*example)
         graph.graph.eliminate_dead_code()
@@ -187,8 +207,8 @@ def assembled(function: Callable[..., Any], example: list[Tensor]) -> Callable[[
 
 
 @contextmanager
-def _bounded(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in this thread's tracing or compiling once it takes longer than that.
+def _bounded(seconds: float, going: Going = _unasked) -> Iterator[None]:
+    """Raises TimeoutError in this thread's tracing or compiling once it takes longer than that, or what `going` raises.
 
     Nearly all of the time goes by in the C++ compiler's processes, which are ended; for the rest, what tracing and
     the compiler's own stages call all the time looks at the clock. It raises once a second at most, so that what
@@ -198,15 +218,22 @@ def _bounded(seconds: float) -> Iterator[None]:
     from torch._inductor.virtualized import Virtualized
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    mine, due = threading.get_ident(), time.monotonic() + seconds
+    mine, due, look = threading.get_ident(), time.monotonic() + seconds, time.monotonic() + PAUSE
 
     def watching(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal due
+            nonlocal due, look
             # with False, handlers are put back
-            if time.monotonic() > due and threading.get_ident() == mine and args[-1] is not False:
-                due = time.monotonic() + 1
-                raise TimeoutError
+            if (
+                (now := time.monotonic()) > min(due, look)
+                and threading.get_ident() == mine
+                and args[-1] is not False
+            ):
+                if now > due:
+                    due = now + 1
+                    raise TimeoutError
+                look = now + 1
+                going()
             return function(*args, **kwargs)
 
         return call
@@ -218,11 +245,29 @@ def _bounded(seconds: float) -> Iterator[None]:
 
         def timed(command: str, folder: str) -> None:
             left = max(due - time.monotonic(), 0.01)
-            # by coreutils, which ends what a driver starts too
-            run(f"timeout --signal=KILL {left:.2f} {command}", folder)
+            _watched(run, f"{left:.2f} {command}", folder, going)  # which ends what a driver starts too
 
         patches.enter_context(patch.object(builder, "_run_compile_cmd", timed))
         yield
+
+
+def _watched(run: Callable[[str, str], None], command: str, folder: str, going: Going) -> None:
+    """Run a compiler's process as `run` does, and end it with what `going` raises."""
+    number = Path(folder, f"{time.monotonic_ns()}.pid")
+    # the shell becomes `timeout`, under the number that it has told, and that passes on what it is sent
+    told = f'sh -c \'echo $$ > "$0"; exec timeout --signal=KILL "$@"\' {shlex.quote(str(number))} {command}'
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run, told, folder)
+        try:
+            while not wait([running], PAUSE).done:
+                going()
+        except BaseException:
+            with suppress(OSError, ValueError):  # it has not begun, or ended by itself
+                os.kill(int(number.read_text()), signal.SIGTERM)
+            raise
+        finally:
+            number.unlink(missing_ok=True)
+    running.result()
 
 
 def _machine_code(graph: GraphModule, example: list[Tensor]) -> Callable[[list[Tensor]], Any]:

@@ -238,7 +238,7 @@ def prepare(
         if seconds * microbatches < WORTH + EACH * len(lifted.program.nodes):
             return
         progress(0, COMPILING)
-    if lifted.compile(parameters, constants) is not None:
+    if lifted.compile(parameters, constants, lambda: progress(0, COMPILING)) is not None:
         compile_noise(assembled)
         lifted.selftest(parameters, constants)
 
