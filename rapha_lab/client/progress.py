@@ -9,10 +9,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "if_slow"]
 
 QUICK, USUAL = 1.0, 3.0
 """Seconds for which nothing is said; and of what takes about as long anywhere."""
+
+
+@contextmanager
+def if_slow(seconds: float, call: Callable[..., None], *args: Any) -> Iterator[None]:
+    """While a block runs: `call(*args)` once it has taken so long; not after it."""
+    timer = threading.Timer(seconds, call, args)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 class Progress:
@@ -33,13 +45,8 @@ class Progress:
     @contextmanager
     def during(self, what: str, done: str) -> Iterator[None]:
         """While a block runs that cannot call `say` itself: what goes on if it is slow, and then what it came to."""
-        timer = threading.Timer(USUAL, self.say, [what])
-        timer.start()
-        try:
+        with if_slow(USUAL, self.say, what):
             yield
-        finally:
-            timer.cancel()
-            timer.join()
         self.end(done)
 
     def end(self, what: str) -> None:

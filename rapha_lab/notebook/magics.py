@@ -6,7 +6,6 @@ import argparse
 import atexit
 import re
 import shlex
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from IPython.core.magic import Magics, cell_magic, magics_class
 from IPython.display import display
 
 from rapha_lab.client import cards
+from rapha_lab.client.progress import if_slow
 from rapha_lab.client.site import ENDED, Dataset, Job, Site, latest
 from rapha_lab.protocol.errors import (
     CellError,
@@ -208,13 +208,8 @@ class _Card:
     def rehearsing(self, dataset: Dataset) -> Iterator[None]:
         """While a rehearsal runs: the card says so if it is slow."""
         told = {"id": "", "state": "rehearsing", "dataset": dataset.name, **dataset.site._tag()}
-        timer = threading.Timer(SLOW, self._show, [cards.job(told)])
-        timer.start()
-        try:
+        with if_slow(SLOW, self._show, cards.job(told)):
             yield
-        finally:
-            timer.cancel()
-            timer.join()
 
     def update(self, job: Job) -> None:
         """Show how far the job is."""
