@@ -228,6 +228,7 @@ class Desk:
     ) -> tuple[dict[str, Any], bytes]:
         kept, policy = self._loop(caller, ask.loop), self._policy()
         found, delta, view = kept.loop, kept.delta, kept.view
+        self._cohort(found.ask.dataset)  # who opted out since the last step is in none any more
         if kept.policy is not policy or ask.program is not None:
             _at_once(self._permit(policy, caller, found.ask, program=ask.program))
             kept.policy = policy

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import clinic
+import polars
 import pytest
 import torch
 import ward
 from clinic import Clinic
+from house import House, numbers
 from test_policies import CUSTODIANS, FIRST, STRANGERS, fixed
 
 from rapha_lab.cli import main
@@ -238,6 +240,40 @@ def test_a_running_training_leaves_them_out_from_its_next_step(
     assert [5 in step.tolist() for step in drawn] == [True, False, False]
     assert len({len(step) for step in drawn}) == 1
     assert all(6 in step.tolist() for step in drawn)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_running_loop_leaves_them_out_from_its_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """Nobody else asks anything meanwhile; a list that does not hold ends the loop."""
+    rows = polars.DataFrame({"pid": [f"w{n:05}" for n in range(200)], "x0": 0.5})
+    house = House(tmp_path, numbers("ward", 1, 200, outcome=False), rows, epsilon=1000.0)
+    path, salt, drawn, honest = tmp_path / "opt-outs", bytes(range(16)), list[Any](), train.clipped_sum
+    house.desk._opt_outs = OptOuts(path, house.ledger, lambda: FIRST, salt)
+
+    def watched(*args: Any) -> Any:
+        drawn.append({*args[4].tolist()})
+        return honest(*args)
+
+    monkeypatch.setattr(train, "clipped_sum", watched)
+    model = torch.nn.Linear(1, 1)
+
+    def loop() -> None:
+        for batch in house.patients.batches(200, epochs=3, epsilon=900.0):
+            model(batch[["x0"]]).sum().backward()
+            if len(drawn) == 1:
+                who = CUSTODIANS[0] if kept else STRANGERS[0]
+                add(path, "ward", who, salt, ["w00005"])
+
+    if kept:
+        loop()
+        assert [5 in step for step in drawn] == [True, False, False]
+        assert all(6 in step for step in drawn)
+    else:
+        with pytest.raises(PolicyError, match="does not hold"):
+            loop()
+        assert len(drawn) == 1
 
 
 def test_a_site_applies_a_list_at_once_and_names_it_in_the_receipt(
