@@ -24,7 +24,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-__all__ = ["Noise", "SeededNoise", "SystemNoise", "compile_noise", "noisy", "on_grid"]
+__all__ = ["Noise", "SeededNoise", "SystemNoise", "compile_noise", "grid_of", "noisy"]
 
 _WORDS = 1 << 13  # what is made of so much keystream stays in cache
 _ZEROS = bytes(8 * _WORDS)
@@ -153,12 +153,12 @@ class SystemNoise(_Words):
         self._stream: Any = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
 
     def _words(self, n: int) -> Tensor:
-        buffer = bytearray(8 * n)
+        words = np.empty(n, dtype=np.int64)
         with self._lock:
             if os.getpid() != self._pid:
                 self._rekey()
-            self._stream.update_into(memoryview(_ZEROS)[: 8 * n], buffer)
-        return torch.frombuffer(buffer, dtype=torch.int64) if n else torch.empty(0, dtype=torch.int64)
+            self._stream.update_into(memoryview(_ZEROS)[: 8 * n], words.view(np.uint8))
+        return torch.from_numpy(words)
 
 
 class SeededNoise(_Words):
@@ -171,14 +171,15 @@ class SeededNoise(_Words):
         return torch.randint(-(1 << 63), (1 << 63) - 1, (n,), generator=self._generator)
 
 
-def noisy(values: Tensor, deviation: float, noise: Noise) -> Tensor:
-    """The vector `values`, float64, with Gaussian noise of this standard deviation added in place, on a fixed grid."""
+def noisy(values: Tensor, deviation: float, noise: Noise, share: float = 1.0) -> Tensor:
+    """The vector `values`, float64, with Gaussian noise of this standard deviation, on a fixed grid, over `share`; in place."""
+    grid = grid_of(deviation)  # a power of two, so that all is as exact in its units
     for part in values.split(4 * _WORDS):
-        part.copy_(on_grid(noise.gaussian(len(part)).mul_(deviation).add_(part), deviation))
+        units = noise.gaussian(len(part)).mul_(deviation / grid).add_(part, alpha=1 / grid).round_()
+        torch.mul(units, grid / share, out=part)
     return values
 
 
-def on_grid(values: Tensor, scale: float) -> Tensor:
-    """The values rounded, in place, to a power of two just below `scale` / 2^20: the same grid whatever they are."""
-    grid = 2.0 ** (math.floor(math.log2(scale)) - 20)
-    return values.mul_(1 / grid).round_().mul_(grid)
+def grid_of(scale: float) -> float:
+    """What values are rounded to multiples of: a power of two just below `scale` / 2^20, the same whatever they are."""
+    return 2.0 ** (math.floor(math.log2(scale)) - 20)

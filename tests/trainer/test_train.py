@@ -20,7 +20,7 @@ from rapha_lab.curator.cohort import _most
 from rapha_lab.curator.lift import Totals, lift
 from rapha_lab.curator.mapped import with_nobody
 from rapha_lab.curator.mechanisms import train
-from rapha_lab.curator.noise import SeededNoise, SystemNoise, on_grid
+from rapha_lab.curator.noise import SeededNoise, SystemNoise, grid_of, noisy
 from rapha_lab.protocol.errors import ProgramError, RefusedError, RequestError
 from rapha_lab.protocol.messages import Fit, Optimizer
 from rapha_lab.protocol.schema import Schema
@@ -404,5 +404,9 @@ def test_a_forked_child_draws_other_noise() -> None:
 
 def test_answers_lie_on_a_grid_that_no_record_moves() -> None:
     """Multiples of one power of two, whatever the values."""
-    values = on_grid(torch.randn(1000, dtype=torch.float64) * 37 + 1e3, 37.0)
+    given = torch.randn(1000, dtype=torch.float64) * 37 + 1e3
+    values = noisy(given.clone(), 37.0, SeededNoise(2))
     assert torch.equal(values, (values * 2**15).round() / 2**15)
+    plain = given + 37.0 * SeededNoise(2).gaussian(1000)
+    torch.testing.assert_close(values, plain, rtol=0, atol=grid_of(37.0) / 2)
+    assert torch.equal(noisy(given, 37.0, SeededNoise(2), share=300.0), values * (1 / 300.0))

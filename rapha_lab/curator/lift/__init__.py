@@ -190,7 +190,7 @@ class Lifted:
             totals: what to add the sum to, in place; zeros if not given.
         """
         totals = self.zeros() if totals is None else totals
-        norm = torch.tensor(clip, dtype=torch.float64)
+        norm = torch.full((), clip, dtype=torch.float64)
         with self._drawn():
             self._step(totals, parameters, constants, inputs, mask, norm, totals.counted)
         return totals

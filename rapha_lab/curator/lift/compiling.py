@@ -351,6 +351,9 @@ def _faster_products(graph: GraphModule) -> None:
         if left.dtype != torch.float32 or work < WORTH or min(*left.shape, right.shape[1]) < 8:
             continue
         with graph.graph.inserting_before(node):
+            if left.stride(1) != 1:  # oneDNN would turn it in a pass of its own
+                a = graph.graph.call_function(KEPT, (a,))
+                a.meta["val"] = left.contiguous()
             turned = graph.graph.call_function(aten.permute.default, (b, [1, 0]))
             turned.meta["val"] = right.t()
             product = graph.graph.call_function(_LINEAR, (a, turned, bias, "none", [], ""))

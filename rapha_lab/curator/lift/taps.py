@@ -131,7 +131,7 @@ class Outer:
 class Rows:
     """Gradients of the rows of a table a patient used: `index` (patients, t), `rows` (patients, t, width).
 
-    A row used at several places is added up at the first of them and zero at the others.
+    A row used at several places is added up at the last of them and zero at the others.
     """
 
     name: str
@@ -345,13 +345,18 @@ class Lookup:
     outputs: list[Tensor]
 
     def parts(self, grads: Sequence[Tensor]) -> list[Part]:
-        """Each used row's gradient, added up where the row was first used."""
+        """Each used row's gradient, added up where the row was last used."""
         g = grads[0].reshape(*self.index.shape, -1)
         if self.padding >= 0:
             g = torch.where((self.index == self.padding).unsqueeze(-1), 0, g)
-        first = (self.index.unsqueeze(2) == self.index.unsqueeze(1)).to(torch.uint8).argmax(2)
-        rows = torch.zeros_like(g).scatter_add(1, first.unsqueeze(-1).expand_as(g), g)
-        return [Rows(self.weight, self.index, rows, self.length)]
+        return [Rows(self.weight, self.index, g if g.shape[1] == 1 else self._added_up(g), self.length)]
+
+    def _added_up(self, g: Tensor) -> Tensor:
+        size, places = self.index.shape
+        place = torch.arange(places, dtype=torch.int32, device=g.device).expand(size, places)
+        last = place.new_zeros(size, self.length).scatter_reduce(1, self.index, place, "amax")
+        row = last.gather(1, self.index) + places * torch.arange(size, device=g.device).unsqueeze(1)
+        return torch.zeros_like(g).flatten(0, 1).index_add(0, row.flatten(), g.flatten(0, 1)).view_as(g)
 
 
 @tap(lambda args: ["scaled by frequency" if args[3] else args[0]], "embedding.default")

@@ -342,7 +342,7 @@ def clipped_sum(
 
 def private(total: Totals, deviation: float, share: float, noise: Noise) -> Totals:
     """The sums with Gaussian noise of this standard deviation, on a grid no record moves, over `share`, in place."""
-    noisy(total.flat, deviation, noise).mul_(1 / share)
+    noisy(total.flat, deviation, noise, share)
     return total
 
 
