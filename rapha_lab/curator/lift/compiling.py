@@ -274,9 +274,10 @@ def _machine_code(graph: GraphModule, example: list[Tensor]) -> Callable[[list[T
     import torch._inductor.config as inductor
     from torch._inductor.compile_fx import compile_fx_inner
 
-    # no pool of worker processes beside the one that holds records, and torch's own random numbers in dropout
+    # no pool of worker processes beside the one that holds records, torch's own random numbers in dropout, and images
+    # as they are: convolutions gain less by channels that lie together than all else around them loses
     with (
-        inductor.patch(compile_threads=1, fallback_random=True),
+        inductor.patch(compile_threads=1, fallback_random=True, layout_optimization=False),
         _called_as_it_is(_LINEAR),
         _held_in_memory(KEPT),
     ):

@@ -241,7 +241,10 @@ class Convolution:
         """Materialised."""
         (g,) = grads
         bias: list[Part] = [] if self.bias is None else [Stored(self.bias, g.flatten(3).sum((1, 3)))]
-        return [self._side_by_side(g) if self.setting[3] else self._by_windows(g), *bias]
+        *_, transposed, _, groups = self.setting
+        # windows are copies of the input: worth it where they are fewer numbers than the gradient
+        apart = transposed or groups > 1 or math.prod(g.shape[3:]) >= self.shape[0]
+        return [self._side_by_side(g) if apart else self._by_windows(g), *bias]
 
     def _side_by_side(self, g: Tensor) -> Part:
         """Patients' channels side by side are groups of channels, whose weights' gradients do not mix."""
@@ -254,24 +257,21 @@ class Convolution:
         return Stored(self.weight, rows.reshape(size, *self.shape))
 
     def _by_windows(self, g: Tensor) -> Part:
-        """As products of windows `(patients, groups, positions, kernel * channels)` of the input and of `g`."""
-        stride, padding, dilation, _, _, groups = self.setting
+        """As products of windows `(patients, positions, kernel * channels)` of the input and of `g`."""
+        stride, padding, dilation, *_ = self.setting
         kernel, x, rank, size = self.shape[2:], self.inputs, len(self.shape) - 2, len(g)
         x = kept(F.pad(x.flatten(0, 1), [p for pair in padding[::-1] for p in (pair, pair)]).movedim(1, -1))
         for d in range(rank):
             x = x.unfold(1 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
         # (images, *positions, channels, *kernel)
-        x = x.unflatten(1 + rank, (groups, -1)).unflatten(0, (size, -1))
-        order = [0, 2 + rank, *range(1, 2 + rank), *range(4 + rank, 4 + 2 * rank), 3 + rank]
-        x = x.permute(order).reshape(size, groups, -1, math.prod(self.shape[1:]))
-        g = g.flatten(3).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(3)
-        g = kept(g.mT).mT
+        x = x.movedim(1 + rank, -1).reshape(size, -1, math.prod(self.shape[1:]))
+        g = kept(g.flatten(3).transpose(2, 3).flatten(1, 2))
         inner = [*kernel, self.shape[1]]
-        if x.shape[-1] < g.shape[2]:  # the longer rows last
-            rows = products(x.mT, g.mT).unflatten(2, inner)
-            return Stored(self.weight, rows, (1, 3 + rank, 2 + rank, *range(2, 2 + rank)), self.shape)
-        rows = products(g, x).unflatten(3, inner)
-        return Stored(self.weight, rows, (1, 2, 3 + rank, *range(3, 3 + rank)), self.shape)
+        if x.shape[2] < g.shape[2]:  # the longer rows last
+            rows = products(x.mT, g).unflatten(1, inner)
+            return Stored(self.weight, rows, (2 + rank, 1 + rank, *range(1, 1 + rank)), self.shape)
+        rows = products(g.mT, x).unflatten(2, inner)
+        return Stored(self.weight, rows, (1, 2 + rank, *range(2, 2 + rank)), self.shape)
 
 
 def _images(x: Tensor, size: int, rank: int) -> Tensor:
