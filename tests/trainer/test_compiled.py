@@ -16,12 +16,13 @@ import torch
 from conftest import lifted
 from test_clipping import CLIP, norm, random_program
 from test_models import MODELS
+from torch import Tensor, nn
 from torch._inductor import cpp_builder
 from torch._inductor.exc import CppCompileError
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from rapha_lab.curator import noise
-from rapha_lab.curator.lift import compiling, gradients, lift
+from rapha_lab.curator.lift import Totals, compiling, gradients, lift
 from rapha_lab.curator.lift.stored import KEPT
 from rapha_lab.curator.mechanisms import train
 
@@ -239,6 +240,37 @@ def test_machine_code_gives_the_same_sums(name: str, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(t, eager[parameter], rtol=1e-5, atol=1e-7)
     assert torch.equal(fast.counted, eager.counted)
     it.selftest(parameters, constants)
+
+
+class Turned(nn.Module):
+    """Dropout of what lies in memory in another order, as between recurrent layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.drop, self.last = nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(self.first(x).transpose(1, 2)).cos().flatten(1))
+
+
+def test_machine_code_drops_out_the_same_on_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask written in place had been overwritten before the gradient used it."""
+    monkeypatch.setattr(compiling, "_steps", {})
+    torch.manual_seed(8)
+    x, y = torch.randn(8, 4, 8), torch.rand(8).round()
+    it, parameters, constants = lifted(Turned(), nn.BCEWithLogitsLoss(), x, y)
+    it.microbatch = 8
+
+    def summed() -> Totals:
+        torch.manual_seed(9)
+        everyone = torch.ones(8, dtype=torch.bool)
+        return it.clipped_sum(parameters, constants, {"x": x, "target": y}, everyone, 0.1)
+
+    eager = summed()
+    assert it.compile(parameters, constants) is not None
+    it.selftest(parameters, constants)
+    for name, t in summed().items():
+        torch.testing.assert_close(t, eager[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["mlp", "1-d cnn", "embedding and mlp", "attention"])

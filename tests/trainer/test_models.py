@@ -120,6 +120,24 @@ def bag() -> nn.Module:
     return nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
+def depthwise() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, groups=3, padding=1), nn.ReLU(), nn.Conv2d(6, 70, 1), nn.ReLU(),
+        nn.Conv2d(70, 4, 5, stride=2, dilation=2, padding=4), nn.Flatten(), nn.Linear(64, 3),
+    )  # fmt: skip
+
+
+class Codes(nn.Module):
+    """Each visit's codes added up, many of them again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(5, 6, padding_idx=0), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.words(x).sum(2)).mean(1))
+
+
 def attention() -> nn.Module:
     return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
 
@@ -150,6 +168,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], Callable
         bce, numbers(1, 5, 5, 5), yes,
     ),
     "u-net": (UNet, bce, numbers(2, 8, 8), yes),
+    "depthwise convolutions": (depthwise, nn.CrossEntropyLoss(), numbers(3, 8, 8), kinds),
+    "codes of visits": (Codes, nn.CrossEntropyLoss(), lambda: torch.randint(5, (5, 4, 6)), kinds),
     "embedding and mlp": (bag, nn.CrossEntropyLoss(label_smoothing=0.1), words, kinds),
     "tied weights": (Tied, nn.CrossEntropyLoss(), lambda: torch.randint(9, (5, 4)), kinds),
     "bare parameters": (Scaled, nn.HuberLoss(), numbers(8), yes),

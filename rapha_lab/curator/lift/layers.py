@@ -199,27 +199,34 @@ def attention(
         mask = raised(mask, scores.dim() - 1)
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1)
-    return matmul(F.dropout(weights, dropout) if dropout else weights, v)
+    return matmul(dropped(weights, dropout) if dropout else weights, v)
 
 
 # Dropout: drawn by the curator's side
 
 
+def dropped(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """Dropout by operations that write nothing in place, which a compiler is not told of and gets wrong."""
+    if not training or not p:
+        return x
+    return x * (torch.bernoulli(x.new_empty(x.shape), 1 - p) * (1 / (1 - p) if p < 1 else 0.0))
+
+
 @rule("native_dropout.default")
 def native_dropout(x: Tensor, p: float, training: bool | None) -> Any:
-    return (F.dropout(x, p, training is not False),)
+    return (dropped(x, p, training is not False),)
 
 
 @rule("dropout.default")
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    return F.dropout(x, p, training)
+    return dropped(x, p, training)
 
 
 @rule("feature_dropout.default")
 def feature_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     if not training or not p:
         return x
-    keep = F.dropout(torch.ones(x.shape[:3], dtype=x.dtype, device=x.device), p)
+    keep = dropped(torch.ones(x.shape[:3], dtype=x.dtype, device=x.device), p)
     return x * keep.reshape(*x.shape[:3], *[1] * (x.dim() - 3))
 
 

@@ -12,11 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rapha_lab.curator.lift.fused import FUSED
-from rapha_lab.curator.lift.layers import linear
+from rapha_lab.curator.lift.layers import dropped, linear
 from rapha_lab.curator.lift.table import batch_of, rule
 from rapha_lab.curator.lift.taps import Product, Use, tap, watched
 
@@ -89,7 +88,7 @@ def unrolled(
             outs.append(out)
             last.append(end)
         x = torch.cat(outs, -1) if both_ways else outs[0]
-        x = F.dropout(x, dropout) if dropout and layer < layers - 1 else x
+        x = dropped(x, dropout) if dropout and layer < layers - 1 else x
     x = x.transpose(1, 2) if time_first else x
     ends = [torch.stack(parts, 1) for parts in zip(*last, strict=True)]
     if alone:
