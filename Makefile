@@ -10,6 +10,7 @@ else
 FRONT_END := $(wildcard $(addprefix extensions/rapha-lab/,src/* style/* schema/* package.json yarn.lock))
 endif
 MINUTES ?= 25
+WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help demo test lab lint bench screenshots clean
@@ -42,9 +43,9 @@ lint: .venv/test  ## Check style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: .venv/test  ## Run every test.
+test: .venv/test  ## Run every test, by files side by side in 2 processes (WORKERS; 0 for one after another).
 	@bash scripts/system-packages
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: .venv/test  ## Measure the trainer against its peers, in some 25 minutes (MINUTES, WORKLOADS=mlp256,gru); writes benchmarks/README.md.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 --editable '.[lab,demo,demos,hospital,test,bench]'

@@ -1,4 +1,4 @@
-"""What every test run says at its end: how large the code is that has to be trusted."""
+"""What every test run says at its end: how large the code is that has to be trusted; and how workers share a machine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ import tokenize
 from pathlib import Path
 
 import pytest
+import torch
 
 PACKAGE = Path(__file__).parents[1] / "rapha_lab"
 TRUSTED = ("protocol", "curator", "enclave")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each of several workers one thread: more than there are cores spin while they wait for one another."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
 
 
 def code_lines(path: Path) -> int:

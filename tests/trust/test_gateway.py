@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
+from trust_material import fixed
 
 from rapha_lab.cli import main
 from rapha_lab.enclave import gateway
@@ -35,7 +36,7 @@ from rapha_lab.protocol.errors import PolicyError, RaphaError, SiteError, from_w
 from rapha_lab.protocol.keys import PrivateKey
 
 SEALING, SIGNING = PrivateKey.create("x25519"), PrivateKey.create()
-RESEARCHER, COLLEAGUE, MAILBOX = PrivateKey.create(), PrivateKey.create(), PrivateKey.create("x25519")
+RESEARCHER, COLLEAGUE, MAILBOX = fixed(41), fixed(42), PrivateKey.create("x25519")
 IDENTITY = b"i" * 32
 NONCE = {"nonce": "00" * 32}
 NOW = 1_800_000_000.0
