@@ -14,7 +14,7 @@ import torch
 from conftest import node, program
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_table import CASES, Given
+from test_table import CASES, Given, bits, spoiled, tensors
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -340,6 +340,41 @@ def test_pools_are_those_of_torch(
         torch.testing.assert_close(value, op(x, *more_args)[0], equal_nan=True)
         picked = x.flatten(2).gather(2, place.flatten(2)).view_as(value)
         torch.testing.assert_close(picked, value, equal_nan=True)
+
+
+def test_long_windows_are_searched_at_once() -> None:
+    """A maximum over a whole series is a few operations, with places of the first of equal ones and none of padding."""
+    x = torch.randint(5, (3, 2, 1, 700), generator=torch.Generator().manual_seed(0)).float()
+    x[0] = -math.inf
+    pools = (
+        (aten.max_pool2d_with_indices.default, [[1, 700]]), (aten.adaptive_max_pool2d.default, [[1, 1]]),
+        (aten.adaptive_max_pool2d.default, [[1, 9]]),
+        (aten.max_pool2d_with_indices.default, [[1, 40], [1, 7], [0, 20], [1, 2], True]),
+    )  # fmt: skip
+    for op, setting in pools:
+        watch = Watch()
+        with watch:
+            mine = EVEN[op](x, *setting)
+        for found, theirs in zip(mine, op(x, *setting), strict=True):
+            assert torch.equal(found, theirs)
+        assert len(watch.seen) < 40
+    with pytest.raises(ValueError, match="windows"):
+        EVEN[aten.adaptive_max_pool2d.default](x, [1, 65])
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_no_patient_moves_another_in_even_operations(name: str) -> None:
+    """Whatever one patient's values become, every other's result keeps its bits; and its dtype and shape are as ever."""
+    for build in CASES[name]:
+        args = build(Given(1, 3, 2, 2))
+        plain = tensors(TABLE[name][1](*args))
+        with Evenly():
+            before = tensors(TABLE[name][1](*args))
+            after = [tensors(TABLE[name][1](*[spoiled(a, bad) for a in args])) for bad in (math.nan, 1e300)]
+        for usual, mine, *others in zip(plain, before, *after, strict=True):
+            torch.testing.assert_close(mine, usual, rtol=1e-9, atol=1e-9, equal_nan=True)
+            for other in others:
+                assert torch.equal(bits(mine[1:]), bits(other[1:]))
 
 
 def hostile(op: str, size: int) -> Lifted:

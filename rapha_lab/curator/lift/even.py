@@ -356,8 +356,8 @@ def sinc(x: Tensor) -> Tensor:
 
 
 @even(aten.trunc.default)
-def trunc(x: Tensor) -> Tensor:
-    return torch.copysign(x.abs().floor(), x) if x.is_floating_point() else x
+def trunc(x: Tensor) -> Any:
+    return torch.copysign(x.abs().floor(), x) if x.is_floating_point() else NotImplemented
 
 
 def _divided(a: Any, b: Any, down: bool) -> tuple[Tensor, Tensor]:

@@ -128,9 +128,10 @@ def parts(
         watched = [y for use in uses for y in use.outputs]
         grads = iter(torch.autograd.grad(losses.sum(), [*watched, *own.values()], allow_unused=True))
     found: dict[str, list[Part]] = {}
-    for use in uses:
-        for part in _parts(use, [next(grads) for _ in use.outputs]):
-            found.setdefault(part.name, []).append(part)
+    with graph.evenly():
+        for use in uses:
+            for part in _parts(use, [next(grads) for _ in use.outputs]):
+                found.setdefault(part.name, []).append(part)
     for name, gradient in zip(own, grads, strict=True):
         if gradient is not None:
             found[name] = [Stored(name, gradient)]

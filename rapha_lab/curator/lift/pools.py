@@ -17,7 +17,10 @@ __all__: list[str] = []
 
 aten = torch.ops.aten
 Found = tuple[Tensor, Tensor]
-"""Numbers and their places; a place below zero is none."""
+"""Numbers and their places, of which one below zero is none."""
+
+SHORT, WINDOWS = 8, 64
+"""Numbers of a window that are compared one after another; windows of different lengths."""
 
 
 def _larger(one: Found, other: Found, padded: bool) -> Found:
@@ -28,24 +31,11 @@ def _larger(one: Found, other: Found, padded: bool) -> Found:
     return value, place
 
 
-def _along(d: int, found: Found, windows: Sequence[Sequence[slice]], padded: bool = False) -> Found:
-    """The largest along one dimension: of each window so many slices.
-
-    For a compiler they are in memory: its loops over numbers with gaps between them would branch.
-    """
-    behind = [slice(None)] * (-1 - d)
-    best = []
-    for window in windows:
-        first, *others = [
-            (kept(found[0][..., part, *behind]), kept(found[1][..., part, *behind]))  # type: ignore[index]
-            for part in window
-        ]
-        for other in others:
-            first = _larger(first, other, padded)
-        best.append((kept(first[0]), kept(first[1].expand(first[0].shape))))
-    if len(best) == 1:
-        return best[0]
-    return torch.cat([value for value, _ in best], d), torch.cat([place for _, place in best], d)
+def _largest(value: Tensor, place: Tensor, places: int) -> Found:
+    """The largest along the last dimension, at the first place that it has of so many."""
+    value, best = kept(value), kept(value).amax(-1, True)
+    elsewhere = ((value != best) & (value == value)) | (place < 0)
+    return best.squeeze(-1), (place + elsewhere.to(place.dtype) * places).amin(-1)
 
 
 def _placed(x: Tensor, rank: int) -> Found:
@@ -54,11 +44,32 @@ def _placed(x: Tensor, rank: int) -> Found:
     return x, places.view(shape)
 
 
+def _along(found: Found, d: int, windows: tuple[int, int, int, int], padded: bool, places: int) -> Found:
+    """The largest along one dimension: of so many windows of k numbers, how far apart those and the windows are.
+
+    For a compiler they are in memory: its loops over numbers with gaps between them would branch.
+    """
+    many, k, wide, s = windows
+    if k > SHORT:
+        value, place = (t.unfold(d, wide * (k - 1) + 1, s)[..., ::wide] for t in found)
+        return _largest(value.narrow(d - 1, 0, many), place.narrow(d - 1, 0, many), places)
+    behind = [slice(None)] * (-1 - d)
+    parts = [slice(a * wide, a * wide + (many - 1) * s + 1, s) for a in range(k)]
+    first, *others = [tuple(kept(t[..., part, *behind]) for t in found) for part in parts]  # type: ignore[index]
+    for other in others:
+        first = _larger(first, other, padded)  # type: ignore[arg-type]
+    return kept(first[0]), kept(first[1])
+
+
+def _told(found: Found) -> Found:
+    return found[0].contiguous(), found[1].expand(found[0].shape).long().contiguous()
+
+
 def _max_pool(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,), ceil: bool = False, *, rank: int,
 ) -> Found:  # fmt: skip
-    found = _placed(x, rank)
+    found, places = _placed(x, rank), math.prod(x.shape[-rank:])
     given = [list(v) * (rank if len(v) == 1 else 1) for v in (kernel, stride or kernel, padding, dilation)]
     each = list(zip(*given, strict=True))
     padded = ceil or any(p for _, _, p, _ in each)
@@ -70,9 +81,8 @@ def _max_pool(
         if padded:
             around = [*[0, 0] * (-1 - d), p, max(0, (many - 1) * s + reach + 1 - n - p)]
             found = F.pad(found[0], around, value=-math.inf), F.pad(found[1], around, value=-1)
-        starts = range(0, reach + 1, wide)
-        found = _along(d, found, [[slice(a, a + (many - 1) * s + 1, s) for a in starts]], padded)
-    return found[0].contiguous(), found[1].long().contiguous()
+        found = _along(found, d, (many, k, wide, s), padded, places)
+    return _told(found)
 
 
 even(aten.max_pool2d_with_indices.default, compiled=True)(partial(_max_pool, rank=2))
@@ -81,10 +91,17 @@ even(aten.max_pool3d_with_indices.default, compiled=True)(partial(_max_pool, ran
 
 @even(aten.adaptive_max_pool2d.default, compiled=True)
 def adaptive_max_pool2d(x: Tensor, size: Sequence[int]) -> Found:
-    """Windows that differ in length."""
-    found = _placed(x, 2)
+    """Windows that may differ in length."""
+    found, places = _placed(x, 2), math.prod(x.shape[-2:])
     for d in (-1, -2):
         n, many = x.shape[d], size[d]
+        if n % many == 0:
+            found = _along(found, d, (many, n // many, 1, n // many), False, places)
+            continue
+        if many > WINDOWS:
+            raise ValueError(f"more than {WINDOWS} windows of different lengths; use a max_pool")
         bounds = [(i * n // many, -(-(i + 1) * n // many)) for i in range(many)]
-        found = _along(d, found, [[slice(a, a + 1) for a in range(*each)] for each in bounds])
-    return found[0].contiguous(), found[1].long().contiguous()
+        value, place = (t.movedim(d, -1) for t in found)
+        cells = [_largest(value[..., a:b], place[..., a:b], places) for a, b in bounds]
+        found = torch.stack([value for value, _ in cells], d), torch.stack([place for _, place in cells], d)
+    return _told(found)
