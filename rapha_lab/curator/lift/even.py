@@ -340,10 +340,13 @@ def acosh(x: Tensor) -> Tensor:
     return log(a + sqrt(a - 1) * sqrt(a + 1)).to(x.dtype)
 
 
-@of_floats(aten.tanh.default)
 def tanh(x: Tensor) -> Tensor:
-    e = x.abs().mul(-2).expm1()
-    return torch.copysign(e / (e + 2), x)
+    """Of floats, by -2|x|, so that nothing cancels."""
+    e = x.abs().mul_(-2).expm1_()
+    return torch.copysign(e.div_(e + 2), x)
+
+
+of_floats(aten.tanh.default)(tanh)
 
 
 @of_floats(aten.sinc.default, compiled=True)
