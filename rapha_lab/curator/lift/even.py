@@ -1,4 +1,3 @@
-# ruff: noqa: D103  (a function does what the operation it is entered under does)
 """Operations whose usual kernels take longer for some numbers than for others, computed evenly instead.
 
 Libraries branch on what a number is: a logarithm of NaN takes ten times as long as another, a choice five times if
