@@ -6,6 +6,7 @@ is as untrusted as what it writes to its pipe: the curator copies it before it l
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import threading
@@ -32,28 +33,46 @@ class Blocks:
 
     def __init__(self, count: int = COUNT) -> None:
         self._lock = threading.Lock()
-        self.fds = [os.memfd_create("rapha-block", os.MFD_CLOEXEC) for _ in range(count)]
-        for fd in self.fds:
-            os.ftruncate(fd, BLOCK)
-        self._free = [Block(number, fd) for number, fd in enumerate(self.fds)]
+        self.fds = [_made() for _ in range(count)]
+        self._free = [*range(count)]
+        self._taken = dict[int, Block]()
 
     def take(self) -> Block | None:
         """A block that nobody has, of zeros; None if there is none."""
         with self._lock:
-            return self._free.pop() if self._free else None
+            if not self._free:
+                return None
+            number = self._free.pop()
+            _wipe(self.fds[number])  # whoever had it may have written with its last breath
+            block = self._taken[number] = Block(number, self.fds[number])
+            return block
 
     def give_back(self, block: Block | None) -> None:
-        """Wipe a block whose session is gone and for which the curator does nothing any more."""
+        """Free a block whose session is gone and for which the curator does nothing any more; the second time, nothing."""
         with self._lock:
-            if block is None or block.fd not in self.fds:  # closed, and the number may be another file's
+            if block is None or self._taken.get(block.number) is not block:
                 return
-            with mmap.mmap(block.fd, BLOCK) as memory:
-                memory.madvise(mmap.MADV_REMOVE)  # frees its pages: what is read afterwards is zeros
-            self._free.append(block)
+            _wipe(block.fd)
+            del self._taken[block.number]
+            self._free.append(block.number)
 
     def close(self) -> None:
         """Close them all."""
         with self._lock:
             self._free.clear()
+            self._taken.clear()
             while self.fds:
                 os.close(self.fds.pop())
+
+
+def _made() -> int:
+    """A file of BLOCK zeros without a name, whose size nobody can change: who touched what is cut off would die of it."""
+    fd = os.memfd_create("rapha-block", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, BLOCK)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
+def _wipe(fd: int) -> None:
+    with mmap.mmap(fd, BLOCK) as memory:
+        memory.madvise(mmap.MADV_REMOVE)  # frees its pages: what is read afterwards is zeros

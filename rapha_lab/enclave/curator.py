@@ -130,9 +130,10 @@ class Curator:
         """Pass on the next reply, or its end, to whom it concerns."""
         try:
             frame = messages.read_frame(process.stdout)  # type: ignore[arg-type]
-        except messages.RequestError:
-            frame = None  # killed in the middle of a frame
+        except (messages.RequestError, MemoryError):
+            frame = None  # killed in the middle of one; or what follows in the pipe is none
         if frame is None:
+            process.kill()
             process.wait()
             with self._lock:
                 self._lose(process)

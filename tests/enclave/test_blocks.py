@@ -85,3 +85,37 @@ def test_what_was_read_is_the_curators_own(blocks) -> None:
         read = curator.read(block.number, 4)
         session[:4] = b"evil"
     assert read == b"good"
+
+
+def test_a_block_that_is_given_back_twice_is_not_given_to_two(blocks) -> None:
+    """Two who clean up after one session: the second must take it from nobody who has it by then."""
+    first = blocks.take()
+    blocks.take()
+    blocks.give_back(first)
+    blocks.give_back(first)
+    again = blocks.take()
+    assert blocks.take() is None
+    with mmap.mmap(again.fd, BLOCK) as memory:
+        memory[:6] = b"theirs"
+        blocks.give_back(first)
+        assert memory[:6] == b"theirs"
+    assert blocks.take() is None
+
+
+def test_what_was_written_after_it_was_given_back_is_gone_when_the_next_gets_it(blocks) -> None:
+    """By the last breath of a session whose zygote died before it, or by the curator."""
+    block = blocks.take()
+    with mmap.mmap(block.fd, BLOCK) as late:
+        blocks.give_back(block)
+        late[:6] = b"secret"
+        next_one = blocks.take()
+        assert next_one.fd == block.fd
+        assert late[:6] == bytes(6)
+
+
+def test_nobody_can_change_its_size(blocks) -> None:
+    """Whoever touched what was cut off would die of it, the curator too."""
+    block = blocks.take()
+    for size in (0, BLOCK // 2, 2 * BLOCK):
+        with pytest.raises(PermissionError):
+            os.ftruncate(block.fd, size)

@@ -85,6 +85,22 @@ def test_whoever_waits_for_a_curator_that_died_is_told(
     assert [told["name"] for told in curator.look_up("catalog")] == ["ward"]
 
 
+def test_a_curator_that_cannot_be_understood_is_ended_and_nobody_waits_for_ever(
+    curator: Curator, serving: Ward
+) -> None:
+    """It lives on and would never end of itself: what it said was too large, or a part of it was lost on this side."""
+    trainings = [Training(curator, serving, number, 10**6) for number in range(2)]
+    for training in trainings:
+        assert training.begun.wait(60)
+    theirs = os.readlink(f"/proc/self/fd/{curator._process.stdout.fileno()}")
+    folder = Path(f"/proc/{curator.pid}/fd")
+    ends = [end for end in folder.iterdir() if os.readlink(end) == theirs]
+    with ends[0].open("wb", buffering=0) as pipe:
+        pipe.write(b"no frame of this protocol " * 4000)
+    assert all(isinstance(training.ended(), CuratorLost) for training in trainings)
+    assert [told["name"] for told in curator.look_up("catalog")] == ["ward"]
+
+
 def test_a_session_runs_on_no_core_of_the_curators(serving: Ward) -> None:
     """It could time how busy that is, and each would empty the other's caches."""
     if len(cores.ALL) < 2:
