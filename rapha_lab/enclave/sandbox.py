@@ -218,6 +218,7 @@ class Zygote:
         self._lock, self._workers, self._count = threading.Lock(), dict[int, Worker](), 0
         self._gate, self._still, self._closed = threading.Lock(), threading.Event(), False
         self._reasons: list[str] = []
+        self._listener: threading.Thread | None = None
         self._entry, self._preload = entry, list(preload)
         self._config = {
             "entry": entry,
@@ -282,7 +283,8 @@ class Zygote:
             why = self._why(first)
             self._end()
             raise SiteError("The sandbox did not start.", why, "See its message for what is missing.")
-        threading.Thread(target=self._listen, name="rapha-zygote", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="rapha-zygote", daemon=True)
+        self._listener.start()
 
     def _why(self, first: dict[str, str]) -> str:
         self._errors.seek(0)
@@ -418,6 +420,7 @@ class Zygote:
                 worker._outcome = message["outcome"]
                 self._forget(message["id"])
             worker._locked.set()
+        self._process.wait()  # its workers are killed when it is gone, and not when it stopped talking
         for number in list(self._workers):
             self._forget(number)
 
@@ -448,6 +451,8 @@ class Zygote:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        if self._listener is not None:
+            self._listener.join()  # else it would take a new zygote's workers for gone
         self._control.close()
         self._errors.close()
         self._home.cleanup()
