@@ -60,6 +60,19 @@ class Row(msgspec.Struct, frozen=True):
     def __format__(self, spec: str) -> str:
         return format(self.value, spec)
 
+    # so that a loop can keep the best model, or stop: if row < best
+    def __lt__(self, other: Any) -> bool:
+        return self.value < float(other)
+
+    def __gt__(self, other: Any) -> bool:
+        return self.value > float(other)
+
+    def __le__(self, other: Any) -> bool:
+        return self.value <= float(other)
+
+    def __ge__(self, other: Any) -> bool:
+        return self.value >= float(other)
+
 
 class Release(msgspec.Struct, kw_only=True):
     """A private answer.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rapha_lab.protocol.errors import PolicyError, ProgramError, RequestError
 from rapha_lab.protocol.program import Program
 from rapha_lab.protocol.program import within as in_bounds
-from rapha_lab.session import layers, recipe, tracing
+from rapha_lab.session import layers, losses, recipe, tracing
 
 __all__ = ["Finding", "Findings", "check", "fix", "within"]
 
@@ -111,6 +111,8 @@ def check(
         return found
     try:
         within(model, getattr(of, "largest_model", None))
+        if isinstance(target, str) and of is not None:
+            losses.refuse_column(losses.name_of(loss), of.schema.find(target)[0])
         program = tracing.loss_program(model, loss, examples, goal).program
         found.paths = lift(program) if lift else {}
     except (PolicyError, ProgramError) as error:

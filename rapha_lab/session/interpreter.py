@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ast
 import base64
-import inspect
 import io
 import linecache
+import os
 import re
 import sys
 import time
@@ -26,7 +26,7 @@ from IPython.core.formatters import DisplayFormatter
 
 from rapha_lab.protocol.errors import CellError, RaphaError, RefusedError
 from rapha_lab.protocol.release import Release, canonical
-from rapha_lab.session import pictures, tracing
+from rapha_lab.session import hints, pictures, tracing
 from rapha_lab.session.bars import undrawn
 from rapha_lab.session.loops import close_open
 from rapha_lab.session.opacus import recognised
@@ -159,8 +159,9 @@ def _captured(screen: Screen, name: str) -> Iterator[None]:
     sys.stdout, sys.stderr = screen.streams = streams
     functions.display = public.display = screen.show
     pyplot.show = lambda *_, **__: screen.figures()
-    own = torch.compile, torch.amp.GradScaler
+    own = torch.compile, torch.amp.GradScaler, torch.save
     torch.compile, torch.amp.GradScaler = _as_written, _unscaled  # type: ignore[misc,assignment]
+    torch.save = _unwritten  # type: ignore[assignment]
     cell = tracing.CELL.set(name)
     try:
         with tracing.derived(lambda _, args: any(isinstance(arg, SealedTensor) for arg in args)):
@@ -171,7 +172,7 @@ def _captured(screen: Screen, name: str) -> Iterator[None]:
         for stream in streams:
             stream.send()
         sys.stdout, sys.stderr, functions.display, public.display, pyplot.show = before
-        torch.compile, torch.amp.GradScaler = own  # type: ignore[misc]
+        torch.compile, torch.amp.GradScaler, torch.save = own  # type: ignore[misc]
 
 
 def _as_written(model: Any = None, **_: Any) -> Any:
@@ -182,6 +183,18 @@ def _as_written(model: Any = None, **_: Any) -> Any:
 def _unscaled(device: str = "cuda", **_: Any) -> Any:
     """In place of torch.amp.GradScaler: a scaled loss would have every patient's gradient clipped to nothing else."""
     return torch.amp.grad_scaler.GradScaler(device, enabled=False)
+
+
+def _unwritten(it: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+    """In place of torch.save: a cell has no files, which a rehearsal says before anything is paid for."""
+    if tracing.CELL.get() and isinstance(f, str | os.PathLike):
+        raise RefusedError(
+            "torch.save would write a file.",
+            "A cell has none of its own; its session's values stay until it ends, and what -o names comes back.",
+            "Write best = copy.deepcopy(model.state_dict()), bring it with -o best, and save it in the notebook.",
+            line=tracing.cell_line(),
+        )  # fmt: skip
+    torch.serialization.save(it, f, *args, **kwargs)
 
 
 def run(source: str, namespace: dict[str, Any], screen: Screen, name: str = "<cell>") -> None:
@@ -257,22 +270,11 @@ def cell_error(error: BaseException, name: str) -> CellError:
         _cells_only(told)
         lines = list(told.format())
         message = str(error)
-        lines += _takes(message)
+        lines += [f"{hint}\n" for hint in hints.of(error)]
     except Exception:  # a hostile __str__ must not end the session
         lines, message = [f"{kind}: (its message could not be made)"], ""
     text = "".join(lines).rstrip().splitlines()
     return CellError(f"{kind}: {message}"[:2000], traceback=[*text], line=_line(error, name))
-
-
-def _takes(message: str) -> list[str]:
-    """What a question of `patients` takes, for an error of an argument that it does not."""
-    from rapha_lab.session.patients import Patients
-
-    found = re.search(r"\bPatients\.(\w+)\(\) got an unexpected keyword argument", message)
-    if found is None or not hasattr(Patients, found[1]):
-        return []
-    names = [name for name in inspect.signature(getattr(Patients, found[1])).parameters if name != "self"]
-    return [f"{found[1]} takes {', '.join(names)}.\n"]
 
 
 def _cells_only(told: traceback.TracebackException) -> None:

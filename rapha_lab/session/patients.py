@@ -20,7 +20,7 @@ from rapha_lab.protocol.program import Program, digest
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
 from rapha_lab.protocol.tensors import Layout
-from rapha_lab.session import checking, parcels, recipe, shard, tracing
+from rapha_lab.session import checking, losses, parcels, recipe, shard, tracing
 from rapha_lab.session.loops import Batches
 from rapha_lab.session.opacus import Loader
 from rapha_lab.session.questions import Ask, Questions, made
@@ -154,9 +154,11 @@ class Patients(Questions):
             "follows": bool(clip_quantile),
         }
         chosen = recipe.choose(self._expected(), common["epsilon"], model, optimizer, **sizes)
-        column = self.schema.column(target) if loss is None else None
-        chosen["selection"] = recipe.selection(candidates, runs, bound, loss, column)
+        column = self.schema.column(target) if isinstance(target, str) else None
+        chosen["selection"] = recipe.selection(candidates, runs, bound, loss, None if loss else column)
         loss = loss or recipe.loss_for(self.schema.column(target))
+        if column is not None:
+            losses.refuse_column(losses.name_of(loss), column)
         checking.within(model, self._largest_model)
         traced = tracing.loss_program(model, loss, self._examples(named), self._example(target))
         options = {"bands": bands, "average": average, "corrected": corrected, "clip_quantile": clip_quantile}

@@ -56,6 +56,15 @@ def choose(
         )
     chosen = steps(expected, epochs=epochs, batch=batch, clip=clip)
     if optimizer is not None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise RequestError(
+                f"The optimizer is {optimizer!r}."
+                if isinstance(optimizer, str)
+                else "The optimizer is none yet.",
+                "It must be one of torch.optim on the model's parameters.",
+                "Say optimizer=torch.optim.Adam(model.parameters(), lr=0.01), for instance.",
+                field="optimizer",
+            )
         held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         if {id(p) for p in held} != {id(p) for p in trained}:
             raise RequestError(
@@ -107,7 +116,7 @@ def described(optimizer: torch.optim.Optimizer) -> Optimizer:
         raise RequestError(
             f"fit() cannot run this {type(optimizer).__name__}.",
             f"It runs {', '.join(_NAMES)} with one group of parameters.",
-            "Leave optimizer out for one that works, or choose one of these.",
+            "Leave optimizer out for one that works, choose one of these, or write a loop over patients.train.batches(...).",
             field="optimizer",
         )
     group = optimizer.param_groups[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.errors import ProgramError, SealedError
-from rapha_lab.session import scaled, tracing
+from rapha_lab.session import losses, scaled, tracing
 from rapha_lab.session.backward import backward
 from rapha_lab.session.refusals import OF_TORCH, REFUSALS
 from rapha_lab.session.tape import PATIENTS, Columns, Count, Made, Tape, Use, filled, mapped, name_of
@@ -75,6 +75,10 @@ class SealedTensor(Tensor):
             return args[0]._made.grad and bool(Tape(_use(args[0])).parameters)
         _refuse_norms(name, kwargs)
         _refuse_order(name, args)
+        _refuse_loss(name, args)
+        if name == "squeeze" and len(args) == 1 and "dim" not in kwargs:
+            # said by dimensions: one patient alone, too, stays in a dimension of its own
+            kwargs = {"dim": tuple(d for d, n in enumerate(_plain(args[0]).shape) if n == 1)}
         if batch is not None and torch.is_autocast_enabled("cpu"):
             batch.memory.say_of_autocast()
         in_place = _in_place(name) or kwargs.get("inplace") is True
@@ -374,6 +378,15 @@ def _refuse_norms(name: str, kwargs: dict[str, Any]) -> None:
             "Use nn.GroupNorm or nn.LayerNorm, which rapha.fix(model) puts in for BatchNorm, or model.eval().",
             line=tracing.cell_line(),
         )  # fmt: skip
+
+
+def _refuse_loss(name: str, args: Any) -> None:
+    """Raise ProgramError for a loss of torch on a target that it is not made for."""
+    if len(args) > 1 and all(isinstance(t, SealedTensor) for t in args[:2]):
+        prediction, target = args[:2]
+        losses.refuse_shapes(name, tuple(prediction.shape), tuple(target.shape), target.is_floating_point())
+        if target._made.column is not None:
+            losses.refuse_column(name, target._made.column)
 
 
 def _refuse_order(name: str, args: Any) -> None:

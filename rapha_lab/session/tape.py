@@ -189,11 +189,19 @@ class Tape:
                 out = made.function(*args, **kwargs)
                 found[id(made)] = args[0] if out is None else out
                 continue
-            if not random and "training" in kwargs:
-                kwargs["training"] = False
+            if not random:
+                args, kwargs = _undropped(name_of(made.function), args, kwargs)
             out = made.function(*args, **kwargs)
             found[id(made)] = out if made.grad else _detached(out)
         return put(self.of)
+
+
+def _undropped(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The arguments of an operation without its dropout, that between the layers of a recurrent one included."""
+    if name in ("gru", "lstm", "rnn_tanh", "rnn_relu") and len(args) == 9:
+        args = (*args[:6], False, *args[7:])
+    given = {"training": False, "dropout_p": 0.0}
+    return args, {k: given.get(k, v) for k, v in kwargs.items()}
 
 
 def _detached(value: Any) -> Any:

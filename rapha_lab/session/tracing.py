@@ -507,6 +507,11 @@ def _untraceable(error: Exception, batch: Tensors | None = None) -> ProgramError
             f"One patient's shapes are {shapes}. In a list of columns a category of more than two values takes a "
             "number for each: patients.schema.layout(FEATURES) says how wide a list is."
         )
+    if text.startswith("Target size"):
+        instead = (
+            "A column is one number a patient: end the model with one output, squeezed by .squeeze(-1), not .squeeze(), "
+            "which takes a single patient's dimension too."
+        )
     if "dtype" in text:
         instead = "Records are float32: make the model so, with model.float(), and tensors of your own."
     if "'indices'" in text:
@@ -517,7 +522,7 @@ def _untraceable(error: Exception, batch: Tensors | None = None) -> ProgramError
     patients = len(next(iter(batch.values()))) if batch else 1
     count = "one made-up patient" if patients == 1 else f"{patients} made-up patients together"
     return ProgramError(
-        f"The model or loss fails on {count}: {kind}: {text}", "It was tried before anything was sent.",
+        f"The model or loss fails on {count}: {kind}: {text.rstrip('.')}.", "It was tried before anything was sent.",
         instead, field="model", line=line,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ import torch
 from house import House, numbers
 
 from rapha_lab.protocol.columns import Column
-from rapha_lab.protocol.errors import ProgramError, RaphaError
+from rapha_lab.protocol.errors import CellError, ProgramError, RaphaError
 from rapha_lab.session import scaled
 from rapha_lab.session.interpreter import Screen, run
 from rapha_lab.session.patients import Patients
@@ -159,6 +159,17 @@ for batch in batches():
     at_risk = (torch.arange(5)[None] <= last[:, None]).float()
     update((logits(model(batch[X]), F.one_hot(last, 5) * died[:, None], reduction="none") * at_risk).sum(1).mean())
 """,
+    "squeezed by no dimension": """
+for batch in batches():
+    update(logits(model(batch[X]).squeeze(), torch.squeeze(batch["y"]).float()))
+""",
+    "dropout between recurrent layers": """
+model = nn.Sequential(nn.GRU(2, 4, num_layers=2, dropout=0.5, batch_first=True), nn.Linear(4, 1))
+opt = torch.optim.Adam(model.parameters())
+for batch in batches():
+    h = model[0](torch.stack([batch["labs.value"], batch["labs.time"]], -1))[0]
+    update(logits(model[1](h[:, -1]).squeeze(), batch["y"].float()))
+""",
     "the last state": SEQUENCE + '    update(logits(model.out(h[:, -1]).squeeze(-1), batch["y"].float()))',
     "states pooled by a mask": SEQUENCE
     + """
@@ -229,6 +240,14 @@ REFUSED = {
         "(logits(model(batch[X])[:, 0], (batch['t'] > 5).float())).mean().backward()",
         'Write batch["t"] > 0.',
     ),
+    "pairs": ("F.mse_loss(model(batch[X]), batch['t'])", ".squeeze(-1)"),
+    "pairs of yes or no": ("logits(model(batch[X]), batch['y'].float())", ".squeeze(-1)"),
+    "classes as floats": (
+        "F.cross_entropy(torch.cat([model(batch[X])] * 2, 1), batch['y'].float())",
+        ".long()",
+    ),
+    "a number as a yes or no": ("logits(model(batch[X]).squeeze(-1), batch['t'])", 'pl.col("t") > 5'),
+    "a file": ("torch.save(model.state_dict(), 'best.pt')", "-o best"),
     "loader": ("torch.utils.data.DataLoader(patients.train, shuffle=True)", "patients.train.batches"),
 }
 
@@ -320,6 +339,59 @@ def test_a_rehearsal_finds_steps_that_are_not_paid_for(house: House) -> None:
     with pytest.raises(RaphaError, match="4 times on 2 batches") as refused:
         run(HEAD + twice, {"patients": patients}, Screen(lambda output: None), "<enclave cell 1>")
     assert "zip(loop, loop)" in (refused.value.instead or "")
+
+
+def test_a_fit_refuses_a_loss_of_yes_or_no_for_a_number(house: House) -> None:
+    """It is scaled to -1 and 1, of which the loss has no least value: it would train to nowhere without a word."""
+    with pytest.raises(ProgramError, match="takes a yes or no, and t is a number") as refused:
+        ran(house, 'patients.train.fit(model, nn.BCEWithLogitsLoss(), inputs=X, target="t", epsilon=1)')
+    assert "nn.MSELoss()" in refused.value.instead
+    ran(house, 'patients.train.fit(model, nn.BCEWithLogitsLoss(), inputs=X, target="y", epsilon=1, epochs=1)')
+
+
+@pytest.mark.parametrize("optimizer", ["'adam'", "torch.optim.Adam"])
+def test_a_fit_refuses_what_is_no_optimizer(house: House, optimizer: str) -> None:
+    """With one to write instead."""
+    with pytest.raises(RaphaError, match="optimizer") as refused:
+        ran(house, f'patients.train.fit(model, inputs=X, target="y", epsilon=1, optimizer={optimizer})')
+    assert "torch.optim.Adam(model.parameters()" in (refused.value.instead or "")
+
+
+def test_a_figure_decides_which_model_is_kept(house: House) -> None:
+    """An evaluation's figure compares with numbers and other figures, so that a loop can stop early by it."""
+    found = ran(
+        house,
+        """
+told = patients.validation.evaluate(model, ["brier"], inputs=X, target="y", epsilon=1)["brier"]
+kept = [told < 9.0, told > 9.0, told <= told, told >= 9.0, 9.0 > told, min([told, 0.0]), told < float("inf")]
+""",
+    )
+    assert found["kept"] == [True, False, True, False, True, 0.0, True]
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        (
+            'patients.train.fit(model, X, "y", epsilon=1)',
+            "fit takes model, loss, and by name inputs=, target=",
+        ),
+        ("torch.optim.LBFGS(model.parameters()).step()", "use torch.optim.SGD"),
+        ("model(torch.zeros(2, 4))", "patients.schema.layout(FEATURES)"),
+        ("raise PermissionError(1, 'Operation not permitted')", "-o brings them back"),
+        ("import no_such_package", "installs none"),
+        ("!pip install lifelines", "lines with ! or %"),
+        ("model(", None),
+    ],
+)
+def test_errors_of_python_and_torch_are_told_with_a_way_out(
+    house: House, source: str, hint: str | None
+) -> None:
+    """Below the traceback, where there is one; a slip of the pen has none."""
+    with pytest.raises(CellError) as raised:
+        ran(house, source)
+    assert (hint or "lines with") in raised.value.traceback[-1] or hint is None
+    assert hint is not None or not any("lines with" in line for line in raised.value.traceback)
 
 
 def test_a_fit_refuses_a_backward_of_its_own_and_random_numbers(house: House) -> None:
