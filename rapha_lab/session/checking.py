@@ -111,8 +111,7 @@ def check(
         return found
     try:
         within(model, getattr(of, "largest_model", None))
-        if isinstance(target, str) and of is not None:
-            losses.refuse_column(losses.name_of(loss), of.schema.find(target)[0])
+        losses.refuse_target(loss, of.schema.find(target)[0] if isinstance(target, str) else None)
         program = tracing.loss_program(model, loss, examples, goal).program
         found.paths = lift(program) if lift else {}
     except (PolicyError, ProgramError) as error:

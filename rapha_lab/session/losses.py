@@ -11,18 +11,11 @@ from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.session import scaled, tracing
 
-__all__ = ["name_of", "refuse_column", "refuse_shapes"]
+__all__ = ["refuse_column", "refuse_shapes", "refuse_target"]
 
 YES_OR_NO = ("binary_cross_entropy_with_logits", "binary_cross_entropy")
 CLASSES = ("cross_entropy", "nll_loss")
 PAIRED = (*YES_OR_NO, "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
-
-
-def name_of(loss: Any) -> str:
-    """By which function of torch a loss is computed, "" if by none of these."""
-    modules = {nn.BCEWithLogitsLoss: YES_OR_NO[0], nn.BCELoss: YES_OR_NO[1]}
-    functions = {F.binary_cross_entropy_with_logits: YES_OR_NO[0], F.binary_cross_entropy: YES_OR_NO[1]}
-    return modules.get(type(loss), "") or (functions.get(loss, "") if callable(loss) else "")
 
 
 def refuse_shapes(name: str, prediction: tuple[int, ...], target: tuple[int, ...], real: bool) -> None:
@@ -71,3 +64,12 @@ def refuse_column(name: str, target: Column) -> None:
         field="loss",
         line=tracing.cell_line(),
     )
+
+
+def refuse_target(loss: Any, target: Column | None) -> None:
+    """The same for a loss that is called, a module or a function, on a column; one of the cell's own is its own affair."""
+    modules = {nn.BCEWithLogitsLoss: YES_OR_NO[0], nn.BCELoss: YES_OR_NO[1]}
+    functions = {F.binary_cross_entropy_with_logits: YES_OR_NO[0], F.binary_cross_entropy: YES_OR_NO[1]}
+    name = modules.get(type(loss)) or next((name for f, name in functions.items() if f is loss), "")
+    if target is not None:
+        refuse_column(name, target)

@@ -157,8 +157,7 @@ class Patients(Questions):
         column = self.schema.column(target) if isinstance(target, str) else None
         chosen["selection"] = recipe.selection(candidates, runs, bound, loss, None if loss else column)
         loss = loss or recipe.loss_for(self.schema.column(target))
-        if column is not None:
-            losses.refuse_column(losses.name_of(loss), column)
+        losses.refuse_target(loss, column)
         checking.within(model, self._largest_model)
         traced = tracing.loss_program(model, loss, self._examples(named), self._example(target))
         options = {"bands": bands, "average": average, "corrected": corrected, "clip_quantile": clip_quantile}
