@@ -278,20 +278,22 @@ for batch in patients.train.batches(size=100, epochs=0.1, epsilon=1):
 
 
 def test_who_waits_for_a_compiler_is_told(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a loop as by a fit, once, before any step and apart from them."""
+    """By a loop as by a fit, as long as it lasts, before any step and apart from them."""
     monkeypatch.setattr(train, "WORTH", -1e9)
     monkeypatch.setattr(train, "compile_noise", lambda assembled: True)
     monkeypatch.setattr(compiling, "_steps", {})
     monkeypatch.setattr(compiling, "_machine_code", lambda graph, example: lambda tensors: graph(*tensors))
     model, part = nn.Linear(3, 1), house.patients.train
     part.fit(model, nn.BCEWithLogitsLoss(), inputs=COLUMNS, target="y", batch=100, epochs=1, epsilon=1)
-    assert (house.told[0][0], house.told[0][3]) == (0, train.COMPILING)
-    assert [far[0] for far in house.told[1:]] == [*range(len(house.told) - 1)]
+    waits = [far[0] for far in house.told if far[3:] == (train.COMPILING,)]
+    assert waits
+    assert set(waits) == {0}
+    assert [far[0] for far in house.told[len(waits) :]] == [*range(len(house.told) - len(waits))]
     assert house.releases[-1].values["engine"].startswith("compiled in")
     house.told.clear()
     for batch in part.batches(size=120, epochs=1, epsilon=1, clip=1.0):
         step(model, batch)
     doing = [far[3] for far in house.told if len(far) > 3 and far[3]]
-    assert doing == [train.COMPILING]
+    assert set(doing) == {train.COMPILING}
     assert house.told[0][3] == train.COMPILING
     assert house.releases[-1].values["engine"].startswith("compiled in")
