@@ -308,18 +308,19 @@ _SERIES = [(-1) ** k / math.factorial(2 * k + 1) for k in range(12)]
 
 
 def _sine(x: Tensor, quarters: int) -> Tensor:
-    """Of x plus so many right angles, float64: by its series within a right angle of the nearest multiple of pi."""
+    """Of x plus so many right angles: by its series within a right angle of the nearest multiple of pi."""
     turns = ((x.double() + quarters * math.pi / 2) / math.pi).round()
-    r = (x.double() - turns * _NEAR - turns * _FAR + quarters * math.pi / 2).clamp(-2, 2)
-    square, sine = r * r, torch.full_like(r, _SERIES[-1])
-    for term in reversed(_SERIES[:-1]):
-        sine = sine * square + term
-    return sine * r * (1 - 2 * (turns - 2 * (turns / 2).floor()))
+    r = (x.double() - turns * _NEAR - turns * _FAR + quarters * math.pi / 2).clamp(-2, 2).to(x.dtype)
+    terms = _SERIES[: 8 if x.dtype == torch.float32 else None]
+    square, sine = r * r, torch.full_like(r, terms[-1])
+    for term in reversed(terms[:-1]):
+        sine = sine * square + term if tracing() else sine.mul_(square).add_(term)
+    return sine * r * (1 - 2 * (turns - 2 * (turns / 2).floor())).to(x.dtype)
 
 
-of_floats(aten.sin.default, compiled=True)(lambda x: _sine(x, 0).to(x.dtype))
-of_floats(aten.cos.default, compiled=True)(lambda x: _sine(x, 1).to(x.dtype))
-of_floats(aten.tan.default, compiled=True)(lambda x: (_sine(x, 0) / _sine(x, 1)).to(x.dtype))
+of_floats(aten.sin.default, compiled=True)(lambda x: _sine(x, 0))
+of_floats(aten.cos.default, compiled=True)(lambda x: _sine(x, 1))
+of_floats(aten.tan.default, compiled=True)(lambda x: _sine(x, 0) / _sine(x, 1))
 
 
 of_floats(aten.atan.default)(lambda x: torch.atan2(x, x.new_ones(())))
