@@ -10,7 +10,8 @@ import io
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -43,10 +44,16 @@ PATIENTS, STEPS, BATCH, SHARDS, DELTA = 400, 3, 64, 3, 1e-5
 
 
 class Rehearsal:
-    """A session in this process on made-up patients, as long-lived as the one at the site."""
+    """A session in this process on made-up patients, as long-lived as the one at the site.
+
+    Attributes:
+        namespace: what its cells defined. Nothing of a refused one, which never reaches the site.
+        refused: the names that refused cells would have defined.
+    """
 
     def __init__(self) -> None:
         self.namespace: dict[str, Any] = {}
+        self.refused: set[str] = set()
         self._cohorts: dict[bytes, Cohort] = {}
         self._lock = threading.Lock()
         self._loop: loop.Loop
@@ -59,15 +66,16 @@ class Rehearsal:
         *,
         epsilon: float | None,
         inputs: tuple[dict[str, Any], bytes] = ({}, b""),
+        outputs: Sequence[str] = (),
         show: Callable[[dict[str, Any]], None] | None = None,
         largest_model: int | None = None,
     ) -> None:
-        """Run a cell with inputs as `send` packed them; what it shows goes to `show`, or nowhere.
+        """Run a cell with inputs as `send` packed them; what it shows goes to `show`, or nowhere, and `outputs` must travel.
 
         Raises:
             RaphaError: what would have failed at the site, before anything was sent.
         """
-        with self._lock:
+        with self._lock, self._kept_if_run():
             self.namespace.update(parcels.unpack(*inputs, into=self.namespace))
             self.namespace["patients"] = Patients(
                 schema,
@@ -79,6 +87,20 @@ class Rehearsal:
             screen = interpreter.Screen(show or (lambda output: None))
             self._ran += 1
             interpreter.run(source, self.namespace, screen, f"<enclave cell {self._ran}>")
+            parcels.pack(self.namespace, outputs)
+
+    @contextmanager
+    def _kept_if_run(self) -> Iterator[None]:
+        """As at the site, nothing stays of a cell that is refused: else the next cell would be rehearsed on what is not there."""
+        before = dict(self.namespace)
+        try:
+            yield
+        except BaseException:
+            self.refused |= self.namespace.keys() - before.keys()
+            self.namespace.clear()
+            self.namespace.update(before)
+            raise
+        self.refused -= self.namespace.keys()
 
     def _answer(self, schema: Schema, ask: messages.ASKS, tensors: bytes) -> tuple[dict[str, Any], bytes]:
         request = messages.decode(messages.encode(ask))

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, NoReturn
 
 from IPython.core.interactiveshell import InteractiveShell
@@ -120,10 +121,12 @@ class EnclaveMagics(Magics):
                         dataset.schema,
                         epsilon=args.epsilon,
                         inputs=sent,
+                        outputs=args.output,
                         show=show,
                         largest_model=dataset.largest_model,
                     )
-            except RaphaError:
+            except RaphaError as error:
+                self._explain(error)
                 self._said = _words(held)
                 card.give_way()
                 raise
@@ -175,13 +178,28 @@ class EnclaveMagics(Magics):
             raise
         return job
 
-    def _explain(self, error: CellError) -> None:
-        """Say why the site lacks a name that the rehearsal has: it keeps what a refused cell defined."""
+    def _explain(self, error: RaphaError) -> None:
+        """Say why a cell lacks a name that is known elsewhere, and how it gets there."""
         lacks = re.match(r"NameError: name '(\w+)' is not defined", error.what)
-        if lacks and lacks[1] in self._rehearsal.namespace:
+        if not lacks or not isinstance(error, CellError):
+            return
+        name, here = lacks[1], self.shell.user_ns
+        if name in self._rehearsal.namespace:
             error.traceback.append(
-                f"{lacks[1]} is only in the rehearsal: the cell that defines it was refused before it reached the site, "
+                f"{name} is only in the rehearsal: the cell that defines it was refused at the site or only rehearsed, "
                 "or its session there has ended. Run that cell again first."
+            )
+        elif name in self._rehearsal.refused:
+            error.traceback.append(
+                f"The cell that defines {name} was refused, and nothing of it is kept. Run it again first."
+            )
+        elif name in here and (isinstance(here[name], ModuleType | type) or callable(here[name])):
+            error.traceback.append(
+                f"{name} is in the notebook alone: import or define it in an enclave cell."
+            )
+        elif name in here:
+            error.traceback.append(
+                f"{name} is in the notebook alone: -i {name} on the cell's first line sends it."
             )
 
     def _is_leaving(self) -> bool:

@@ -338,13 +338,46 @@ def test_a_job_whose_kernel_is_gone_still_brings_its_values(notebook: Notebook) 
 
 
 def test_a_name_of_a_refused_cell_is_explained(notebook: Notebook) -> None:
-    """The rehearsal knows it and the site does not: the error says which cell to run again."""
+    """Nothing of that cell is kept, so that the rehearsal finds the next one's lack before anything is sent."""
     notebook.run("%%enclave flchain\nheight = 3\npatients.head()")
+    jobs = notebook.value("len(site.jobs())")
     told = said(notebook.run("%%enclave flchain\nheight + 1"))
     assert "NameError: name 'height' is not defined" in told
-    assert "height is only in the rehearsal" in told
+    assert "The cell that defines height was refused" in told
+    assert "Run it again first." in told
+    assert notebook.value("len(site.jobs())") == jobs
+    notebook.run("%%enclave flchain\nheight = 3")
+    assert "NameError" not in said(notebook.run("%%enclave flchain\nheight + 1"))
+    assert "refused" not in said(notebook.run("%%enclave flchain\nwidth + 1"))
+
+
+def test_a_name_that_was_only_rehearsed_is_explained(notebook: Notebook) -> None:
+    """The rehearsal knows it and the site does not: the error says which cell to run again."""
+    notebook.run("%%enclave flchain --rehearse-only\ndepth = 3")
+    told = said(notebook.run("%%enclave flchain\ndepth + 1"))
+    assert "depth is only in the rehearsal" in told
     assert "Run that cell again first." in told
-    assert "only in the rehearsal" not in said(notebook.run("%%enclave flchain\nwidth + 1"))
+
+
+def test_a_name_of_the_notebook_is_told_how_to_send_it(notebook: Notebook) -> None:
+    """By -i, or where it does not travel by defining it in an enclave cell."""
+    notebook.run("import math as arithmetic\nlengths = [1, 2]")
+    assert "-i lengths on the cell's first line" in said(notebook.run("%%enclave flchain\nlengths[0]"))
+    assert "define it in an enclave cell" in said(notebook.run("%%enclave flchain\narithmetic.pi"))
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [("depths = 3", "deepness is not defined"), ("deepness = print", "deepness does not travel")],
+)
+def test_what_cannot_come_back_is_found_before_anything_is_paid(
+    notebook: Notebook, line: str, told: str
+) -> None:
+    """A slip in -o, or a value that does not travel, costs no ε."""
+    before = notebook.value("len(site.jobs())")
+    cell = f'%%enclave flchain -o deepness\n{line}\npatients.mean("age", epsilon=0.01)'
+    assert told in said(notebook.run(cell))
+    assert notebook.value("len(site.jobs())") == before
 
 
 def test_own_patients_with_an_unlisted_category_are_refused(notebook: Notebook) -> None:
