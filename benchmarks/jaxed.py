@@ -22,7 +22,7 @@ def forward_of(model: nn.Module) -> Forward:
     """
     if isinstance(model, nn.Sequential):
         return _sequence(model, "")
-    if isinstance(model, Recurrent):
+    if isinstance(model, Recurrent) and isinstance(model.layers, nn.GRU):
         return _recurrent
     if isinstance(model, Series):
         return lambda p, x: _dense(p, "head", _encoder(p, "body", 2, 4, _dense(p, "inp", x)).mean(0))

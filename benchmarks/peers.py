@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from workloads import Recurrent, Series, Text, Workload
+from workloads import Columns, Recurrent, Series, Text, Workload, lstm
 
 Step = Callable[[], Any]
 CLIP, RATE = 0.1, 1e-3
@@ -20,14 +20,15 @@ def opacus(workload: Workload, mode: str) -> Step:
         GradSampleModuleExpandedWeights,
         GradSampleModuleFastGradientClipping,
     )
-    from opacus.layers import DPGRU
+    from opacus.layers import DPGRU, DPLSTM
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
     from opacus.validators import ModuleValidator
 
     torch.manual_seed(0)
-    model = Recurrent(DPGRU) if workload.make is Recurrent else workload.make()
-    if workload.make in (Series, Text):
+    layers = {Recurrent: DPGRU, lstm: DPLSTM}.get(workload.make)  # type: ignore[call-overload]
+    model = workload.make() if layers is None else Recurrent(layers)
+    if workload.make in (Series, Text, Columns):
         model = ModuleValidator.fix(model)
     x, y = workload.data()
     settings = {"noise_multiplier": 1.0, "max_grad_norm": CLIP, "expected_batch_size": workload.batch}
@@ -129,9 +130,13 @@ NOT_RUN = {
         for name in PEERS
         if name != "opacus ghost"
     },
-    **{(name, "opacus functorch"): "minutes a step" for name in ("gru", "transformer", "text", "bag")},
-    ("gru", "vmap"): "torch has no rule for a GRU under vmap",
     **{
-        (name, "vmap"): "unrolls attention by patient: minutes to compile" for name in ("transformer", "text")
+        (name, "opacus functorch"): "minutes a step"
+        for name in ("gru", "lstm", "transformer", "text", "columns", "bag")
+    },
+    **{(name, "vmap"): "torch has no rule for recurrent layers under vmap" for name in ("gru", "lstm")},
+    **{
+        (name, "vmap"): "unrolls attention by patient: minutes to compile"
+        for name in ("transformer", "text", "columns")
     },
 }

@@ -30,6 +30,19 @@ class Series(nn.Module):
         return self.head(self.body(self.inp(x)).mean(1))
 
 
+class Columns(nn.Module):
+    """A transformer over the columns of a table, each number a token (Gorishniy et al. 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = (nn.Parameter(torch.randn(30, 64) / 8) for _ in range(2))
+        layer = nn.TransformerEncoderLayer(64, 8, 128, dropout=0.1, batch_first=True, norm_first=True)
+        self.body, self.head = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), nn.Linear(64, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x.unsqueeze(-1) * self.scale + self.shift).mean(1))
+
+
 class Places(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -62,6 +75,10 @@ class Bag(nn.Module):
         return self.head((self.encoder(x[..., :30]) * there).sum(1) / there.sum(1))
 
 
+def lstm() -> nn.Module:
+    return Recurrent(nn.LSTM)
+
+
 def mlp(out: int = 2) -> nn.Module:
     return nn.Sequential(nn.Linear(30, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, out))
 
@@ -78,6 +95,17 @@ def images() -> nn.Module:
         nn.Conv2d(32, 64, 3), nn.GroupNorm(8, 64), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(1600, 240), nn.ReLU(), nn.Linear(240, 10),
     )  # fmt: skip
+
+
+def separable() -> nn.Module:
+    """Depthwise convolutions, each followed by a pointwise one (Howard et al. 2017)."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU()]
+    for before, after, stride in ((32, 64, 1), (64, 128, 2), (128, 128, 1)):
+        layers += [
+            nn.Conv2d(before, before, 3, stride, 1, groups=before), nn.GroupNorm(8, before), nn.ReLU(),
+            nn.Conv2d(before, after, 1), nn.GroupNorm(8, after), nn.ReLU(),
+        ]  # fmt: skip
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
 def series() -> nn.Module:
@@ -126,8 +154,11 @@ WORKLOADS = {
     "mlp256": Workload("MLP 30-128-128-2, batch 256", mlp, (30,), 256),
     "mlp1024": Workload("the same, batch 1,024", mlp, (30,), 1024),
     "cnn2d": Workload("CNN 28×28, batch 128", images, (1, 28, 28), 128, 10),
+    "separable": Workload("separable CNN 32×32, batch 64", separable, (3, 32, 32), 64, 10),
     "cnn1d": Workload("1-D CNN, 48×40 series, batch 256", series, (40, 48), 256),
     "gru": Workload("GRU 2×64, 48×40 series, batch 256", Recurrent, (48, 40), 256),
+    "lstm": Workload("LSTM 2×64, 48×40 series, batch 256", lstm, (48, 40), 256),
+    "columns": Workload("transformer over 30 columns, dropout, batch 256", Columns, (30,), 256),
     "transformer": Workload("transformer, 48×40 series, batch 256", Series, (48, 40), 256),
     "text": Workload("text transformer, vocabulary 8k, length 128, batch 32", Text, (128,), 32),
     "wide4096": Workload("MLP, 9.5 M parameters, batch 4,096", wide, (1000,), 4096),

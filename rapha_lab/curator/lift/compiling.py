@@ -51,13 +51,13 @@ __all__ = [
 Step = Callable[..., None]
 """`(totals, parameters, constants, inputs, mask, clip, counted)`: adds a microbatch's clipped sum and counts to them."""
 
-NODES = 3_000
-"""Operations above which a step is not compiled: a compiler takes some 20 ms for each, so about a minute."""
+NODES = 2_500
+"""Operations above which a step is not compiled: a compiler takes some 30 ms for each, so more than a minute."""
 
 SECONDS = 120.0
 """What compiling may take, however busy the machine; then the job goes on without."""
 
-WORTH = 1 << 19
+WORTH = 1 << 21
 """Floating-point operations from which on oneDNN multiplies two matrices faster than the default library."""
 
 _LINEAR = torch.ops.mkldnn._linear_pointwise.default
@@ -199,11 +199,17 @@ def assembled(
         warnings.simplefilter("ignore")
         graph = make_fx(function, tracing_mode="fake", decomposition_table=select_decomp_table())(*example)
         graph.graph.eliminate_dead_code()
-        if len(graph.graph.nodes) > NODES:
+        if sum(map(_computes, graph.graph.nodes)) > NODES:
             raise ValueError("the graph is too large to compile")
         _faster_products(graph)
         graph.recompile()
         return _machine_code(graph, [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"])
+
+
+def _computes(node: Any) -> bool:
+    """Whether there is anything to compile: a view is none."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and not any(result.alias_info for result in schema.returns)
 
 
 @contextmanager
