@@ -16,6 +16,7 @@ __all__ = ["Pool"]
 
 class _Job(NamedTuple):
     owner: str
+    name: str
     run: Callable[[], None]
 
 
@@ -34,12 +35,20 @@ class Pool:
         self._running: Counter[str] = Counter()
         self._over = False
 
-    def submit(self, owner: str, function: Callable[..., None], *args: object) -> None:
+    def submit(self, owner: str, function: Callable[..., None], *args: object, name: str = "") -> None:
         """Run `function(*args)`, which raises nothing, once a thread is free and the owner leaves one to others."""
         with self._lock:
-            self._waiting.append(_Job(owner, partial(function, *args)))
+            self._waiting.append(_Job(owner, name, partial(function, *args)))
             if (self._idle or self._one_more()) and (job := self._next()) is not None:
                 self._idle.pop().put(job)
+
+    def drop(self, name: str) -> bool:
+        """Forget the job of this name; false if it does not wait."""
+        with self._lock:
+            found = [job for job in self._waiting if job.name == name]
+            for job in found:
+                self._waiting.remove(job)
+            return bool(found)
 
     def close(self) -> None:
         """Drop what waits, and return once what runs has ended."""

@@ -80,18 +80,20 @@ class Server:
                 continue
             if call.do == "cancel":
                 self._cancelled.add(call.id)
+                self._drop(call.id)
             elif call.do == "sweep":
                 self._quick.submit(self._desk.sweep, call.id)
             elif call.do == "quote":
                 self._pricing.submit(self._look_up, call)
             elif call.do == "collect":
-                self._pool.submit(
-                    call.researcher, self._reply, call, self._desk.collect, clock.now(), call.text
-                )
+                asked = self._desk.collect, clock.now(), call.text
+                self._pool.submit(call.researcher, self._reply, call, *asked, name=call.id)
             elif call.do != "ask":
                 self._quick.submit(self._look_up, call)
             elif (request := messages.read_frame(self._reader)) is not None:
-                self._pool.submit(call.researcher, self._answer, call, *request, clock.now())
+                self._pool.submit(call.researcher, self._answer, call, *request, clock.now(), name=call.id)
+                if call.id in self._cancelled:
+                    self._drop(call.id)
         self._cancelled.add("*")
         self._pool.close()
 
@@ -110,6 +112,13 @@ class Server:
         """Say an answer or refusal at the next whole quantum after its request came."""
         clock.wait(came)
         self._say(header, tensors)
+
+    def _drop(self, job: str) -> None:
+        """Answer a cancelled job that still waits, perhaps for the long ones of its own researcher, and forget it."""
+        if self._pool.drop(job):
+            self._cancelled.discard(job)
+            refusal = Cancelled("The job was cancelled.", "It had not begun.", "Run it again.")
+            self._quick.submit(self._say, {"id": job, "error": refusal.to_wire()})
 
     def _answer(self, call: Call, request: bytes, tensors: bytes, came: float) -> None:
         def on_step(done: int, planned: int, spent: float, doing: str = "") -> None:

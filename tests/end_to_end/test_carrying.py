@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,6 +100,31 @@ def test_a_curator_that_cannot_be_understood_is_ended_and_nobody_waits_for_ever(
         pipe.write(b"no frame of this protocol " * 4000)
     assert all(isinstance(training.ended(), CuratorLost) for training in trainings)
     assert [told["name"] for told in curator.look_up("catalog")] == ["ward"]
+
+
+def test_what_waits_for_its_researchers_other_questions_can_be_cancelled(
+    curator: Curator, serving: Ward
+) -> None:
+    """It is told at once, and what it brought is not kept: with it somebody could fill the curator's memory."""
+    trainings = [Training(curator, serving, number, 10**6) for number in range(3)]
+    for training in trainings:
+        assert training.begun.wait(60)
+    for number in range(3, 6):
+        waits = Training(curator, serving, number, 10**6)
+        time.sleep(0.3)
+        curator.cancel(f"job-{number}")
+        waits.thread.join(20)
+        assert waits.outcome, "it waits until another is done"
+        assert "was cancelled" in str(waits.outcome[0])
+        assert not waits.begun.is_set()
+    curator.cancel("job-6")  # overtakes the question
+    early = Training(curator, serving, 6, 10**6)
+    early.thread.join(20)
+    assert "was cancelled" in str(early.outcome)
+    for number, training in enumerate(trainings):
+        assert training.thread.is_alive()
+        curator.cancel(f"job-{number}")
+        assert "was cancelled" in str(training.ended())
 
 
 def test_a_session_runs_on_no_core_of_the_curators(serving: Ward) -> None:
