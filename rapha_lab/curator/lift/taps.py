@@ -355,8 +355,9 @@ class Lookup:
         size, places = self.index.shape
         place = torch.arange(places, dtype=torch.int32, device=g.device).expand(size, places)
         last = place.new_zeros(size, self.length).scatter_reduce(1, self.index, place, "amax")
-        row = last.gather(1, self.index) + places * torch.arange(size, device=g.device).unsqueeze(1)
-        return torch.zeros_like(g).flatten(0, 1).index_add(0, row.flatten(), g.flatten(0, 1)).view_as(g)
+        row = last.gather(1, self.index).long().unsqueeze(-1)
+        # patient by patient, so that threads do not share one's rows and add them in any order
+        return torch.zeros_like(g).scatter_add(1, row.expand_as(g), g)
 
 
 @tap(lambda args: ["scaled by frequency" if args[3] else args[0]], "embedding.default")
