@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.session import scaled, tracing
-from rapha_lab.session.tape import PATIENTS, Columns, Tape, Use, filled, name_of, parts
+from rapha_lab.session.tape import PATIENTS, Columns, Made, Tape, Use, filled, name_of, parts
 from rapha_lab.session.tracing import Traced
 
 __all__ = ["backward"]
@@ -104,6 +105,7 @@ def _program(tape: Tape) -> _Known:
     _refuse_unscaled(tape)
     made_up = [made.values for made in tape.leaves]
     reduction = _reduction(tape, made_up)
+    _warn_of_none(tape, made_up)
     reached = _reached(tape, made_up)
 
     def function(parameters: Any, constants: Any, inputs: Any) -> Tensor:
@@ -117,6 +119,28 @@ def _program(tape: Tape) -> _Known:
     constants |= {f"c{k}": t for k, t in enumerate(tape.constants)}
     inputs = {f"x{k}": t[0] for k, t in enumerate(made_up)}
     return _Known(tracing.trace(function, parameters, constants, inputs), reduction, reached)
+
+
+def _warn_of_none(tape: Tape, made_up: list[Tensor]) -> None:
+    """Warn where the loss of a patient without rows in a table is no number, as by a softmax of which all is masked."""
+    tables = [_of_table(made) for made in tape.leaves]
+    if not any(tables):
+        return
+    one = [torch.zeros_like(t[:1]) if table else t[:1] for t, table in zip(made_up, tables, strict=True)]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), tracing._quiet():
+        loss = tape.replay(1, one, {}, random=False)
+    if not loss.isfinite().all():
+        said = (
+            "the loss of a patient without rows is no number: such patients add nothing to the training, and their score is 0. "
+            "Let a mask hide none where it would hide all of a patient's rows: pad & ~pad.all(1, keepdim=True)."
+        )
+        warnings.warn_explicit(said, UserWarning, tracing.CELL.get() or "cell", tracing.cell_line() or 1)
+
+
+def _of_table(made: Made) -> bool:
+    """Whether a leaf's columns are a table's, which have a dimension of rows."""
+    names = [made.columns] if isinstance(made.columns, str) else list(made.columns or [])
+    return bool(names) and "." in names[0] and made.values.dim() == 2 + isinstance(made.columns, list)
 
 
 def _refuse_drawn(tape: Tape) -> None:

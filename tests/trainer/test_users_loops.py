@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from datetime import date
 from typing import Any
@@ -460,6 +461,27 @@ for batch in batches(0.5):
     with pytest.warns(UserWarning, match="autocast does nothing here") as said:
         ran(house, source)
     assert [warning.filename for warning in said] == ["<enclave cell 1>"]
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [("pad", True), ("pad & ~pad.all(1, keepdim=True)", False)],
+)
+def test_a_mask_that_hides_all_of_a_patient_is_told(house: House, mask: str, told: bool) -> None:
+    """Who has no row would add nothing to the training without a word; the way out that is told works."""
+    cell = f"""
+attend, head = nn.MultiheadAttention(4, 2, dropout=0.1, batch_first=True), nn.Linear(4, 1)
+opt = torch.optim.Adam([*attend.parameters(), *head.parameters()])
+for batch in batches():
+    v = torch.stack([batch["labs.value"], batch["labs.time"]], -1).repeat(1, 1, 2)
+    pad = batch["labs.present"] == 0
+    mask = {mask}
+    update(logits(head(attend(v, v, v, key_padding_mask=mask)[0].mean(1)).squeeze(-1), batch["y"].float()))
+"""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        ran(house, cell)
+    assert any("a patient without rows" in str(each.message) for each in found) == told
 
 
 def test_a_scaler_leaves_the_loss_as_it_is(house: House) -> None:
