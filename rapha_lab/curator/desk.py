@@ -230,7 +230,8 @@ class Desk:
         found, delta, view = kept.loop, kept.delta, kept.view
         self._cohort(found.ask.dataset)  # who opted out since the last step is in none any more
         if kept.policy is not policy or ask.program is not None:
-            _at_once(self._permit(policy, caller, found.ask, program=ask.program))
+            for program in [ask.program, *(found.programs if kept.policy is not policy else ())]:
+                _at_once(self._permit(policy, caller, found.ask, program=program))
             kept.policy = policy
 
         def progress(steps: int, doing: str = "") -> None:

@@ -10,12 +10,14 @@ import numpy as np
 import polars
 import pytest
 import torch
+import torch.nn.functional as F
 from house import House
+from msgspec import structs
 from torch import nn
 
 from rapha_lab.curator.desk import Desk
 from rapha_lab.protocol.errors import PolicyError
-from rapha_lab.protocol.policy import Policy
+from rapha_lab.protocol.policy import Lane, Policy
 
 COLUMNS = [
     {"name": "a", "type": "number", "bounds": [0, 1], "meaning": "A number.", "public": "By construction."},
@@ -106,3 +108,36 @@ def test_mutant_that_asks_the_policy_once_runs_to_the_end(
     house.patients.train.fit(nn.Linear(1, 1), inputs=["a"], target="y", epochs=1, batch=200, epsilon=1)
     assert len(answers) > 2
     assert house.releases
+
+
+def smaller(policy: Policy) -> Policy:
+    """The policy once it lets nobody train a model of this size."""
+    return replace(policy, projects=[structs.replace(policy.projects[0], largest_model=3)])
+
+
+def reviewed(policy: Policy) -> Policy:
+    """The policy once a custodian releases what is trained."""
+    lanes = {**policy.projects[0].lanes, "train": Lane(release="one custodian")}
+    return replace(policy, projects=[structs.replace(policy.projects[0], lanes=lanes)])
+
+
+def ended(policy: Policy) -> Policy:
+    """Of a policy that is not in force any more: vetoed, or expired at midnight."""
+    raise PolicyError("The policy is not in force.")
+
+
+@pytest.mark.parametrize("change", [revoked, smaller, reviewed, ended])
+def test_a_running_loop_stops_at_its_next_step(house: House, change: Callable[[Policy], Policy]) -> None:
+    """Though what the policy says is looked at for another policy only."""
+    model, page, ran = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1)), house.policy, [0]
+
+    def loop() -> None:
+        for batch in house.patients.train.batches(100, epochs=1, epsilon=1):
+            F.binary_cross_entropy_with_logits(model(batch[["a"]]).squeeze(-1), batch["y"]).backward()
+            ran[0] += 1
+            if ran[0] == STEPS:
+                house.desk._policy = lambda: change(page)
+
+    with pytest.raises(PolicyError):
+        loop()
+    assert ran == [STEPS]

@@ -21,7 +21,7 @@ from rapha_lab.curator.mechanisms import Answer, Progress, train
 from rapha_lab.curator.noise import Noise
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.messages import Columns, Gradient, Open
-from rapha_lab.protocol.program import digest
+from rapha_lab.protocol.program import Program, digest
 from rapha_lab.protocol.schema import SPLITS, Schema
 from rapha_lab.protocol.tensors import Layout, pack
 
@@ -59,6 +59,11 @@ class Loop:
     def loss(self) -> SampledGaussian:
         """The privacy loss of all its steps."""
         return SampledGaussian(self.rate, self.sigma, self.ask.steps)
+
+    @property
+    def programs(self) -> list[Program]:
+        """Those that it remembers, which a step may name by their digests."""
+        return [known.lifted.program for known in self._known.copy().values()]
 
     @property
     def engine(self) -> str:
