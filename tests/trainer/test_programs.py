@@ -72,6 +72,9 @@ HOSTILE: dict[str, Program] = {
     "integers divided": simple(
         node("i", "_to_copy.default", "@x", dtype="int64"), node("y", "remainder.Tensor", "@i", "@i")
     ),
+    "a power by a patient's whole number": simple(
+        node("i", "_to_copy.default", "@x", dtype="int64"), node("p", "pow.Scalar", 2, "@i"), node("y", "mul.Tensor", "@p", "@w")
+    ),
     "a mask as an index": simple(
         node("m", "gt.Scalar", "@x", 0.0), node("y", "index.Tensor", "@x", ["@m"])
     ),
@@ -101,6 +104,12 @@ def test_a_hostile_program_is_refused(name: str) -> None:
         lift(HOSTILE[name])
     assert caught.value.field
     assert caught.value.what
+
+
+@pytest.mark.parametrize(("base", "dtype"), [(2.0, "int64"), (2, "float64"), (0.5, "bool")])
+def test_a_power_that_is_a_float_is_computed(base: float, dtype: str) -> None:
+    exponent = node("i", "_to_copy.default", "@x", dtype=dtype)
+    lift(simple(exponent, node("p", "pow.Scalar", base, "@i"), node("y", "mul.Tensor", "@p", "@w")))
 
 
 ATOMS = st.one_of(

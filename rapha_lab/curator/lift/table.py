@@ -142,7 +142,7 @@ elementwise(
     *(f"{name}.Scalar" for name in (*_WITH_NUMBER, *_BITWISE)),
     "bitwise_not.default", "lerp.Scalar", "lerp.Tensor", "where.self",
     "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "masked_fill.Scalar", "copysign.Tensor",
-    "pow.Scalar", "xlogy.Scalar_Other", "xlogy.Scalar_Self", "special_ndtr.default",
+    "xlogy.Scalar_Other", "xlogy.Scalar_Self", "special_ndtr.default",
     "max.other", "min.other",
 )  # fmt: skip
 
@@ -152,13 +152,18 @@ INSTEAD = {"aten.special_log_ndtr.default": "Write torch.special.ndtr(x).clamp(m
 
 
 def _floats_only(*names: str) -> None:
-    """Integers divided by a record's zero would raise: these are for floats, or integers and a positive constant."""
+    """These are for floats, or integers and a positive constant behind.
+
+    Integers divided by a record's zero would raise; to a record's power they take sixty times as long for a large one.
+    """
     for name in names:
         op = operation(f"aten.{name}")
 
         def apply(*args: Any, _op: Any = op) -> Any:
             constant = not isinstance(args[1], Tensor) and args[1] > 0
-            if not constant and not any(isinstance(a, Tensor) and a.dtype.is_floating_point for a in args):
+            if not constant and not any(
+                isinstance(a, float) or (isinstance(a, Tensor) and a.dtype.is_floating_point) for a in args
+            ):
                 raise TypeError("integers; convert them to float first")
             return _apply(_op, aligned(args))
 
@@ -167,7 +172,7 @@ def _floats_only(*names: str) -> None:
 
 _floats_only(
     "div.Tensor_mode", "div.Scalar_mode", "fmod.Tensor", "fmod.Scalar", "remainder.Tensor",
-    "remainder.Scalar", "floor_divide.default", "pow.Tensor_Tensor", "pow.Tensor_Scalar",
+    "remainder.Scalar", "floor_divide.default", "pow.Tensor_Tensor", "pow.Tensor_Scalar", "pow.Scalar",
 )  # fmt: skip
 
 
