@@ -514,7 +514,8 @@ class Job:
             return
         if self.state == "cancelled":
             spent = f"What had run stays charged: ε {self.told.get('spent') or 0:.3g}."
-            raise SiteError("The job was cancelled.", spent, "Run it again.")
+            kept = f"Run it again; what a loop's model had learnt by then %%enclave {self.told['dataset']} -o model brings."
+            raise SiteError("The job was cancelled.", spent, kept)
         error = (
             from_wire(self.told["error"])
             if self.told.get("error")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -129,12 +128,7 @@ def _warn_of_none(tape: Tape, made_up: list[Tensor]) -> None:
     one = [torch.zeros_like(t[:1]) if table else t[:1] for t, table in zip(made_up, tables, strict=True)]
     with torch.no_grad(), torch.random.fork_rng(devices=[]), tracing._quiet():
         loss = tape.replay(1, one, {}, random=False)
-    if not loss.isfinite().all():
-        said = (
-            "the loss of a patient without rows is no number: such patients add nothing to the training, and their score is 0. "
-            "Let a mask hide none where it would hide all of a patient's rows: pad & ~pad.all(1, keepdim=True)."
-        )
-        warnings.warn_explicit(said, UserWarning, tracing.CELL.get() or "cell", tracing.cell_line() or 1)
+    tracing.warn_of_none(loss)
 
 
 def _of_table(made: Made) -> bool:

@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -314,6 +314,15 @@ def refuse_mixing(function: Callable[[dict[str, Tensor]], Tensor], inputs: Tenso
             f"One logit of a yes or no takes nn.BCEWithLogitsLoss, not CrossEntropyLoss. {INTERVALS}",
             field="model",
         )
+    if reduced:
+        none = {name: t if name == "target" else torch.zeros_like(t) for name, t in single[0].items()}
+        with (
+            _quiet(),
+            torch.no_grad(),
+            suppress(ProgramError),
+        ):  # one that fails on zeros alone is traced all the same
+            losses = _run(function, none)
+        warn_of_none(losses)
 
 
 def refuse_random(once: Tensor, again: Tensor, line: int | None = None) -> None:
@@ -335,6 +344,16 @@ def refuse_nan(losses: Tensor, line: int | None = None) -> None:
             "Keep logarithms, roots and quotients in their domain, with clamp(min=1e-6) say.",
             field="loss", line=line,
         )  # fmt: skip
+
+
+def warn_of_none(loss: Tensor) -> None:
+    """Warn where the loss of a made-up patient without rows, whose inputs are zeros, is no finite number."""
+    if not loss.isfinite().all():
+        said = (
+            "the loss of a patient of zeros, as one without rows is, is no number: such patients add nothing to the training, "
+            "and are scored as 0. Where a mask hides all of a patient's rows let it hide none: pad & ~pad.all(1, keepdim=True)."
+        )
+        warnings.warn_explicit(said, UserWarning, CELL.get() or "cell", cell_line() or 1)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -380,6 +380,31 @@ def test_what_cannot_come_back_is_found_before_anything_is_paid(
     assert notebook.value("len(site.jobs())") == before
 
 
+def test_what_a_cancelled_loop_had_learnt_can_be_brought(notebook: Notebook) -> None:
+    """Its steps were paid for: the error says how, and the session has the weights."""
+    notebook.run(
+        """
+import threading, time
+def stop():
+    while not (site.jobs() and site.jobs()[-1]["state"] == "running" and site.jobs()[-1]["step"] > 0):
+        time.sleep(0.05)
+    site.cancel(site.jobs()[-1]["id"])
+threading.Thread(target=stop, daemon=True).start()
+"""
+    )
+    loop = """%%enclave flchain --epsilon 0.05 -o learnt
+import torch
+learnt = torch.nn.Linear(1, 1)
+torch.nn.init.zeros_(learnt.weight)
+for batch in patients.train.batches(size=100, epochs=300):
+    torch.nn.functional.mse_loss(learnt(batch[["age"]]).squeeze(), batch["creatinine"]).backward()
+    torch.optim.SGD(learnt.parameters(), lr=0.1).step()
+"""
+    assert "%%enclave flchain -o model brings" in said(notebook.run(loop))
+    notebook.run("%%enclave flchain -o learnt\nlearnt")
+    assert notebook.value("bool(learnt.weight != 0)") is True
+
+
 def test_own_patients_with_an_unlisted_category_are_refused(notebook: Notebook) -> None:
     """Elsewhere it would be taken for the first category without a word."""
     notebook.run(

@@ -481,7 +481,28 @@ for batch in batches():
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         ran(house, cell)
-    assert any("a patient without rows" in str(each.message) for each in found) == told
+    assert any("a patient of zeros" in str(each.message) for each in found) == told
+
+
+def test_a_fit_and_a_check_tell_of_such_a_mask_too(house: House) -> None:
+    """They know inputs, and no names of rows: a patient of zeros stands for one without any."""
+    cell = """
+class Net(nn.Module):
+    def __init__(self, least):
+        super().__init__()
+        self.score, self.head, self.least = nn.Linear(2, 1), nn.Linear(2, 1), least
+    def forward(self, x):
+        hidden = x[..., 0] == 0
+        weights = self.score(x).squeeze(-1).masked_fill(hidden, self.least).softmax(-1)
+        return self.head((weights[..., None] * x).sum(1)).squeeze(-1)
+rows = ["labs.present", "labs.value"]
+patients.train.fit(Net(least), inputs=rows, target="y", epsilon=1, epochs=1)
+"""
+    for least, told in (("-1e4", False), ("-torch.inf", True)):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            ran(house, f"least = {least}" + cell)
+        assert any("a patient of zeros" in str(each.message) for each in found) == told
 
 
 def test_a_scaler_leaves_the_loss_as_it_is(house: House) -> None:
