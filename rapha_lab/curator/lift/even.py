@@ -124,10 +124,20 @@ def _best(best: Any, x: Tensor, d: int, keep: bool = False) -> tuple[Tensor, Ten
     return value if keep else value.squeeze(d), place.long()
 
 
+def _least(x: Tensor, which: Any = (), keep: bool = False) -> Tensor:
+    """Of long integers the kernel for the least branches, that for the largest does not."""
+    return ~(~x).amax(which, keep) if x.dtype == torch.int64 else x.amin(which, keep)
+
+
+@even(aten.amin.default)
+def amin(x: Tensor, which: Any = (), keep: bool = False) -> Any:
+    return _least(x, which, keep) if x.dtype == torch.int64 else NotImplemented
+
+
 even(aten.max.dim, compiled=True)(lambda *args: _best(torch.amax, *args))
-even(aten.min.dim, compiled=True)(lambda *args: _best(torch.amin, *args))
+even(aten.min.dim, compiled=True)(lambda *args: _best(_least, *args))
 even(aten.argmax.default)(lambda *args: _best(torch.amax, *args)[1])
-even(aten.argmin.default)(lambda *args: _best(torch.amin, *args)[1])
+even(aten.argmin.default)(lambda *args: _best(_least, *args)[1])
 
 
 even(aten.any.dim)(lambda x, d, keep=False: (x != 0).to(torch.uint8).amax(d, keep).bool())
