@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -126,8 +127,9 @@ def _warn_of_none(tape: Tape, made_up: list[Tensor]) -> None:
     if not any(tables):
         return
     one = [torch.zeros_like(t[:1]) if table else t[:1] for t, table in zip(made_up, tables, strict=True)]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), tracing._quiet():
-        loss = tape.replay(1, one, {}, random=False)
+    loss = torch.zeros(())
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), tracing._quiet(), suppress(Exception):
+        loss = tape.replay(1, one, {}, random=False)  # one that fails on zeros alone is traced all the same
     tracing.warn_of_none(loss)
 
 
