@@ -60,6 +60,10 @@ class Row(msgspec.Struct, frozen=True):
     def __format__(self, spec: str) -> str:
         return format(self.value, spec)
 
+    def __str__(self) -> str:
+        low, high = self.interval or (None, None)
+        return f"{self.value:.4g}" + ("" if low is None else f" (95 % {low:.4g} to {high:.4g})")
+
     # so that a loop can keep the best model, or stop: if row < best
     def __lt__(self, other: Any) -> bool:
         return self.value < float(other)

@@ -201,7 +201,8 @@ def _reduction(tape: Tape, made_up: list[Tensor]) -> str:
     raise ProgramError(
         "The model or loss mixes patients.",
         "On made-up patients its value is neither the mean nor the sum of what each gives alone.",
-        "Compute every patient alone: LayerNorm or GroupNorm for BatchNorm, no statistics over the batch, and divide "
-        f"a weighted sum by batch.expected. Penalties on weights go with a mean, or into weight_decay. {tracing.INTERVALS}",
+        "Compute every patient alone: LayerNorm or GroupNorm for BatchNorm, no statistics over the batch, no softmax or "
+        "distances across it, and divide a weighted sum by batch.expected. Penalties on weights go with a mean, or into "
+        f"weight_decay. {tracing.INTERVALS}",
         line=tracing.cell_line(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from datetime import date
@@ -233,6 +234,10 @@ REFUSED = {
         "(model(batch[X]) * torch.rand(batch[X].size(0), 1)).mean().backward()",
         "nn.Dropout",
     ),
+    "a softmax over the batch": (
+        "(model(batch[X]).softmax(0)[:, 0] * batch['y']).mean().backward()",
+        "no softmax",
+    ),
     "standardised": ("model(batch[X] / batch[X].std(0)).mean().backward()", "no statistics over the batch"),
     "its length": ("len(batch[X])", "batch.expected"),
     "another device": ("model.cuda()", "Leave .cuda()"),
@@ -368,6 +373,7 @@ kept = [told < 9.0, told > 9.0, told <= told, told >= 9.0, 9.0 > told, min([told
 """,
     )
     assert found["kept"] == [True, False, True, False, True, 0.0, True]
+    assert re.fullmatch(r"0\.\d+ \(95 % [\d.e-]+ to [\d.e-]+\)", str(found["told"]))
 
 
 @pytest.mark.parametrize(
