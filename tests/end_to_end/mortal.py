@@ -32,6 +32,7 @@ from mistakes import MISTAKES, ChargesAfterTheRelease
 from rapha_lab.curator import clock
 from rapha_lab.curator import ledger as ledger_module
 from rapha_lab.curator.accounting import Loss, units
+from rapha_lab.curator.blocks import Blocks
 from rapha_lab.curator.cohort import Cohort, View
 from rapha_lab.curator.desk import Caller, Desk
 from rapha_lab.curator.ledger import Ledger
@@ -278,7 +279,7 @@ class World:
         ledger.witness = witness
         wire = Wire(self.asked, folder / "out", witness)
         desk = self.desk(ledger, mistake)
-        server = Server(desk, {}, wire, wire)  # type: ignore[arg-type]
+        server = Server(desk, {}, wire, wire, Blocks(()))  # type: ignore[arg-type]
         if isinstance(desk, ChargesAfterTheRelease):
             desk.out = server._say  # type: ignore[method-assign]
         server.serve()

@@ -215,7 +215,7 @@ class TestWhenAnAnswerLeaves:
                     job="j", op="count", dataset="d", split="all", site="s", epsilon=1.0, delta=0.1
                 ), b""
 
-        served = server.Server(_Desk(), {}, None, None)
+        served = server.Server(_Desk(), {}, None, None, None)
         served._answer(server.Call("ask", "j"), b"", b"", 100.0)
         assert said[0][0] == pytest.approx(100.0 + quanta * clock_module.QUANTUM, abs=1e-9)
 
