@@ -25,7 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "end_to_e
 import hospital
 
 PATIENTS, WIDTH = 8000, 8
-MODELS = {"MLP 8-128-128-1": (128, 512, 1), "MLP 8-256-256-1": (256, 2048, 5)}
+MODELS = {
+    "MLP 8-128-128-1": (128, 512, 1),
+    "MLP 8-256-256-1": (256, 2048, 5),
+    "MLP 8-1024-1024-1": (1024, 256, 5),
+}
 """Hidden width, expected batch, and by how much fewer steps are enough."""
 NAMES = [f"f{k}" for k in range(WIDTH)]
 COLUMN = (
@@ -104,7 +108,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         config, key = hospital.prepare(
-            Path(folder), SCHEMA, polars.DataFrame(columns), "bench", epsilon=1000.0
+            Path(folder), SCHEMA, polars.DataFrame(columns), "bench", epsilon=1000.0, largest_model=10**7
         )
         with hospital.running(config) as (_, url):
             site = hospital.connected(url, key)
