@@ -66,7 +66,9 @@ def test_the_next_session_gets_zeros_and_nobody_gets_anothers(zygote, blocks) ->
     again = blocks.take()
     assert again == first
     with zygote.spawn(block=again) as next_one:
-        assert run(next_one, "result = any(bytes(block[::4096])) or any(bytes(block[-4096:]))")["value"] is False
+        assert (
+            run(next_one, "result = any(bytes(block[::4096])) or any(bytes(block[-4096:]))")["value"] is False
+        )
     with mmap.mmap(first.fd, BLOCK) as memory:
         assert memory[:] == bytes(BLOCK)
 

@@ -198,7 +198,7 @@ class Wire:
 
     def read(self, size: int) -> bytes:
         """The next bytes of a question, once the one before is answered."""
-        while not self._buffer:
+        while size and not self._buffer:
             self._buffer = next(self._frames, b"")
             if not self._buffer:
                 return b""
