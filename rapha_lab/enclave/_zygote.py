@@ -27,7 +27,6 @@ from rapha_lab.enclave import _layers, _preload
 __all__ = ["idle", "main"]
 
 _MEMORY = 77
-_BUFFER = 1 << 18  # as protocol.messages has it, of which nothing is loaded here
 
 
 def idle(reader: BinaryIO, writer: BinaryIO) -> None:
@@ -49,7 +48,7 @@ def main(control_fd: int) -> None:
 class _Zygote:
     def __init__(self, control: socket.socket, config: dict[str, Any]) -> None:
         self.control = control
-        self.code = bytes.fromhex(config["filter"])
+        self.code, self.buffer = bytes.fromhex(config["filter"]), config["buffer"]
         self.layers = {"namespaces": self._apart(config["namespaces"])}
         self.use_landlock = bool(config["landlock"])
         self.workers: dict[int, tuple[int, float, dict[str, Any], list[str]]] = {}
@@ -150,7 +149,7 @@ class _Zygote:
             os.dup2(fd, target)
         self.control.detach()
         os.closerange(len(sources), 1 << 16)
-        reader, writer = open(3, "rb", _BUFFER), open(4, "wb", _BUFFER)  # noqa: SIM115
+        reader, writer = open(3, "rb", self.buffer), open(4, "wb", self.buffer)  # noqa: SIM115
         _preload.reseed()
         if limits["cores"]:
             os.sched_setaffinity(0, limits["cores"])

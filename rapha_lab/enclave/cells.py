@@ -320,9 +320,8 @@ class Cells:
             number = cell.asking
             job = loop or number
         asked: tuple[Any, ...] = number, cell.researcher, cell.order.project, request, tensors, on_step
-        if (
-            block is not None and loop
-        ):  # other requests are asked again where the curator died, from what is kept here
+        # other requests are asked again where the curator died, from what is kept here
+        if block is not None and loop:
             asked = *asked, block.number, shared
         while True:
             seen = self._decisions

@@ -226,6 +226,7 @@ class Zygote:
             "bare": bare,
             "gives_way": gives_way,
             "filter": _filter().hex(),
+            "buffer": BUFFER,
             "landlock": tier != "S1",
             "namespaces": {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in _layers.NAMESPACES},
         }

@@ -316,11 +316,8 @@ def refuse_mixing(function: Callable[[dict[str, Tensor]], Tensor], inputs: Tenso
         )
     if reduced:
         none = {name: t if name == "target" else torch.zeros_like(t) for name, t in single[0].items()}
-        with (
-            _quiet(),
-            torch.no_grad(),
-            suppress(ProgramError),
-        ):  # one that fails on zeros alone is traced all the same
+        # one that fails on zeros alone is traced all the same
+        with _quiet(), torch.no_grad(), suppress(ProgramError):
             losses = _run(function, none)
         warn_of_none(losses)
 

@@ -148,9 +148,11 @@ class _Known:
 
     def packed(self, total: Totals) -> bytes:
         """The sums, by parameter, as they leave."""
-        if self.layout is not None and self.layout.uniform and self.layout.names == [*total]:
-            return self.layout.pack(total.flat.float())
-        packed = pack(total.cast({s.name: getattr(torch, s.dtype) for s in self.lifted.program.parameters}))
+        told = total.cast({s.name: getattr(torch, s.dtype) for s in self.lifted.program.parameters})
+        if self.layout is not None and self.layout.uniform:
+            # by their names, of which p10 comes before p2
+            return self.layout.pack(torch.cat([told[name].reshape(-1) for name in self.layout.names]))
+        packed = pack(told)
         self.layout = Layout(packed)
         return packed
 

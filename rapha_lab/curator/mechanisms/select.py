@@ -27,9 +27,8 @@ from rapha_lab.curator.mechanisms.adaptive import Clip
 from rapha_lab.curator.mechanisms.evaluate import outputs
 from rapha_lab.curator.mechanisms.train import (
     Weights,
-    capacity,
     checked,
-    most,
+    microbatches,
     prepare,
     price,
     recipe,
@@ -96,7 +95,7 @@ def plan(ask: Fit, tensors: bytes, schema: Schema, delta: float, noise: Noise) -
         those, judges = (each.of(with_target(each, ask.inputs)) for each in (view, view.other(JUDGES)))
         rows = those.rows(ask.inputs)
         weights, best = parameters, _Best(math.inf, None, ask, Clip(ask, sigma))
-        parts = lifted.for_batches_of(capacity(most(ask.batch, rate / ask.bands, ask.split), 1))
+        parts = microbatches(lifted, ask, rate)
         # of no run: those that follow must refuse nothing
         prepare(lifted, Weights(parameters), constants, loss.steps * parts, progress)
         lifted.selftest_scores(parameters, constants)

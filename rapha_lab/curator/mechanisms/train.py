@@ -40,6 +40,7 @@ __all__ = [
     "clipped_sum",
     "draw",
     "fits",
+    "microbatches",
     "optimizer_for",
     "plan",
     "prepare",
@@ -150,7 +151,7 @@ def train(
     optimizer = updates(ask, weights.vectors, clip.noise)
     memory = banded.Memory(ask.bands, float(ask.optimizer.settings.get("momentum", 0.0)))  # type: ignore[arg-type]
     averages = {name: t.clone() for name, t in weights.items()} if ask.average else weights
-    parts = lifted.for_batches_of(capacity(most(ask.batch, rate / ask.bands, ask.split), 1))
+    parts = microbatches(lifted, ask, rate)
     slots = parts * lifted.microbatch
     rounding = 1 + slack(lifted.microbatch)
     if not prepared:
@@ -297,6 +298,11 @@ def draw(
     drawn = (drawn if takes_part is None else drawn[takes_part(drawn)])[:slots]
     places = noise.uniform(slots).argsort()[: len(drawn)]
     return torch.full((slots,), count).scatter(0, places, drawn)
+
+
+def microbatches(lifted: Lifted, ask: Fit, rate: float) -> int:
+    """How many a step has; they are made so large that they divide its slots evenly."""
+    return lifted.for_batches_of(capacity(most(ask.batch, rate / ask.bands, ask.split), 1))
 
 
 def most(batch: int, rate: float, split: str) -> float:
