@@ -25,6 +25,7 @@ m = nn.Linear(4, 1)
 class Made(nn.Module):
     def __init__(self, forward):
         super().__init__()
+        torch.manual_seed(0)
         self.layer, self.how = nn.Linear(4, 1), forward
     def forward(self, x):
         return self.how(self.layer, x)
