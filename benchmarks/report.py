@@ -52,8 +52,9 @@ the draw and the look at each patient's norm.
 By how many MB a step raises the resident memory at most. A step of `fit` has a fixed number of slots, more than the
 expected batch, so that its shape does not tell how many patients were drawn: it costs the table's ratio times *slots a
 patient*. There is room for the tenth and the 40 patients by which records may exceed the declared number (here of a hundred
-batches), and for all but 2⁻⁶⁰ of what chance draws beyond that. Compiling happens once for a shape of model, in the curator,
-when a run is long enough to gain by it; its seconds are elapsed ones, with the machine as busy as it was.
+batches), and for all but 2⁻⁶⁰ of what chance draws beyond that, when a step takes twice the slots. Compiling happens once
+for a shape of model, in the curator, when a run is long enough to gain by it; its seconds are elapsed ones, with the machine
+as busy as it was.
 
 {memory}
 """

@@ -203,6 +203,13 @@ def test_a_step_has_the_same_shape_however_many_are_drawn() -> None:
         assert len(train.draw(count, 0.1, train.capacity(100, 8), SeededNoise(2))) == train.capacity(100, 8)
 
 
+def test_nobody_is_left_out_of_a_step_that_draws_more_than_it_has_slots_for() -> None:
+    """One patient who took another's place would move the sum by twice C, at a price for once."""
+    drawn = train.draw(100, 1.0, 24, SeededNoise(4))
+    assert sorted(drawn.tolist()) == [*range(100)] + [100] * (len(drawn) - 100)
+    assert len(drawn) % 24 == 0
+
+
 @pytest.mark.parametrize("expected", [0.01, 0.3, 1.1, 16.0, 100.0, 281.6, 4506.0])
 def test_slots_are_too_few_once_in_2_to_the_60_and_hardly_any_is_spare(expected: float) -> None:
     """By the exact tail of the Poisson distribution; with a few slots less it would be more often."""

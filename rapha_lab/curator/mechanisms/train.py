@@ -3,7 +3,8 @@
 For each step: take a random sample of patients, each with probability q (Poisson); compute each one's
 gradient; clip it to norm C; sum; add noise of standard deviation σC; divide by the *expected* number L = qN;
 descend. Neighbouring data sets differ in one patient, added or removed. The sum is taken of the very numbers
-whose norm was clipped, whatever the model. Neither a step's shape nor its work tells how many were drawn.
+whose norm was clipped, whatever the model. Neither a step's shape nor its work tells how many were drawn, but for
+a chance below 2^-60.
 """
 
 from __future__ import annotations
@@ -292,10 +293,13 @@ def draw(
     Only of those rows that `takes_part` says True of, if it is given.
 
     Patients take slots at random, so that one more leaves the others' slots as they were (in distribution):
-    no one's arithmetic moves with anybody's presence.
+    no one's arithmetic moves with anybody's presence. More patients than `capacity` has slots for make the step
+    longer: to leave one out for another would be no Poisson sample, for which alone the price is proved.
     """
     drawn = noise.sample(count, rate)
-    drawn = (drawn if takes_part is None else drawn[takes_part(drawn)])[:slots]
+    drawn = drawn if takes_part is None else drawn[takes_part(drawn)]
+    while len(drawn) > slots:
+        slots *= 2
     places = noise.uniform(slots).argsort()[: len(drawn)]
     return torch.full((slots,), count).scatter(0, places, drawn)
 
