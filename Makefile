@@ -50,6 +50,7 @@ test: .venv/test  ## Run every test, by files side by side in 2 processes (WORKE
 bench: .venv/test  ## Measure the trainer against its peers, in some 25 minutes (MINUTES, WORKLOADS=mlp256,gru); writes benchmarks/README.md.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 --editable '.[lab,demo,demos,hospital,test,bench]'
 	$(BIN)/python benchmarks/scaling.py --minutes $$(( $(MINUTES) / 4 )) || echo "Without the figures of growth, then."
+	$(BIN)/python benchmarks/batches.py || echo "Without the figures by batch, then."
 	$(BIN)/python benchmarks/trainer.py --minutes $$(( $(MINUTES) - $(MINUTES) / 4 )) $(if $(WORKLOADS),--workloads $(WORKLOADS)) --write
 
 screenshots: .venv/test  ## Take the README's pictures anew.

@@ -10,7 +10,7 @@ from typing import Any
 from workloads import WORKLOADS
 
 PAGE = Path(__file__).parent / "README.md"
-SCALING = Path("build/bench/scaling.json")
+SCALING, BATCHES = Path("build/bench/scaling.json"), Path("build/bench/batches.json")
 COLUMNS = {
     "compiled": "**ours, compiled**", "eager": "ours, no compiler", "opacus hooks": "Opacus hooks",
     "opacus ew": "Opacus ew", "opacus functorch": "Opacus functorch", "opacus ghost": "Opacus ghost", "vmap": "vmap",
@@ -57,6 +57,14 @@ for a shape of model, in the curator, when a run is long enough to gain by it; i
 as busy as it was.
 
 {memory}
+"""
+
+BY_BATCH = """
+## By the batch
+
+CPU time and memory of a compiled step as multiples of plain training's at the same batch. Of plain training that takes less
+than a megabyte the multiple is of a megabyte: what the allocator gives back is no finer than that.
+
 """
 
 GROWTH = """
@@ -106,7 +114,10 @@ def write(rows: list[dict[str, Any]], notes: dict[str, str], machine: str) -> No
         bags=_bags(by),
         memory=_table(["workload", "plain, MB", *COLUMNS.values(), "slots a patient", "compile, s"], memory),
     )
-    PAGE.write_text(page + (_scaling(json.loads(SCALING.read_text())) if SCALING.exists() else ""))
+    more = ((BATCHES, _by_batch), (SCALING, _scaling))
+    PAGE.write_text(
+        page + "".join(told(json.loads(path.read_text())) for path, told in more if path.exists())
+    )
 
 
 def _bags(by: dict[Any, Any]) -> str:
@@ -182,6 +193,20 @@ def _faster(by: dict[Any, Any], names: list[str]) -> str:
     return (
         f"Faster than ours: {'; '.join(found)}." if found else "No peer is faster on any row that both ran."
     )
+
+
+def _by_batch(rows: list[dict[str, Any]]) -> str:
+    """Ratios of time and memory, a line for each model."""
+    batches = sorted({row["batch"] for row in rows})
+    told = {
+        (row["workload"], row["batch"]): f"{row['cpu_ratio']:.2f}, {row['memory_ratio']:.2f}" for row in rows
+    }
+    names = dict.fromkeys(row["workload"] for row in rows)
+    body = [
+        [WORKLOADS[name].title.split(", batch")[0], *(told.get((name, b), "") for b in batches)]
+        for name in names
+    ]
+    return BY_BATCH + _table(["time, memory", *(f"batch {b:,}" for b in batches)], body) + "\n"
 
 
 def _scaling(found: dict[str, list[Any]]) -> str:
