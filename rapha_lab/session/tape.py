@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -99,7 +99,10 @@ class Tape:
         leaves, order: the columns, and the operations.
         parameters, constants: tensors from outside, by whether they require a gradient.
         filled: the ids of those constants that are as long as the batch and the same for each patient.
+        at: the operation that a replay is at.
     """
+
+    at: Made | None = None
 
     def __init__(self, of: Use) -> None:
         self.of = of
@@ -136,6 +139,16 @@ class Tape:
         kept = self.parameters if t.requires_grad else self.constants
         if not any(t is other for other in kept):
             kept.append(t)
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """The tensors from outside by name."""
+        parameters = {f"p{k}": t for k, t in enumerate(self.parameters)}
+        return parameters | {f"c{k}": t for k, t in enumerate(self.constants)}
+
+    def outside(self, named: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """What a replay takes in place of the tensors from outside."""
+        return {id(t): named[name] for name, t in self.named.items()}
 
     def signature(self) -> tuple[Any, ...]:
         """Equal for tapes that make the same program."""
@@ -183,6 +196,7 @@ class Tape:
             return {k: put(v) for k, v in value.items()} if isinstance(value, dict) else value
 
         for made in self.order:
+            self.at = made
             args, kwargs = put(made.args), put(made.kwargs)
             if kwargs.pop("_in_place", False):
                 args = (args[0].clone(), *args[1:])

@@ -18,6 +18,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from types import CodeType
 from typing import Any
 from unittest.mock import patch
 
@@ -42,6 +43,12 @@ _OURS = re.compile(r"[\\/](torch|rapha_lab)[\\/]|site-packages|[\\/]lib[\\/]pyth
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 INTERVALS = "A Cox loss compares patients: give the model a logit for each interval of time instead, as docs/methods.md shows."
+
+ALONE = (
+    "Compute every patient alone: no statistics, distances or softmax over the batch. "
+    'A loss with class weights is a sum over patients with reduction="sum". '
+    f"One logit of a yes or no takes nn.BCEWithLogitsLoss, not CrossEntropyLoss. {INTERVALS}"
+)
 
 DROPOUT = "Write nn.Dropout, or F.dropout(torch.ones_like(x), 0.2) for a mask; leave noise and sampling out."
 
@@ -211,7 +218,12 @@ def _program(both: _Both, compute: Callable[..., Tensor], inputs: Tensors, *, tr
     modes = {module: module.training for module in both.modules()}
     try:
         both.eval()
-        refuse_mixing(lambda batch: compute(both, batch), inputs, reduced=training)
+        _refuse_mixing(
+            function,
+            {names[key]: t for key, t in state.items()},
+            {names[key] for key in wanted} if training else set(),
+            inputs,
+        )
         both.train(training)
         parameters = {names[key]: t for key, t in state.items() if key in wanted}
         constants = {names[key]: t for key, t in state.items() if key not in wanted}
@@ -278,48 +290,38 @@ def made_up(example: Tensor, patients: int, seed: int = 0) -> Tensor:
     return torch.randint(high, shape, generator=generator).to(example.dtype)
 
 
-def refuse_mixing(function: Callable[[dict[str, Tensor]], Tensor], inputs: Tensors, *, reduced: bool) -> None:
-    """Raise ProgramError unless three made-up patients together give the mean or sum of each alone.
+def _refuse_mixing(function: Function, state: Tensors, trained: set[str], inputs: Tensors) -> None:
+    """Raise ProgramError unless made-up patients together give the mean or sum of each alone, or the rows if none is trained."""
+    from rapha_lab.session import mixing  # which names lines as this module does
 
-    Args:
-        function: computes a loss (`reduced`) or scores from a dict of batches.
-        inputs: one patient's example tensors.
-        reduced: whether the result is one number for the batch; else it is one row a patient.
-    """
-    batch = {name: made_up(example, 3) for name, example in inputs.items()}
-    single = [{name: t[i : i + 1] for name, t in batch.items()} for i in range(3)]
+    def compute(state: Tensors, batch: Tensors) -> Tensor:
+        return function(dict(state), {}, dict(batch))
+
+    batches = [
+        {name: made_up(t, n, seed) for seed, (name, t) in enumerate(inputs.items(), 10 * n)} for n in (3, 5)
+    ]
+    single = [{name: t[i : i + 1] for name, t in batches[0].items()} for i in range(3)]
     with _quiet(), torch.no_grad():
-        alone = [_run(function, one) for one in single]
-        together, again = _run(function, batch), _run(function, batch)
-        many = next((t for t in (alone[0], together) if t.numel() != 1), None)
-        if reduced and many is not None:
-            raise ProgramError(
-                f"The loss has shape {tuple(many.shape)}.", "A loss is one number.",
-                "Reduce it with .mean() or .sum(), or leave reduction='none' out.", field="loss",
-            )  # fmt: skip
+        alone = [_run(compute, state, one) for one in single]
+        together, again = _run(compute, state, batches[0]), _run(compute, state, batches[0])
+    many = next((t for t in (alone[0], together) if t.numel() != 1), None)
     refuse_random(together, again)
-    if reduced:
-        losses = torch.stack([t.double().reshape(()) for t in alone])
-        refuse_nan(losses)
-        same = any(_close(together, whole) for whole in (losses.mean(), losses.sum()))
-    else:
-        rows = torch.cat(alone) if alone[0].dim() else torch.stack(alone)
-        same = together.shape == rows.shape and _close(together, rows)
-    if not same:
+    if not trained:
+        mixing.refuse_mixed_rows(compute, state, batches, ALONE)
+        return
+    if many is not None:
         raise ProgramError(
-            "The model or loss mixes patients.",
-            "On three made-up patients its value is neither the mean nor the sum of what each gives alone.",
-            "Compute every patient alone: no statistics, distances or softmax over the batch. "
-            'A loss with class weights is a sum over patients with reduction="sum". '
-            f"One logit of a yes or no takes nn.BCEWithLogitsLoss, not CrossEntropyLoss. {INTERVALS}",
-            field="model",
-        )
-    if reduced:
-        none = {name: t if name == "target" else torch.zeros_like(t) for name, t in single[0].items()}
-        # one that fails on zeros alone is traced all the same
-        with _quiet(), torch.no_grad(), suppress(ProgramError):
-            losses = _run(function, none)
-        warn_of_none(losses)
+            f"The loss has shape {tuple(many.shape)}.", "A loss is one number.",
+            "Reduce it with .mean() or .sum(), or leave reduction='none' out.", field="loss",
+        )  # fmt: skip
+    if not together.isfinite().all():  # else it is by being alone that a patient has none
+        refuse_nan(torch.stack([t.reshape(()) for t in alone]))
+    mixing.reduction(compute, state, trained, batches, ALONE)
+    none = {name: t if name == "target" else torch.zeros_like(t) for name, t in single[0].items()}
+    # one that fails on zeros alone is traced all the same
+    with _quiet(), torch.no_grad(), suppress(ProgramError):
+        together = _run(compute, state, none)
+    warn_of_none(together)
 
 
 def refuse_random(once: Tensor, again: Tensor, line: int | None = None) -> None:
@@ -353,13 +355,9 @@ def warn_of_none(loss: Tensor) -> None:
         warnings.warn_explicit(said, UserWarning, CELL.get() or "cell", cell_line() or 1)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a.double().reshape(b.shape), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
-
-
-def _run(function: Callable[..., Tensor], batch: dict[str, Tensor]) -> Tensor:
+def _run(compute: Callable[..., Tensor], state: Tensors, batch: dict[str, Tensor]) -> Tensor:
     try:
-        return function(batch)
+        return compute(state, batch)
     except ProgramError:
         raise
     except Exception as error:
@@ -477,12 +475,12 @@ def _spec(name: str, tensor: Tensor) -> TensorSpec:
     return TensorSpec(name, dtype, list(tensor.shape))  # type: ignore[arg-type]
 
 
-def cell_line() -> int | None:
-    """The line of the cell that is running."""
+def cell_line(until: CodeType | None = None) -> int | None:
+    """The line of the cell that is running, among what the code `until` called."""
     frame = sys._getframe(1)
-    while frame is not None and not authors(frame.f_code.co_filename):
+    while frame is not None and frame.f_code is not until and not authors(frame.f_code.co_filename):
         frame = frame.f_back  # type: ignore[assignment]
-    return None if frame is None else frame.f_lineno
+    return None if frame is None or frame.f_code is until else frame.f_lineno
 
 
 def authors(file: str) -> bool:
