@@ -13,6 +13,7 @@ import msgspec
 import polars
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from rapha_lab.curator.ahead import Idle
 from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.desk import Caller, Desk
 from rapha_lab.curator.ledger import Ledger
@@ -33,6 +34,7 @@ class House:
     Attributes:
         releases: every answer that was given.
         steps: of each announcement of steps, how many.
+        works_ahead: whether a loop's steps are prepared.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class House:
             lambda: self.policy, self.ledger, cohorts, noise or SystemNoise(), "house", simulated=True
         )
         self.told: list[tuple[Any, ...]] = []
+        self.works_ahead = True
         touch = self.ledger.touch
 
         def noted(job: str, steps: int) -> None:
@@ -74,9 +77,12 @@ class House:
     def ask(self, request: messages.ASKS, tensors: bytes) -> tuple[dict[str, Any], bytes]:
         """One request, as the session's pipe would carry it."""
         caller = Caller(self.key, "p", f"c-{next(self._numbers)}")
+        idle = list[Idle]()
         answer, blob = self.desk.answer(
-            caller, messages.encode(request), tensors, lambda *far: self.told.append(far)
+            caller, messages.encode(request), tensors, lambda *far: self.told.append(far), idle.append
         )
+        for work in idle:  # as a thread of the curator's does that nobody needs
+            work(lambda: not self.works_ahead)
         return (msgspec.to_builtins(answer) if isinstance(answer, Release) else answer), blob
 
     def spent(self, split: str = "train") -> float:

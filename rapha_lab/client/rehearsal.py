@@ -141,12 +141,12 @@ class Rehearsal:
         if isinstance(request, messages.Close):
             return {}, b""
         if isinstance(request, messages.Open):
-            loop.plan(request, extended(schema, request.derive, request.where), DELTA)
+            loop.plan(request, extended(schema, request.derive, request.where), DELTA, SystemNoise())
             small = msgspec.structs.replace(request, steps=STEPS, batch=min(request.batch, BATCH))
-            self._loop = loop.plan(small, self._cohort(schema, request).schema, DELTA)
+            self._loop = loop.plan(small, self._cohort(schema, request).schema, DELTA, SystemNoise())
             return {"loop": "rehearsal", "noise": self._loop.sigma}, b""
         view = self._cohort(schema, self._loop.ask).view(self._loop.ask.split)
-        return {}, self._loop.gradient(request, tensors, view, SystemNoise(), lambda *_: None).tensors
+        return {}, self._loop.gradient(request, tensors, view, lambda *_: None).tensors
 
     def _cohort(self, schema: Schema, ask: messages.Ask) -> Cohort:
         """A few made-up patients, and of them those that are asked about."""

@@ -20,6 +20,7 @@ import msgspec
 
 from rapha_lab.curator import checks, clock
 from rapha_lab.curator.accounting import epsilon_of
+from rapha_lab.curator.ahead import Idle
 from rapha_lab.curator.airlock import Airlock
 from rapha_lab.curator.cohort import Cohort, View
 from rapha_lab.curator.expressions import chosen
@@ -128,13 +129,19 @@ class Desk:
         self._opening = threading.Lock()  # held by whoever opens a loop or takes one away
 
     def answer(
-        self, caller: Caller, request: bytes, tensors: bytes, on_step: OnStep
+        self,
+        caller: Caller,
+        request: bytes,
+        tensors: bytes,
+        on_step: OnStep,
+        later: Callable[[Idle], None] = lambda work: None,
     ) -> tuple[Release | dict[str, Any], bytes]:
         """Answer one untrusted request.
 
         Args:
             request, tensors: as a session sent them.
             on_step: told how far it is.
+            later: given what may be done once the answer is on its way, while nobody needs the thread.
 
         Raises:
             RequestError, ProgramError, PolicyError, BudgetError: nothing was touched, nothing spent.
@@ -145,7 +152,7 @@ class Desk:
         if isinstance(ask, messages.Review):
             ask = review.as_shown(ask)
         if isinstance(ask, messages.Gradient):
-            return self._gradient(caller, ask, tensors, on_step)
+            return self._gradient(caller, ask, tensors, on_step, later)
         if isinstance(ask, messages.Close):
             return self._close(caller, ask)
         policy = self._policy()
@@ -204,7 +211,7 @@ class Desk:
         self, caller: Caller, ask: messages.Open, cohort: Cohort, policy: Policy, question: bytes
     ) -> tuple[dict[str, Any], bytes]:
         delta = policy.project(caller.project).delta
-        found = loop.plan(ask, cohort.schema, delta)
+        found = loop.plan(ask, cohort.schema, delta, self._noise)
         with self._opening:
             if self._open_loops(caller.researcher) >= MOST_LOOPS:
                 raise RequestError(
@@ -224,7 +231,12 @@ class Desk:
         return sum(kept.owner.researcher == researcher for kept in self._loops.values())
 
     def _gradient(
-        self, caller: Caller, ask: messages.Gradient, tensors: bytes, on_step: OnStep
+        self,
+        caller: Caller,
+        ask: messages.Gradient,
+        tensors: bytes,
+        on_step: OnStep,
+        later: Callable[[Idle], None],
     ) -> tuple[dict[str, Any], bytes]:
         kept, policy = self._loop(caller, ask.loop), self._policy()
         found, delta, view = kept.loop, kept.delta, kept.view
@@ -242,12 +254,14 @@ class Desk:
             self._ledger.touch(ask.loop, steps)
 
         try:
-            return {}, found.gradient(ask, tensors, view, self._noise, progress).tensors
+            given = found.gradient(ask, tensors, view, progress).tensors
         except RaphaError:
             raise
         except BaseException as error:
             print(f"job {caller.job}: {type(error).__name__}", file=sys.stderr)
             raise _failed(caller.job) from None
+        later(found.work_ahead)
+        return {}, given
 
     def _close(self, caller: Caller, ask: messages.Close) -> tuple[Release | dict[str, Any], bytes]:
         with self._opening:

@@ -11,13 +11,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from rapha_lab.curator.ahead import Idle
+
 __all__ = ["Pool"]
 
 
 class _Job(NamedTuple):
     owner: str
     name: str
-    run: Callable[[], None]
+    run: Callable[[], Idle | None]
 
 
 class Pool:
@@ -35,8 +37,11 @@ class Pool:
         self._running: Counter[str] = Counter()
         self._over = False
 
-    def submit(self, owner: str, function: Callable[..., None], *args: object, name: str = "") -> None:
-        """Run `function(*args)`, which raises nothing, once a thread is free and the owner leaves one to others."""
+    def submit(self, owner: str, function: Callable[..., Idle | None], *args: object, name: str = "") -> None:
+        """Run `function(*args)`, which raises nothing, once a thread is free and the owner leaves one to others.
+
+        What it gives is done by the thread once it is free, until it gets another job.
+        """
         with self._lock:
             self._waiting.append(_Job(owner, name, partial(function, *args)))
             if (self._idle or self._one_more()) and (job := self._next()) is not None:
@@ -88,11 +93,7 @@ class Pool:
     def _work(self, inbox: queue.SimpleQueue[_Job | None]) -> None:
         job = inbox.get()
         while job is not None:
-            try:
-                job.run()
-            except BaseException as error:  # a thread that ended would be one fewer for ever
-                with contextlib.suppress(Exception):
-                    print(f"{self._name}: {type(error).__name__}", file=sys.stderr)
+            idle = self._safely(job.run)
             with self._lock:
                 self._running[job.owner] -= 1
                 if self._over:
@@ -100,4 +101,14 @@ class Pool:
                 job = self._next()
                 if job is None:
                     self._idle.append(inbox)
+            if job is None and idle is not None:
+                self._safely(partial(idle, lambda: not inbox.empty()))
             job = job or inbox.get()
+
+    def _safely(self, run: Callable[[], Idle | None]) -> Idle | None:
+        try:
+            return run()
+        except BaseException as error:  # a thread that ended would be one fewer for ever
+            with contextlib.suppress(Exception):
+                print(f"{self._name}: {type(error).__name__}", file=sys.stderr)
+            return None

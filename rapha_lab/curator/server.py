@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from rapha_lab.curator import clock
+from rapha_lab.curator.ahead import Idle
 from rapha_lab.curator.blocks import Blocks
 from rapha_lab.curator.desk import Caller, Cancelled, Desk
 from rapha_lab.curator.pool import Pool
@@ -120,7 +121,9 @@ class Server:
             refusal = Cancelled("The job was cancelled.", "It had not begun.", "Run it again.")
             self._quick.submit(self._say, {"id": job, "error": refusal.to_wire()})
 
-    def _answer(self, call: Call, request: bytes, tensors: bytes, came: float) -> None:
+    def _answer(self, call: Call, request: bytes, tensors: bytes, came: float) -> Idle | None:
+        later = list[Idle]()
+
         def on_step(done: int, planned: int, spent: float, doing: str = "") -> None:
             if not self._cancelled.isdisjoint((call.id, "*")):
                 raise Cancelled(
@@ -132,9 +135,10 @@ class Server:
 
         def answer(caller: Caller) -> tuple[Release | dict[str, Any], bytes]:
             numbers = self._blocks.read(call.block, call.shared) if call.shared else tensors
-            return self._desk.answer(caller, request, numbers, on_step)
+            return self._desk.answer(caller, request, numbers, on_step, later.append)
 
         self._reply(call, answer, came)
+        return later[0] if later else None
 
     def _reply(self, call: Call, answer: Callable[..., Any], came: float, *asked: Any) -> None:
         try:

@@ -60,7 +60,7 @@ class ChargesAfterTheRelease(Desk):
 class RunsBeforeItReserves(Desk):
     """Reserves, touches and settles what it has computed already."""
 
-    def answer(self, caller: Caller, request: bytes, tensors: bytes, on_step: Any) -> Any:
+    def answer(self, caller: Caller, request: bytes, tensors: bytes, *rest: Any) -> Any:
         ask = messages.decode(request)
         if isinstance(ask, messages.Mean | messages.Fit):
             plan = plan_of(ask, tensors, self._cohort(ask.dataset).schema, 1e-5, self._noise)
@@ -72,8 +72,8 @@ class RunsBeforeItReserves(Desk):
                 return computed
 
             with replaced(desk_module, "plan_of", lambda *_: dataclasses.replace(plan, run=run)):
-                return super().answer(caller, request, tensors, on_step)
-        return super().answer(caller, request, tensors, on_step)
+                return super().answer(caller, request, tensors, *rest)
+        return super().answer(caller, request, tensors, *rest)
 
 
 class TouchesAfterItRan(Desk):
@@ -150,7 +150,7 @@ class ForgetsASplit(Desk):
 class RunsASettledJobAgain(Desk):
     """Computes a settled job's answer anew, at no price."""
 
-    def answer(self, caller: Caller, request: bytes, tensors: bytes, on_step: Any) -> Any:
+    def answer(self, caller: Caller, request: bytes, tensors: bytes, *rest: Any) -> Any:
         ask = messages.decode(request)
         if isinstance(ask, messages.Mean | messages.Fit) and self._ledger.release_of(caller.job) is not None:
             plan = plan_of(ask, tensors, self._cohort(ask.dataset).schema, 1e-5, self._noise)
@@ -158,19 +158,19 @@ class RunsASettledJobAgain(Desk):
             receipt = self._ledger.receipt_of(caller.job)
             assert receipt is not None
             return self._release(caller.job, ask, 1e-5, answer, receipt)
-        return super().answer(caller, request, tensors, on_step)
+        return super().answer(caller, request, tensors, *rest)
 
 
 class GivesAnotherQuestionTheOldAnswer(Desk):
     """Takes a job's number for its question."""
 
-    def answer(self, caller: Caller, request: bytes, tensors: bytes, on_step: Any) -> Any:
+    def answer(self, caller: Caller, request: bytes, tensors: bytes, *rest: Any) -> Any:
         def settled(question: bytes, *rest: Any) -> Any:
             row = self._ledger._db.execute("SELECT request FROM job WHERE name = ?", (caller.job,)).fetchone()
             return Ledger.settled(self._ledger, row[0] if row else question, *rest)
 
         with replaced(self._ledger, "settled", settled):
-            return super().answer(caller, request, tensors, on_step)
+            return super().answer(caller, request, tensors, *rest)
 
 
 class LeavesLoopsOpen(Desk):

@@ -299,7 +299,7 @@ class World:
         found = {}
         for job, (request, tensors) in self.asked.items():
             if isinstance(request, messages.Open):
-                opened = loop.plan(request, self.cohort.schema, 1e-5)
+                opened = loop.plan(request, self.cohort.schema, 1e-5, SystemNoise())
                 found[job] = opened.loss, opened.touches
             elif isinstance(request, messages.Mean | messages.Fit):
                 plan = plan_of(request, tensors, self.cohort.schema, 1e-5, SystemNoise())

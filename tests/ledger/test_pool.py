@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -22,11 +23,11 @@ def test_the_thread_that_worked_last_works_next() -> None:
     pool, seen = Pool(3, "test"), []
     gate = threading.Barrier(4)
     for owner in "abc":
-        pool.submit(owner, lambda: gate.wait())
+        pool.submit(owner, lambda: gate.wait() and None)
     gate.wait()  # three threads there are now
     for _ in range(6):
         done = threading.Event()
-        pool.submit("a", lambda done=done: (seen.append(threading.get_ident()), done.set()))
+        pool.submit("a", lambda done=done: seen.append(threading.get_ident()) or done.set())
         assert done.wait(5)
         time.sleep(0.02)
     pool.close()
@@ -71,11 +72,48 @@ def test_a_job_that_raises_ends_no_thread(capsys: pytest.CaptureFixture[str]) ->
     assert "97" not in told
 
 
+def test_a_thread_works_ahead_while_nobody_needs_it() -> None:
+    """It begins once its job is done, and the next job, which the same thread gets, ends it; one that raises ends no thread."""
+    pool, seen, begun = Pool(3, "test"), list[object](), queue.SimpleQueue()
+
+    def ahead(wanted: Callable[[], bool]) -> None:
+        begun.put(threading.get_ident())
+        while not wanted():
+            time.sleep(0.001)
+        seen.append("ahead ended")
+        raise ValueError
+
+    def job(number: int) -> Callable[[Callable[[], bool]], None]:
+        seen.append((number, threading.get_ident()))
+        return ahead
+
+    threads = []
+    for number in range(3):
+        pool.submit("a", job, number)
+        threads.append(begun.get(timeout=5))
+    pool.close()
+    mine = threads[0]
+    assert threads == [mine] * 3
+    assert seen == [(0, mine), "ahead ended", (1, mine), "ahead ended", (2, mine), "ahead ended"]
+
+
+def test_nothing_is_done_ahead_while_a_job_waits() -> None:
+    """The thread takes the next job at once."""
+    pool, go, seen, done = Pool(1, "test"), threading.Event(), list[str](), threading.Event()
+    pool.submit("a", lambda: go.wait(5) and (lambda wanted: seen.append("ahead")))
+    pool.submit("a", lambda: seen.append("job"))
+    pool.submit("a", done.set)
+    go.set()
+    assert done.wait(5)
+    pool.close()
+    assert seen == ["job"]
+
+
 def test_one_owner_never_takes_the_last_thread() -> None:
     """However many long jobs they bring, another's is run at once; theirs go on as theirs end, in their order."""
     pool, go, ran = Pool(3, "test"), threading.Semaphore(0), queue.SimpleQueue()
     for number in range(5):
-        pool.submit("many", lambda number=number: (ran.put(number), go.acquire()))
+        pool.submit("many", lambda number=number: ran.put(number) or (go.acquire() and None))
     assert {ran.get(timeout=5), ran.get(timeout=5)} == {0, 1}
     for _ in range(3):
         pool.submit("other", ran.put, "other")
@@ -99,7 +137,7 @@ def test_no_thread_is_lost_where_the_machine_gives_none(monkeypatch: pytest.Monk
         patch.setattr(threading.Thread, "start", none)
         with pytest.raises(RuntimeError):
             pool.submit("a", ran.put, "before")
-    pool.submit("a", go.wait, 5)
+    pool.submit("a", lambda: go.wait(5) and None)
     assert ran.get(timeout=5) == "before"
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", none)
@@ -125,7 +163,7 @@ def test_a_job_that_raises_where_nothing_can_be_told_ends_no_thread(monkeypatch:
 def test_closing_waits_for_what_runs_and_drops_what_waits() -> None:
     pool, ran = Pool(1, "test"), []
     started, go = threading.Event(), threading.Event()
-    pool.submit("a", lambda: (started.set(), go.wait(5), ran.append("running")))
+    pool.submit("a", lambda: started.set() or (go.wait(5) and ran.append("running")))
     assert started.wait(5)
     pool.submit("a", lambda: ran.append("waiting"))
     closer = threading.Thread(target=pool.close)

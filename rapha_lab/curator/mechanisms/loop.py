@@ -3,18 +3,21 @@
 The loop's price is that of all its steps and reserved when it opens. A step draws its own Poisson sample, takes
 the clipped sum of the gradients of the loss as it then is, and adds noise; parameters, optimiser and even the
 loss may change in between, since the sampled Gaussian composes adaptively. Steps are charged in blocks of a
-fiftieth of the loop, so that a loop which ends early pays for the block that it is in.
+fiftieth of the loop, so that a loop which ends early pays for the block that it is in. What a step draws at random
+may have been drawn while the session was busy since the step before, see `curator.ahead`.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from rapha_lab.curator.accounting import SampledGaussian
+from rapha_lab.curator.ahead import Ahead
 from rapha_lab.curator.cohort import View
 from rapha_lab.curator.lift import Lifted, Totals, lift
 from rapha_lab.curator.mechanisms import Answer, Progress, train
@@ -40,6 +43,7 @@ class Loop:
     Attributes:
         ask: how it was opened.
         rate, sigma: each patient's chance to be in a step, and the noise multiplier.
+        noise: what its steps draw from.
         touches: the splits whose patients are looked at.
         done: steps that ran.
     """
@@ -49,6 +53,7 @@ class Loop:
     rate: float
     sigma: float
     touches: tuple[str, ...]
+    noise: Ahead
     done: int = 0
     _ahead: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -70,26 +75,36 @@ class Loop:
         """Whether the steps of its latest program are compiled, and what that took."""
         return [*self._known.values()][-1].lifted.note
 
-    def gradient(self, ask: Gradient, tensors: bytes, view: View, noise: Noise, progress: Progress) -> Answer:
+    def gradient(self, ask: Gradient, tensors: bytes, view: View, progress: Progress) -> Answer:
         """One private gradient by parameter.
 
         Raises:
             ProgramError, RequestError: the step is malformed; it was not taken.
         """
         with self._lock:  # one step at a time, however many sessions of its owner ask
-            return self._step(ask, tensors, view, noise, progress)
+            return self._step(ask, tensors, view, progress)
 
-    def _step(self, ask: Gradient, tensors: bytes, view: View, noise: Noise, progress: Progress) -> Answer:
+    def work_ahead(self, wanted: Callable[[], bool]) -> None:
+        """Draw what the next step will need, if there will be one, until the thread is `wanted`."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if self.done < self.ask.steps:
+                    self.noise.draw(wanted)
+            finally:
+                self._lock.release()
+
+    def _step(self, ask: Gradient, tensors: bytes, view: View, progress: Progress) -> Answer:
         known = self._program(ask, tensors, progress)
         lifted, total = known.lifted, known.total or known.lifted.zeros()
         parameters, constants = lifted.tensors(tensors)
         key = known.columns(ask.inputs, self.schema)
         self._announce(progress)
         rows = self._inputs(key, ask.inputs, view)
-        drawn = train.draw(len(view), self.rate, known.slots, noise, view.present)
+        self.noise.begin()
+        drawn = train.draw(len(view), self.rate, known.slots, self.noise, view.present)
         train.clipped_sum(lifted, parameters, constants, rows, drawn, self.ask.clip, total)
         deviation = self.sigma * self.ask.clip * (1 + train.slack(lifted.microbatch))
-        train.private(total, deviation, self.ask.batch if ask.reduction == "mean" else 1, noise)
+        train.private(total, deviation, self.ask.batch if ask.reduction == "mean" else 1, self.noise)
         return Answer({}, known.packed(total))
 
     def _announce(self, progress: Progress) -> None:
@@ -157,11 +172,12 @@ class _Known:
         return packed
 
 
-def plan(ask: Open, schema: Schema, delta: float) -> Loop:
+def plan(ask: Open, schema: Schema, delta: float, noise: Noise) -> Loop:
     """The loop that `ask` would open, its noise solved from (epsilon, delta).
 
     Raises:
         RequestError: naming the field that is out of range.
     """
     loss = train.price(ask, schema, delta)
-    return Loop(ask, schema, loss.rate, loss.noise, SPLITS if ask.split == "all" else (ask.split,))
+    touches = SPLITS if ask.split == "all" else (ask.split,)
+    return Loop(ask, schema, loss.rate, loss.noise, touches, Ahead(noise))
