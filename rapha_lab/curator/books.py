@@ -187,8 +187,8 @@ def shrunk(account: Account, epsilon: float, delta: float) -> PolicyError:
     """A policy signs less than the account has spent."""
     return PolicyError(
         f"The budget of {account.label} cannot become epsilon={epsilon:g} at delta={delta:g}.",
-        "More than that is spent already, and what was released cannot be taken back.",
-        "Sign a policy with a larger budget, or close the dataset.",
+        "More than that is spent, which cannot be taken back, or held by a training that runs, which ends at its next step.",
+        "Ask again in a moment; if it stays, sign a policy with a larger budget, or close the dataset.",
         field="epsilon",
     )
 

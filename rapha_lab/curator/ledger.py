@@ -102,10 +102,11 @@ class Ledger:
         later than its projects' is charged what they have spent.
 
         Raises:
-            PolicyError: if more is spent already than the new budget has.
+            PolicyError: if more is spent or reserved already than the new budget has.
             RequestError: naming `epsilon` or `delta`, if they allow no answer.
         """
         order = accounting.order_for(epsilon, delta)
+        self._expire()
         with self._transaction() as db:
             old = self._find(project, dataset, split)
             further = delta_budget(discovery)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import polars
 import pytest
@@ -18,12 +19,14 @@ import torch.nn.functional as F
 from house import House, numbers
 from torch import nn
 
+from rapha_lab.curator.funds import follow
 from rapha_lab.curator.ledger import PATIENCE
 from rapha_lab.curator.lift import compiling
 from rapha_lab.curator.mechanisms import loop, train
 from rapha_lab.curator.mechanisms.loop import Loop
 from rapha_lab.protocol import messages
-from rapha_lab.protocol.errors import BudgetError, RaphaError, RequestError
+from rapha_lab.protocol.errors import BudgetError, PolicyError, RaphaError, RequestError
+from rapha_lab.protocol.policy import Policy
 from rapha_lab.session import patients
 from rapha_lab.session.patients import _Gradients
 
@@ -40,6 +43,14 @@ def house(tmp_path: Path) -> Iterator[House]:
     found = House(tmp_path, numbers("clinic", 3, N), frame)
     yield found
     found.ledger.close()
+
+
+@pytest.fixture
+def followed(house: House, tmp_path: Path) -> House:
+    """The same, whose ledger follows what the custodians sign, which is ε = 5."""
+    house.desk._policy = follow(house.ledger, lambda: house.policy, tmp_path / "policy.toml")
+    sign(house, 5.0)
+    return house
 
 
 def step(model: nn.Module, batch: Any) -> None:
@@ -129,6 +140,65 @@ def test_a_loop_that_was_left_standing_makes_room_for_another(
     house.desk.sweep("c")
     assert not house.desk._loops
     assert house.spent() == 0
+
+
+def sign(house: House, epsilon: float) -> None:
+    """A page with another budget."""
+    was = house.policy.project("p").epsilon
+    house.policy = Policy.parse(house.policy.text.replace(f"epsilon = {was}", f"epsilon = {epsilon}"))
+
+
+@pytest.mark.parametrize(("signed", "steps"), [(4.9, 21), (4.5, 5)])
+def test_a_loop_that_no_longer_fits_a_smaller_budget_ends_at_its_next_step(
+    followed: House, signed: float, steps: int
+) -> None:
+    """What ran stays charged and has its release; what still fits goes on, and so does whoever asks afterwards."""
+    model, taken = nn.Linear(3, 1), 0
+    with contextlib.suppress(PolicyError):
+        for batch in followed.patients.train.batches(size=100, epochs=5, epsilon=4.8):
+            step(model, batch)
+            taken += 1
+            if taken == 5:
+                sign(followed, signed)
+    assert [release.values["steps"] for release in followed.releases] == [taken] == [steps]
+    before = followed.spent()
+    assert 0 < before < signed
+    followed.patients.train.mean("x0", epsilon=0.01)
+    assert before < followed.spent() < signed
+    assert followed.ledger.statement("p", "clinic", "train").epsilon == signed
+
+
+def test_a_fit_that_no_longer_fits_a_smaller_budget_ends_at_its_next_block(followed: House) -> None:
+    """It releases nothing, and what ran stays charged."""
+
+    class Signing(list[Any]):
+        def append(self, far: Any) -> None:
+            super().append(far)
+            if far[0] == 3:
+                sign(followed, 4.5)
+
+    followed.told = Signing()
+    how = {"inputs": COLUMNS, "target": "y", "batch": 100, "epochs": 5, "epsilon": 4.8}
+    with pytest.raises(PolicyError, match="ends at its next step"):
+        followed.patients.train.fit(nn.Linear(3, 1), nn.BCEWithLogitsLoss(), **how)
+    assert sum(followed.steps) == 4
+    assert not followed.releases
+    followed.patients.train.mean("x0", epsilon=0.01)
+    assert 0 < followed.spent() < 4.5
+
+
+def test_an_idle_loop_keeps_a_smaller_budget_out_for_no_longer_than_its_hour(
+    followed: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are refused while it holds more than was signed, and no longer once it has timed out."""
+    now = [0.0]
+    monkeypatch.setattr(followed.ledger, "_clock", lambda: now[0])
+    followed.ask(msgspec.structs.replace(OPEN, epsilon=4.4), b"")
+    sign(followed, 4.0)
+    with pytest.raises(PolicyError, match="held by a training"):
+        followed.patients.test.mean("x0", epsilon=0.01)
+    now[0] += PATIENCE + 1
+    followed.patients.test.mean("x0", epsilon=0.01)
 
 
 def test_loops_opened_at_once_are_counted_each(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
