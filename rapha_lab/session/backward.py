@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.session import mixing, scaled, tracing
-from rapha_lab.session.tape import PATIENTS, Columns, Made, Tape, Use, filled, name_of, parts
+from rapha_lab.session.settled import name_of
+from rapha_lab.session.tape import FEWER, PATIENTS, Columns, Made, Tape, Use, filled, parts
 from rapha_lab.session.tracing import Traced
 
 __all__ = ["backward"]
@@ -153,7 +154,7 @@ def _refuse_drawn(tape: Tape) -> None:
             raise ProgramError(
                 "A tensor was made with numbers of its own for each patient.",
                 "How many patients a batch holds is made up here, and none of them is anybody at the site.",
-                tracing.DROPOUT, line=made.line,
+                tracing.DRAWN, line=made.line,
             )  # fmt: skip
 
 
@@ -182,6 +183,17 @@ def _reached(tape: Tape, made_up: list[Tensor]) -> list[int]:
     return reached
 
 
+def _of_made_up_number(error: Exception, at: Made | None) -> ProgramError:
+    """What to tell of a loss that can be computed for as many patients as a sealed tensor pretends to have, and for no others."""
+    text = str(error).strip().partition("\n")[0].rstrip(".")
+    return ProgramError(
+        f"{name_of(at.function) if at else 'The loss'} works for no other number of patients: {text}.",
+        "How many patients a batch holds is made up here, and a tensor or a size of that number is part of the loss.",
+        "Take it from a tensor of the batch where it is used: torch.zeros(x.shape[0], 8), p.expand(x.shape[0], -1) or "
+        "torch.randn_like(x).", field="model", line=(at and at.line) or tracing.cell_line(),
+    )  # fmt: skip
+
+
 def _reduction(tape: Tape, made_up: list[Tensor]) -> str:
     """ "mean" or "sum", by comparing made-up patients together with each alone."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]), tracing._quiet():
@@ -191,7 +203,15 @@ def _reduction(tape: Tape, made_up: list[Tensor]) -> str:
                 "backward() was called on a value for each patient.", "A loss is one number.",
                 "Reduce it with .mean() first.", line=tracing.cell_line(),
             )  # fmt: skip
-        alone = [tape.replay(1, [t[i : i + 1] for t in made_up], {}, random=False) for i in range(PATIENTS)]
+        try:
+            alone = [
+                tape.replay(1, [t[i : i + 1] for t in made_up], {}, random=False) for i in range(PATIENTS)
+            ]
+            tape.replay(FEWER, [t[:FEWER] for t in made_up], {}, random=False)
+        except ProgramError:
+            raise
+        except Exception as error:
+            raise _of_made_up_number(error, tape.at) from None
     tracing.refuse_random(together, again, tracing.cell_line())
     rows = torch.stack([t.double().reshape(()) for t in alone])
     if (

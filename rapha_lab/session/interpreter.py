@@ -28,9 +28,11 @@ from rapha_lab.protocol.errors import CellError, RaphaError, RefusedError
 from rapha_lab.protocol.release import Release, canonical
 from rapha_lab.session import hints, pictures, tracing
 from rapha_lab.session.bars import undrawn
+from rapha_lab.session.counted import counted
 from rapha_lab.session.loops import close_open
 from rapha_lab.session.opacus import recognised
 from rapha_lab.session.sealed import SealedTensor
+from rapha_lab.session.transforms import untransformed
 
 __all__ = ["Screen", "cell_error", "run"]
 
@@ -159,12 +161,17 @@ def _captured(screen: Screen, name: str) -> Iterator[None]:
     sys.stdout, sys.stderr = screen.streams = streams
     functions.display = public.display = screen.show
     pyplot.show = lambda *_, **__: screen.figures()
-    own = torch.compile, torch.amp.GradScaler, torch.save
+    own = torch.compile, torch.amp.GradScaler, torch.save, torch.jit.script, torch.jit.trace
+    torch.jit.script, torch.jit.trace = _unscripted(own[3]), _unscripted(own[4])
     torch.compile, torch.amp.GradScaler = _as_written, _unscaled  # type: ignore[misc,assignment]
     torch.save = _unwritten  # type: ignore[assignment]
     cell = tracing.CELL.set(name)
     try:
-        with tracing.derived(lambda _, args: any(isinstance(arg, SealedTensor) for arg in args)):
+        with (
+            tracing.derived(lambda _, args: any(isinstance(arg, SealedTensor) for arg in args)),
+            counted(),
+            untransformed(),
+        ):
             yield
     finally:
         tracing.CELL.reset(cell)
@@ -172,12 +179,22 @@ def _captured(screen: Screen, name: str) -> Iterator[None]:
         for stream in streams:
             stream.send()
         sys.stdout, sys.stderr, functions.display, public.display, pyplot.show = before
-        torch.compile, torch.amp.GradScaler, torch.save = own  # type: ignore[misc]
+        torch.compile, torch.amp.GradScaler, torch.save, torch.jit.script, torch.jit.trace = own  # type: ignore[misc]
 
 
 def _as_written(model: Any = None, **_: Any) -> Any:
     """In place of torch.compile: on sealed tensors there is nothing to gain, and the curator compiles for itself."""
     return model if model is not None else _as_written
+
+
+def _unscripted(scripted: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of torch.jit.script and trace, whose results take a sealed tensor's made-up numbers without a word."""
+
+    def either(it: Any, *args: Any, **kwargs: Any) -> Any:
+        torchs = f"{os.sep}torch{os.sep}" in sys._getframe(1).f_code.co_filename
+        return scripted(it, *args, **kwargs) if torchs else it
+
+    return either
 
 
 def _unscaled(device: str = "cuda", **_: Any) -> Any:

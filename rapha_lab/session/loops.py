@@ -8,7 +8,7 @@ from collections.abc import Generator
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.session.sealed import Batch
 
-__all__ = ["Batches", "close_open"]
+__all__ = ["Batches", "close_open", "refuse_other"]
 
 _open: weakref.WeakSet[Batches] = weakref.WeakSet()
 
@@ -55,3 +55,22 @@ def close_open() -> None:
     """End the loops that a cell leaves open, so that their releases are given while it is there to show them."""
     for batches in list(_open):
         batches.close()
+
+
+def refuse_other(taken: int, given: int) -> None:
+    """Refuse, in the rehearsal already, a loop without a step, and one whose steps would be used up before its batches are."""
+    if not taken:
+        raise RequestError(
+            "No loss of this loop was computed from patients.",
+            "backward() was never called on a sealed tensor; torch.Tensor(x) and Variable(x) take made-up numbers out of one.",
+            "Compute the loss from batch[...] as it is, and call backward() on it.",
+            field="loss",
+        )
+    if taken > given:
+        raise RequestError(
+            f"backward() was called {taken} times on {given} batches.",
+            "Each is a step of its own, and a loop pays for one a batch: at the site it would end half-way.",
+            "Add the losses and call backward() once. Where it takes two, take two batches: "
+            "loop = patients.train.batches(...); for first, second in zip(loop, loop).",
+            field="epochs",
+        )

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.session import tracing
-from rapha_lab.session.tape import mapped, name_of
+from rapha_lab.session.settled import name_of
+from rapha_lab.session.tape import mapped
 
 __all__ = ["Compute", "reduction", "refuse_mixed_rows"]
 

@@ -21,7 +21,7 @@ from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
 from rapha_lab.protocol.tensors import Layout
 from rapha_lab.session import checking, losses, parcels, recipe, shard, tracing
-from rapha_lab.session.loops import Batches
+from rapha_lab.session.loops import Batches, refuse_other
 from rapha_lab.session.opacus import Loader
 from rapha_lab.session.questions import Ask, Questions, made
 from rapha_lab.session.sealed import PATIENTS, Batch
@@ -198,7 +198,7 @@ class Patients(Questions):
         try:
             for _ in range(given := min(ask.steps, self._most_steps)):
                 yield replace(batch, _seen={})
-            _refuse_more(gradients.taken, given)
+            refuse_other(gradients.taken, given)
         finally:
             wire = self._ask(messages.Close(loop=opened["loop"]), b"")[0]
             if "op" in wire:
@@ -544,18 +544,6 @@ class _Sent(NamedTuple):
     digest: str
     there: Layout
     back: Layout
-
-
-def _refuse_more(taken: int, given: int) -> None:
-    """Refuse, in the rehearsal already, a loop whose steps would be used up before its batches are."""
-    if taken > given:
-        raise RequestError(
-            f"backward() was called {taken} times on {given} batches.",
-            "Each is a step of its own, and a loop pays for one a batch: at the site it would end half-way.",
-            "Add the losses and call backward() once. Where it takes two, take two batches: "
-            "loop = patients.train.batches(...); for first, second in zip(loop, loop).",
-            field="epochs",
-        )
 
 
 _COUNT = "patients.count(epsilon=0.1)"

@@ -91,6 +91,20 @@ def _median(x: Tensor, dim: int = -1, keepdim: bool = False) -> Pair:
     return value, place
 
 
+def _quantile(
+    x: Tensor, q: float, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
+) -> Any:
+    if interpolation != "linear" or not 0 <= q <= 1:
+        return NotImplemented
+    x, dim = (x.flatten(), 0) if dim is None else (x, dim)
+    place = q * (x.shape[dim] - 1)
+    below = int(place)
+    inorder = _sorted(x, dim)[0]
+    low, high = (inorder.narrow(dim, min(k, x.shape[dim] - 1), 1) for k in (below, below + 1))
+    out = low + (high - low) * (place - below)
+    return out if keepdim else out.squeeze(dim)
+
+
 def _scanned(combine: Callable[[Tensor, Tensor], Tensor], x: Tensor, dim: int, **how: Any) -> Tensor:
     """Each place with all before it (Hillis and Steele 1986): torch differentiates a cumprod by what is zero in it."""
     x, far = x.movedim(dim, 0), 1
@@ -152,6 +166,83 @@ def _overlaid(
     return out.reshape(len(x), -1, *size)
 
 
+def _mesh(lines: Sequence[Tensor], *, indexing: str = "ij") -> list[Tensor]:
+    size = [line.numel() for line in lines]
+    found = [
+        line.reshape([-1 if d == k else 1 for k in range(len(size))]).expand(size)
+        for d, line in enumerate(lines)
+    ]
+    return [t.transpose(0, 1) for t in found] if indexing == "xy" and len(size) > 1 else found
+
+
+def _grid(theta: Tensor, size: Sizes, corners: bool) -> Tensor:
+    """torch.nn.functional.affine_grid over two or three dimensions."""
+    ends = [min(n - 1, 1) if corners else (n - 1) / n for n in size[2:]]
+    lines = [torch.linspace(-e, e, n, dtype=theta.dtype) for e, n in zip(ends, size[2:], strict=True)]
+    places = torch.stack([*_mesh(lines)[::-1], torch.ones(list(size[2:]), dtype=theta.dtype)], -1)
+    return (places.flatten(0, -2) @ theta.mT).unflatten(1, size[2:])
+
+
+def _sampled(x: Tensor, grid: Tensor, mode: int, padding: int, corners: bool) -> Any:
+    """torch.nn.functional.grid_sample of images: bilinear or nearest, with zeros or the border around."""
+    if x.dim() != 4 or mode > 1 or padding > 1:
+        return NotImplemented
+    sizes = [x.shape[3], x.shape[2]]
+    place = [
+        (g + 1) / 2 * (n - 1) if corners else ((g + 1) * n - 1) / 2
+        for g, n in zip(grid.unbind(-1), sizes, strict=True)
+    ]
+    if padding == 1:
+        place = [p.clamp(0, n - 1) for p, n in zip(place, sizes, strict=True)]
+    first = [p.floor() if mode == 0 else p.round() for p in place]
+    flat, out = x.flatten(2), torch.zeros((), dtype=x.dtype)
+    for corner in [(0, 0), (0, 1), (1, 0), (1, 1)] if mode == 0 else [(0, 0)]:
+        at = [f + more for f, more in zip(first, corner, strict=True)]
+        there = torch.ones((), dtype=torch.bool)
+        weight = torch.ones((), dtype=x.dtype)
+        for p, a, n in zip(place, at, sizes, strict=True):
+            there = there & (a >= 0) & (a <= n - 1)
+            weight = weight * (1 - (p - a).abs()) if mode == 0 else weight
+        col, row = (a.clamp(0, n - 1).long() for a, n in zip(at, sizes, strict=True))
+        index = (row * sizes[0] + col).flatten(1).unsqueeze(1).expand(-1, x.shape[1], -1)
+        picked = flat.gather(2, index).unflatten(2, grid.shape[1:3])
+        out = out + picked * torch.where(there, weight, 0.0).unsqueeze(1)
+    return out
+
+
+def _apart(a: Tensor, b: Tensor, p: float = 2.0, eps: float = 1e-6, keep: bool = False) -> Tensor:
+    return torch.linalg.vector_norm(a - b + eps, p, -1, keep)
+
+
+def _chosen(x: Tensor, p: Any = None, **how: Any) -> Tensor:
+    """Ones, each with the probability `p` or its own."""
+    return (torch.rand_like(x) < (x if p is None else p)).to(x.dtype)
+
+
+def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0, **how: Any) -> Tensor:
+    return torch.randn_like(x) * std + mean
+
+
+def _around(mean: Any, std: Any = 1.0, **how: Any) -> Tensor:
+    like = mean if isinstance(mean, Tensor) else std
+    return (torch.randn_like(like) * std + mean).detach()
+
+
+def _uniform(x: Tensor, low: float = 0.0, high: float = 1.0, **how: Any) -> Tensor:
+    return torch.rand_like(x) * (high - low) + low
+
+
+def _whole(low: int, high: int, size: Sizes, *, dtype: Any = None, **how: Any) -> Tensor:
+    return (torch.rand(list(size)) * (high - low)).long().clamp(max=high - low - 1).to(
+        dtype or torch.int64
+    ) + low
+
+
+def _sized(like: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Random numbers in a size, from those in the shape of a tensor."""
+    return lambda size, *, dtype=None, **how: like(torch.zeros(list(size), dtype=dtype))
+
+
 def gaussian_nll_loss(
     x: Tensor, target: Tensor, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
 ) -> Tensor:
@@ -176,6 +267,7 @@ WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     _ATEN.argsort.stable: lambda x, **how: _stably(x, **how)[1],
     _ATEN.topk.default: _top,
     _ATEN.median.dim: _median,
+    _ATEN.quantile.scalar: _quantile,
     _ATEN.cumprod.default: partial(_scanned, torch.mul),
     _ATEN.logcumsumexp.default: partial(_scanned, torch.logaddexp),
     _ATEN.prod.dim_int: _product,
@@ -186,6 +278,26 @@ WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     _ATEN.channel_shuffle.default: _channels,
     _ATEN.pixel_unshuffle.default: _unshuffled,
     _ATEN.im2col.default: _windows,
+    _ATEN.meshgrid.default: _mesh,
+    _ATEN.meshgrid.indexing: _mesh,
+    _ATEN.affine_grid_generator.default: _grid,
+    _ATEN.grid_sampler.default: _sampled,
+    _ATEN.grid_sampler_2d.default: _sampled,
+    _ATEN.pairwise_distance.default: _apart,
+    _ATEN.fill.Tensor: lambda x, value: torch.zeros_like(x) + value,
+    _ATEN.rand.default: _sized(torch.rand_like),
+    _ATEN.randn.default: _sized(torch.randn_like),
+    _ATEN.randint.default: partial(_whole, 0),
+    _ATEN.randint.low: _whole,
+    _ATEN.bernoulli.p: _chosen,
+    _ATEN.bernoulli.default: _chosen,
+    _ATEN.normal_functional.default: _normal,
+    _ATEN.normal.float_float: lambda mean, std, size, **how: _normal(torch.zeros(list(size)), mean, std),
+    **dict.fromkeys(
+        (_ATEN.normal.Tensor_float, _ATEN.normal.float_Tensor, _ATEN.normal.Tensor_Tensor), _around
+    ),
+    _ATEN.uniform.default: _uniform,
+    _ATEN.exponential.default: lambda x, rate=1.0, **how: -torch.log1p(-torch.rand_like(x)) / rate,
     _ATEN.col2im.default: _overlaid,
     **dict.fromkeys((_ATEN.__and__.Tensor, _ATEN.__and__.Scalar), torch.bitwise_and),
     **dict.fromkeys((_ATEN.__or__.Tensor, _ATEN.__or__.Scalar), torch.bitwise_or),

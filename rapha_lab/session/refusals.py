@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["OF_TORCH", "REFUSALS"]
+__all__ = ["OF_TORCH", "PACKED", "REFUSALS", "TRANSFORMS"]
 
 _MISSING = "A sealed tensor stands for patients at the site; no value of theirs is here."
 _ASK = 'patients.validation.evaluate(model, ["logloss"], inputs=FEATURES, target="death", epsilon=0.1)'
@@ -22,11 +22,19 @@ OF_TORCH: dict[str, tuple[str, str, str]] = {
         "Make it without: torch.distributions.Normal(mean, scale, validate_args=False), say.",
     ),
     "torch/nn/utils/rnn.py": (
-        "Packing needs the length of each patient's sequence.", _MISSING,
-        'Give the layer the padded sequence: the latest row is last, h[:, -1]; batch["visits.present"] is 0 where there is '
-        "no row, to pool by (h * present[..., None]).sum(1) / present.sum(1, keepdim=True).clamp(min=1).",
+        "Packing needs the length of each patient's sequence, and shapes that depend on it.", _MISSING,
+        "Give the layer the padded sequence, whose latest row is last: h[:, -1], or pool h by visits.present. The very "
+        "states of packing have the rows in front: n = present.sum(1, keepdim=True).long(); "
+        "front = (torch.arange(x.shape[1]) - n) % x.shape[1]; x = x.gather(1, front[..., None].expand_as(x)); after the layer "
+        "the last is h.gather(1, (n - 1).clamp(min=0)[..., None].expand(-1, -1, h.shape[2]))[:, 0].",
     ),
 }  # fmt: skip
+PACKED = OF_TORCH["torch/nn/utils/rnn.py"]
+TRANSFORMS = (
+    "A transform of torch.func was given a sealed tensor.", _MISSING,
+    "Write the sum over heads or experts with torch.einsum, and a derivative out in full; patients are computed together "
+    "as it is. fit takes a model whose forward uses torch.func.vmap.",
+)  # fmt: skip
 _AGGREGATE = "Ask for an aggregate: patients.mean(column, epsilon=0.1) or .histogram(...)."
 _DECIDE = (
     f"Use torch.where instead of if. To stop early or keep the best model, decide by a figure of {_ASK}."

@@ -22,8 +22,9 @@ from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.errors import ProgramError, SealedError
 from rapha_lab.session import losses, scaled, tracing
 from rapha_lab.session.backward import backward
-from rapha_lab.session.refusals import OF_TORCH, REFUSALS
-from rapha_lab.session.tape import PATIENTS, Columns, Count, Made, Tape, Use, filled, mapped, name_of
+from rapha_lab.session.refusals import OF_TORCH, REFUSALS, TRANSFORMS
+from rapha_lab.session.settled import name_of
+from rapha_lab.session.tape import FEWER, PATIENTS, Columns, Count, Made, Tape, Use, filled, mapped
 from rapha_lab.session.tracing import Traced
 
 __all__ = ["PATIENTS", "Batch", "Gradients", "SealedTensor"]
@@ -73,6 +74,8 @@ class SealedTensor(Tensor):
             return backward(*args, **kwargs)
         if name == "requires_grad":
             return args[0]._made.grad and bool(Tape(_use(args[0])).parameters)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise SealedError(*TRANSFORMS, line=tracing.cell_line())
         _refuse_norms(name, kwargs)
         _refuse_order(name, args)
         _refuse_loss(name, args)
@@ -150,8 +153,8 @@ class _Passing(Exception):
     """An argument that the next batch would not bring again."""
 
 
-_OPERATIONS, _FEWER = 4096, 7
-_PLAIN = {int, bool, str, type(None), type(Ellipsis), torch.dtype, torch.device, Count}
+_OPERATIONS = 4096
+_PLAIN = {int, bool, str, type(None), type(Ellipsis), torch.dtype, torch.device}
 
 
 def _known_by(func: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...] | None]:
@@ -162,6 +165,7 @@ def _known_by(func: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...] |
     except _Passing:
         key, found = None, []
         mapped((args, kwargs), SealedTensor, lambda t: found.append(t._batch))
+        mapped((args, kwargs), Count, lambda n: found.append(n.batch))
     batch = found[0] if found else None
     if any(other is not batch for other in found):
         batch = None
@@ -178,6 +182,9 @@ def _part(value: Any, found: list[Batch | None]) -> Any:
         return id(value._made), value._index
     if kind in _PLAIN:
         return kind, value
+    if kind is Count:
+        found.append(value.batch)
+        return kind, value.factor
     if kind is tuple or kind is list or kind is torch.Size:
         return (kind, *[_part(v, found) for v in value])
     if kind is float:
@@ -219,7 +226,7 @@ def _again(done: _Done, args: Any, batch: Batch | None) -> Any:
         ]
         # LSTM states come as a tuple within a list of outputs; x.max(1) has names for its two
         return type(out)(wrapped) if isinstance(out, tuple) else wrapped
-    return out
+    return mapped(out, Count, lambda n: Count(n.factor, batch))
 
 
 def _mark(it: SealedTensor) -> SealedTensor:
@@ -338,7 +345,7 @@ def _theirs(it: SealedTensor) -> list[int]:
     tape = Tape(_use(it))
     tape.filled = {id(t) for t in tape.constants if filled(t)}
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        fewer = tape.replay(_FEWER, [made.values[:_FEWER] for made in tape.leaves], {}, random=False)
+        fewer = tape.replay(FEWER, [made.values[:FEWER] for made in tape.leaves], {}, random=False)
     return [d for d in found if fewer.shape[d] != shape[d]]
 
 

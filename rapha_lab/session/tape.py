@@ -4,45 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from rapha_lab.protocol.columns import Column
-from rapha_lab.protocol.errors import ProgramError
+from rapha_lab.protocol.errors import ProgramError, SealedError
+from rapha_lab.session.refusals import REFUSALS
+from rapha_lab.session.settled import settled
 
-__all__ = ["PATIENTS", "Columns", "Count", "Made", "Tape", "Use", "filled", "mapped", "name_of", "parts"]
+__all__ = ["FEWER", "PATIENTS", "Columns", "Count", "Made", "Tape", "Use", "filled", "mapped", "parts"]
 
-PATIENTS = 13
-"""Made-up patients in a sealed tensor: a number that layers rarely have as one of their sizes."""
+PATIENTS, FEWER = 13, 7
+"""Made-up patients in a sealed tensor, a number that layers rarely have as one of their sizes, and another number of them."""
 
 Columns = str | list[str]
 
 
 class Count(int):
-    """The number of patients, or `factor` times it: a made-up number that replays know how to replace."""
+    """The number of a batch's patients, or `factor` times it: a made-up number that replays know how to replace."""
 
     factor: int
+    batch: Any
 
-    def __new__(cls, factor: int = 1) -> Count:
+    def __new__(cls, factor: int = 1, batch: Any = None) -> Count:
         """`factor` times the number of made-up patients."""
         made = super().__new__(cls, PATIENTS * factor)
-        made.factor = factor
+        made.factor, made.batch = factor, batch
         return made
 
     def __mul__(self, other: Any) -> Any:
-        return Count(self.factor * other) if type(other) is int else int(self) * other
+        return Count(self.factor * other, self.batch) if type(other) is int else int(self) * other
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Any) -> Any:
         return (
-            Count(self.factor // other)
+            Count(self.factor // other, self.batch)
             if type(other) is int and self.factor % other == 0
             else int(self) // other
         )
+
+    def __truediv__(self, other: Any) -> Any:
+        return torch.tensor(self) / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / torch.tensor(self)
+
+    def __float__(self) -> NoReturn:
+        what, why, instead = REFUSALS["__len__"]
+        raise SealedError(what, why, instead)
 
     def __repr__(self) -> str:
         return "patients" if self.factor == 1 else f"{self.factor} * patients"
@@ -198,24 +211,15 @@ class Tape:
         for made in self.order:
             self.at = made
             args, kwargs = put(made.args), put(made.kwargs)
+            computed = made.function if random else partial(settled, made.function)
             if kwargs.pop("_in_place", False):
                 args = (args[0].clone(), *args[1:])
-                out = made.function(*args, **kwargs)
+                out = computed(*args, **kwargs)
                 found[id(made)] = args[0] if out is None else out
                 continue
-            if not random:
-                args, kwargs = _undropped(name_of(made.function), args, kwargs)
-            out = made.function(*args, **kwargs)
+            out = computed(*args, **kwargs)
             found[id(made)] = out if made.grad else _detached(out)
         return put(self.of)
-
-
-def _undropped(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The arguments of an operation without its dropout, that between the layers of a recurrent one included."""
-    if name in ("gru", "lstm", "rnn_tanh", "rnn_relu") and len(args) == 9:
-        args = (*args[:6], False, *args[7:])
-    given = {"training": False, "dropout_p": 0.0}
-    return args, {k: given.get(k, v) for k, v in kwargs.items()}
 
 
 def _detached(value: Any) -> Any:
@@ -248,11 +252,3 @@ def parts(value: Any) -> Iterator[Use | Tensor]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from parts(item)
-
-
-@lru_cache(4096)
-def name_of(func: Any) -> str:
-    """What a function of torch is called."""
-    name = getattr(func, "__name__", None) or str(func)
-    # properties arrive as the __get__ of their descriptor
-    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name

@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import CodeType
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import torch
@@ -30,6 +30,8 @@ from rapha_lab.protocol.program import DTYPES, Arg, Node, Program, Ref, TensorSp
 from rapha_lab.protocol.tensors import pack
 from rapha_lab.session import layers
 from rapha_lab.session.plain import WRITTEN_OUT, gaussian_nll_loss
+from rapha_lab.session.refusals import PACKED
+from rapha_lab.session.settled import Settled
 
 __all__ = ["Traced", "loss_program", "score_program", "trace"]
 
@@ -50,7 +52,7 @@ ALONE = (
     f"One logit of a yes or no takes nn.BCEWithLogitsLoss, not CrossEntropyLoss. {INTERVALS}"
 )
 
-DROPOUT = "Write nn.Dropout, or F.dropout(torch.ones_like(x), 0.2) for a mask; leave noise and sampling out."
+DRAWN = "Draw them in forward by torch: nn.Dropout, torch.randn_like(x), torch.rand(x.shape[0], 8), torch.bernoulli(p)."
 
 CELL: ContextVar[str | None] = ContextVar("cell", default=None)
 """The file name of the cell that runs: a line of another cell would only mislead."""
@@ -295,7 +297,8 @@ def _refuse_mixing(function: Function, state: Tensors, trained: set[str], inputs
     from rapha_lab.session import mixing  # which names lines as this module does
 
     def compute(state: Tensors, batch: Tensors) -> Tensor:
-        return function(dict(state), {}, dict(batch))
+        with Settled():
+            return function(dict(state), {}, dict(batch))
 
     batches = [
         {name: made_up(t, n, seed) for seed, (name, t) in enumerate(inputs.items(), 10 * n)} for n in (3, 5)
@@ -329,8 +332,8 @@ def refuse_random(once: Tensor, again: Tensor, line: int | None = None) -> None:
     if not torch.allclose(once, again, rtol=1e-6, atol=0, equal_nan=True):
         raise ProgramError(
             "The loss is another each time it is computed.",
-            "Random numbers for each patient are drawn at the site, which knows dropout and no others.",
-            DROPOUT, field="loss", line=line,
+            "Random numbers for each patient are drawn at the site, which knows torch's and no others.",
+            DRAWN, field="loss", line=line,
         )  # fmt: skip
 
 
@@ -418,7 +421,8 @@ def _node(node: Any, ids: dict[str, str]) -> Node:
     taken = set(ids.values())
     ids[node.name] = node.name if node.name not in taken else f"{node.name}.node"
     try:
-        kwargs = {k: _arg(v, ids) for k, v in node.kwargs.items() if k not in _STORAGE}
+        given = {**_default_dtype(node), **node.kwargs}
+        kwargs = {k: _arg(v, ids) for k, v in given.items() if k not in _STORAGE}
         return Node(ids[node.name], op, [_arg(a, ids) for a in node.args], kwargs, line, module)
     except (TypeError, KeyError):
         where = f" in {module}" if module else ""
@@ -428,6 +432,14 @@ def _node(node: Any, ids: dict[str, str]) -> Node:
             "Compute with tensors only: torch.where instead of if, no .item(), float() or data-sized shapes.",
             field=op, line=line,
         ) from None  # fmt: skip
+
+
+def _default_dtype(node: Any) -> dict[str, Any]:
+    """The dtype of a tensor that is made from nothing, for the site has defaults of its own."""
+    value, schema = node.meta.get("val"), getattr(node.target, "_schema", None)
+    if not isinstance(value, Tensor) or node.all_input_nodes or schema is None:
+        return {}
+    return {"dtype": value.dtype} if any(a.name == "dtype" for a in schema.arguments) else {}
 
 
 def _refuse_complex(node: Any, op: str, line: int | None) -> None:
@@ -507,7 +519,7 @@ def _untraceable(error: Exception, batch: Tensors | None = None) -> ProgramError
     frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if authors(f.filename)]
     line = frames[-1] if frames else None
     kind = type(error).__name__
-    if "DataDependent" in kind:
+    if "DataDependent" in kind or "DynamicOutput" in kind:
         return ProgramError(
             "The model decides something by a patient's values.",
             "No branch, loop or shape may depend on what a record holds.",
@@ -548,11 +560,16 @@ def _unasked() -> Iterator[None]:
     with (
         patch.object(torch.nn.functional, "gaussian_nll_loss", gaussian_nll_loss),
         patch.object(torch.distributions.Distribution, "_validate_args", False),
+        patch.object(torch._VF, "_pack_padded_sequence", _refuse_packing, create=True),
         patch.object(
             causal, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: bool(is_causal)
         ),
     ):
         yield
+
+
+def _refuse_packing(*args: Any) -> NoReturn:
+    raise ProgramError(*PACKED, field="model", line=cell_line())
 
 
 @contextmanager

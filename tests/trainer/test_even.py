@@ -37,7 +37,8 @@ UNEVEN = {
         "logaddexp2.default xlogy.Tensor xlogy.Scalar_Other xlogy.Scalar_Self elu.default celu.default erfc.default "
         "sin.default cos.default tan.default sinc.default asin.default acos.default atan.default asinh.default "
         "acosh.default tanh.default trunc.default fmod.Tensor fmod.Scalar remainder.Tensor remainder.Scalar "
-        "floor_divide.default lgamma.default digamma.default special_log_ndtr.default max_pool2d_with_indices.default "
+        "floor_divide.default lgamma.default digamma.default polygamma.default special_log_ndtr.default "
+        "max_pool2d_with_indices.default "
         "max_pool3d_with_indices.default adaptive_max_pool2d.default"
     ).split()
 }
@@ -256,6 +257,16 @@ def test_the_results_are_those_of_torch(op: Any, values: list[float]) -> None:
     if op is aten.lgamma.default or op is aten.digamma.default:
         x = x[~torch.isneginf(x) & ((x > 0) | (x != x.floor()))]
     torch.testing.assert_close(EVEN[op](x), op(x.double()).float(), rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(values=st.lists(st.floats(2**-10, 2.0**100, width=32), min_size=1, max_size=24))
+def test_a_digamma_functions_derivative_is_that_of_torch(values: list[float]) -> None:
+    """To the last digits of float32."""
+    x = torch.tensor(values)
+    torch.testing.assert_close(
+        EVEN[aten.polygamma.default](1, x), torch.polygamma(1, x.double()).float(), rtol=2e-6, atol=0
+    )
 
 
 pairs = st.lists(st.tuples(numbers, numbers), min_size=1, max_size=24)

@@ -365,13 +365,13 @@ def test_nothing_comes_back_of_what_is_cancelled(house: House, monkeypatch: pyte
     """How far it was is no function of how many counted, but the proof is of the best of all of them."""
     answer = house.desk.answer
 
-    def cancelled(caller: Caller, request: bytes, tensors: bytes, on_step: Any) -> Any:
+    def cancelled(caller: Caller, request: bytes, tensors: bytes, on_step: Any, idle: Any) -> Any:
         def told(done: int, planned: int, epsilon: float, doing: str = "") -> None:
             assert planned == RUNS * (STEPS + 1)
             if done >= 30:
                 raise Cancelled("cancelled")
 
-        return answer(caller, request, tensors, told)
+        return answer(caller, request, tensors, told, idle)
 
     monkeypatch.setattr(house.desk, "answer", cancelled)
     with pytest.raises(Cancelled):

@@ -145,6 +145,33 @@ for batch in batches():
     for k, p in model.state_dict().items():
         average[k] = 0.9 * average[k] + 0.1 * p
 """,
+    "a token for each patient, zeros for each, a mean by hand": """
+token = nn.Parameter(torch.zeros(1, 1, 2))
+opt = torch.optim.Adam([token, *model.parameters()])
+for batch in batches():
+    v = torch.stack([batch["labs.value"], batch["labs.time"]], -1)
+    B = v.shape[0]
+    h = torch.cat([token.expand(B, -1, -1), v, torch.zeros(B, 1, 2)], 1)
+    each = logits(model(h.mean(1) @ torch.ones(2, 3)).view(B), batch["y"].float(), reduction="none")
+    update(each.sum() * (1.0 / B) + 0 * each.sum() / torch.tensor(B))
+""",
+    "noise, a mask for each patient, samples": """
+for batch in batches():
+    x = batch[X] + 1e-3 * torch.randn_like(batch[X])
+    kept = torch.rand(x.shape[0], 1) > 0.1
+    x = x * kept * x.new_empty(x.shape[0], 1).bernoulli_(0.9) + torch.normal(0.0, 0.1, x.shape)
+    x = x + torch.distributions.Normal(x, 0.1 + 0 * x, validate_args=False).rsample()
+    update(logits(model(x).squeeze(-1), batch["y"].float()))
+""",
+    "scripts of torch.jit": """
+@torch.jit.script
+def swish(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(x)
+model = nn.Sequential(torch.jit.script(nn.Linear(3, 8)), torch.jit.trace(nn.Linear(8, 1), torch.zeros(2, 8)))
+opt = torch.optim.Adam(model.parameters())
+for batch in batches():
+    update(logits(swish(model(torch.tensor(batch[X]))).squeeze(-1), batch["y"].float()))
+""",
     "a progress bar": """
 from tqdm.auto import tqdm, trange
 for epoch in trange(2):
@@ -198,7 +225,7 @@ REFUSED = {
     ),
     "packed": (
         'nn.utils.rnn.pack_padded_sequence(batch["labs.value"], batch["labs.present"].sum(1), True, False)',
-        "pool by",
+        "x.gather(1, front",
     ),
     "cox by order": ('order = torch.argsort(batch["t"])', "logit for each interval"),
     "cox by pairs": (
@@ -226,14 +253,18 @@ REFUSED = {
         "torch.utils.checkpoint.checkpoint(model, batch[X], use_reentrant=True)",
         "use_reentrant=False",
     ),
-    "noise": (
-        "logits(model(batch[X] + 1e-3 * torch.randn_like(batch[X]))[:, 0], batch['y']).backward()",
-        "nn.Dropout",
-    ),
     "numbers for each": (
-        "(model(batch[X]) * torch.rand(batch[X].size(0), 1)).mean().backward()",
-        "nn.Dropout",
+        "(model(batch[X]) * torch.from_numpy(__import__('numpy').random.rand(13, 3))).mean().backward()",
+        "torch.randn_like(x)",
     ),
+    "a size that is made up": (
+        "(model(batch[X])[:, 0] * torch.linspace(0, 1, 13)).mean().backward()",
+        "x.shape[0]",
+    ),
+    "a vmap": ("torch.func.vmap(model)(batch[X])", "torch.einsum"),
+    "a vmap over weights": ("torch.func.vmap(lambda w: batch[X] @ w)(torch.ones(2, 3))", "torch.einsum"),
+    "a derivative of torch.func": ("torch.func.grad(lambda x: model(x).sum())(batch[X])", "in full"),
+    "a number of patients as a float": ("loss / float(batch[X].size(0))", "batch.expected"),
     "a softmax over the batch": (
         "(model(batch[X]).softmax(0)[:, 0] * batch['y']).mean().backward()",
         "no softmax",
@@ -312,6 +343,14 @@ def test_batches_are_gone_through_once(house: House) -> None:
             "loader = batches(0.1)\nfor epoch in range(2):\n    for batch in loader: update(loss_of(batch))",
         )
     assert "epochs=30" in (refused.value.instead or "")
+
+
+@pytest.mark.parametrize("taken", ["torch.Tensor(batch[X])", "torch.autograd.Variable(batch[X])"])
+def test_a_loop_that_trains_on_made_up_numbers_is_refused(house: House, taken: str) -> None:
+    """What is taken out of a sealed tensor has a gradient of its own, which nobody at the site gave."""
+    with pytest.raises(RaphaError, match="No loss of this loop") as refused:
+        ran(house, f"for batch in batches(0.1):\n    update(model({taken}).mean())")
+    assert "as it is" in (refused.value.instead or "")
 
 
 def test_a_loop_ends_with_its_cell(house: House) -> None:
@@ -415,7 +454,7 @@ patients.train.fit(Net(3, 1), inputs=X, target="y", epsilon=1)
 """
     changes = {
         "Turned.apply(super().forward(x))": "backward of its own",
-        "super().forward(x + torch.randn_like(x))": "another each",
+        "super().forward(x + float(torch.randperm(99)[0]))": "another each",
     }
     for change, what in changes.items():
         with pytest.raises(ProgramError, match=what):

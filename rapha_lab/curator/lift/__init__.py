@@ -25,7 +25,7 @@ from rapha_lab.curator.lift.compiling import Step, compiled, is_kept
 from rapha_lab.curator.lift.draws import DRAWS
 from rapha_lab.curator.lift.even import Evenly
 from rapha_lab.curator.lift.graph import Graph, refused
-from rapha_lab.curator.lift.table import TABLE
+from rapha_lab.curator.lift.table import DRAWN, TABLE
 from rapha_lab.curator.lift.taps import GROUP, Stored
 from rapha_lab.protocol.errors import ProgramError, RefusedError
 from rapha_lab.protocol.program import DTYPES, Node, Program, TensorSpec, at, check, refs, structure
@@ -305,7 +305,9 @@ class Lifted:
 def _draws(program: Program) -> bool:
     """Whether it may draw random numbers, as dropout does by itself, in attention and between recurrent layers."""
     return any(
-        name in node.op for node in program.nodes for name in ("dropout", "attention", "gru", "lstm", "rnn")
+        name in node.op
+        for node in program.nodes
+        for name in ("dropout", "attention", "gru", "lstm", "rnn", "rand")
     )
 
 
@@ -417,9 +419,15 @@ _FIRST = {
     for name in ("view_as.default", "reshape_as.default", "expand_as.default", "type_as.default", "to.other")
 }
 """Of their second argument only the shape or the dtype is read."""
-_SHAPE = {
-    f"aten.{name}.default" for made in ("zeros", "ones", "full") for name in (f"{made}_like", f"new_{made}")
-}
+_SHAPE = (
+    {
+        f"aten.{name}.default"
+        for made in ("zeros", "ones", "full", "empty")
+        for name in (f"{made}_like", f"new_{made}")
+    }
+    | {"aten.zero.default", "aten.fill.Scalar"}
+    | DRAWN
+)
 """Of their argument too."""
 
 

@@ -436,3 +436,14 @@ def digamma(x: Tensor) -> Tensor:
     r = 1 / (z * z)
     series = r * (1 / 12 - r * (1 / 120 - r * (1 / 252 - r * (1 / 240 - r / 132))))
     return (log(z) - 0.5 / z - series - below * steps.reciprocal().sum(-1)).to(x.dtype)
+
+
+@even(aten.polygamma.default, compiled=True)
+def polygamma(n: int, x: Tensor) -> Any:
+    """Of the first order, by which a digamma function is differentiated."""
+    if n != 1:
+        return NotImplemented
+    z, steps, below = _shifted(x)
+    r = 1 / (z * z)
+    series = r * (1 / 6 - r * (1 / 30 - r * (1 / 42 - r * (1 / 30 - r * 5 / 66))))
+    return ((1 + series) / z + 0.5 * r + below * (steps * steps).reciprocal().sum(-1)).to(x.dtype)

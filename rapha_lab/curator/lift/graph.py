@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rapha_lab.curator.lift.even import FEW, Evenly, tracing
-from rapha_lab.curator.lift.table import INSTEAD, TABLE
+from rapha_lab.curator.lift.table import DRAWN, INSTEAD, TABLE, batch_of
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.program import DTYPES, Node, Program, Ref, at
 
@@ -70,11 +70,13 @@ class Graph:
             hook: computes a node in place of its rule, or returns NotImplemented.
             checked: calls each node's computation, for a dry run.
         """
-        env: dict[str, Any] = dict(values)
+        env, size = dict[str, Any](values), batch_of(*values.values())
         for node, function, args in self.steps:
 
             def compute(node: Node = node, function: Any = function, args: list[Any] = args) -> Any:
                 given = [_resolved(a, env) for a in args]
+                if node.op in DRAWN:
+                    given[0] = given[0].expand(size, *given[0].shape[1:])
                 out = hook(node, given) if hook is not None else NotImplemented
                 return function(*given) if out is NotImplemented else out
 

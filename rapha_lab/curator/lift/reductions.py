@@ -203,7 +203,11 @@ def _one(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0)
 
 
-@rule("zeros.default", "new_zeros.default", "zeros_like.default")
+# what is in memory that nothing was written to is 0
+@rule(
+    *(f"{name}.default" for name in ("zeros", "new_zeros", "zeros_like", "zero", "new_empty", "empty_like")),
+    "empty.memory_format",
+)
 def zeros(*args: Any) -> Tensor:
     return _made(0, args)
 
@@ -223,6 +227,21 @@ def _made(value: float, args: tuple[Any, ...]) -> Tensor:
 @rule("full.default")
 def full(size: list[int], value: float, dtype: torch.dtype | None) -> Tensor:
     return torch.full((1, *size), value, dtype=dtype)
+
+
+@rule("rand_like.default")
+def rand_like(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return torch.rand(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+@rule("randn_like.default")
+def randn_like(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return torch.randn(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+@rule("fill.Scalar")
+def fill(x: Tensor, value: float) -> Tensor:
+    return torch.full((1, *x.shape[1:]), value, dtype=x.dtype)
 
 
 @rule("new_full.default", "full_like.default")

@@ -234,6 +234,23 @@ def scatter(x: Tensor, d: int, index: Tensor, source: Any) -> Tensor:
     return x.scatter(where, index, *(more or [source]))
 
 
+@rule("scatter_add.default")
+def scatter_add(x: Tensor, d: int, index: Tensor, source: Tensor) -> Tensor:
+    where = dim(x, d)
+    x, index, source = together([x, clamped(index, x.shape[where]), source])
+    return x.scatter_add(where, index, source)
+
+
+@rule("index_add.default")
+def index_add(x: Tensor, d: int, index: Tensor, source: Tensor, alpha: float) -> Tensor:
+    where = dim(x, d)
+    if index.dim() > 2 or source.dim() != x.dim():
+        raise IndexError("an index of one dimension, and as many dimensions to add as there are")
+    shape = [1] * x.dim()
+    shape[0], shape[where] = index.shape[0], -1
+    return scatter_add(x, d, index.reshape(shape).expand(-1, *source.shape[1:]), source * alpha)
+
+
 @rule("index.Tensor")
 def index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     given = [i for i in indices if i is not None]

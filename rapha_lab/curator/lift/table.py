@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["INSTEAD", "TABLE", "batch_of", "dims", "raised", "rule"]
+__all__ = ["DRAWN", "INSTEAD", "TABLE", "batch_of", "dims", "raised", "rule"]
 
 Rule = Callable[..., Any]
+DRAWN = {"aten.rand_like.default", "aten.randn_like.default"}
+"""Random numbers of which each patient gets their own, also where their shape is that of something shared."""
 TABLE: dict[str, tuple[Any, Rule]] = {}
 """Overload name → (the ATen operation, whose schema its arguments must fit; its rule)."""
 
@@ -119,7 +121,7 @@ def _apply(op: Any, args: list[Any]) -> Any:
 _PLAIN = (
     "abs", "neg", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "sin",
     "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf",
-    "erfc", "lgamma", "sigmoid", "log_sigmoid", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu",
+    "erfc", "lgamma", "digamma", "sigmoid", "log_sigmoid", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu",
     "gelu", "softplus", "elu", "celu", "selu", "leaky_relu", "mish", "square", "reciprocal", "sign",
     "sgn", "positive", "floor", "ceil", "round", "trunc", "frac", "isnan", "isinf", "isfinite",
     "logical_not", "logical_and", "logical_or", "logical_xor", "clamp", "clamp_min", "clamp_max",

@@ -1,0 +1,61 @@
+"""Functions of torch that are given how many patients a batch has: what they make is sealed, so that no made-up number stays.
+
+Models write `token.expand(x.shape[0], -1, -1)` and `torch.zeros(x.size(0), 8)`. In a sealed tensor's shape the number of
+patients is a `Count`, of which torch itself sees no more than an int.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.utils._device import _device_constructors
+
+from rapha_lab.session.sealed import SealedTensor
+from rapha_lab.session.tape import Count
+
+__all__ = ["counted"]
+
+_TENSOR = torch.tensor
+_METHODS = ("expand", "repeat", "tile", "broadcast_to", "new_zeros", "new_ones", "new_full", "new_empty")
+_FUNCTIONS = (
+    "tensor", "zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm", "normal",
+    "tile", "broadcast_to",
+)  # fmt: skip
+_device_constructors()  # which torch.device looks up once, by the functions that it finds then
+
+
+def _sealing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which gives a sealed tensor for the number of patients."""
+
+    def either(*args: Any, **kwargs: Any) -> Any:
+        if function is _TENSOR and args and isinstance(args[0], SealedTensor):
+            return args[0].detach()
+        if any(map(_counts, args)) or (kwargs and any(map(_counts, kwargs.values()))):
+            return SealedTensor.__torch_function__(function, (), args, kwargs)
+        return function(*args, **kwargs)
+
+    return either
+
+
+def _counts(value: Any) -> bool:
+    kind = type(value)
+    return kind is Count or (kind in (tuple, list, torch.Size) and any(type(n) is Count for n in value))
+
+
+_SEALING = [
+    *((torch.Tensor, name, _sealing(getattr(torch.Tensor, name))) for name in _METHODS),
+    *((torch, name, _sealing(getattr(torch, name))) for name in _FUNCTIONS),
+]
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """While a cell runs, torch's makers of tensors know a number of patients."""
+    with ExitStack() as stack:
+        for where, name, sealing in _SEALING:
+            stack.enter_context(patch.object(where, name, sealing))
+        yield

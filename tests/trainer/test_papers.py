@@ -1,0 +1,297 @@
+"""Models as papers and their public code write them, in a loop: each patient's gradient is the one computed alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rapha_lab.curator.lift import lift
+from rapha_lab.session.counted import counted
+from rapha_lab.session.sealed import PATIENTS, Batch
+from rapha_lab.session.tracing import Traced
+
+N, T, D = 5, 6, 3
+
+
+def columns() -> dict[str, Tensor]:
+    """Of so many patients: visits, of which the last few are there, their times, codes and an image."""
+    generator = torch.Generator().manual_seed(0)
+    there = (torch.arange(T) >= T - torch.arange(PATIENTS)[:, None] % (T + 1)).float()
+    found = {
+        "visits": torch.rand(PATIENTS, T, D, generator=generator) * there[..., None],
+        "missing": (torch.rand(PATIENTS, T, D, generator=generator) > 0.5).float() * there[..., None],
+        "time": torch.arange(T - 1, -1, -1.0).expand(PATIENTS, T) * there / T,
+        "present": there,
+        "codes": torch.randint(9, (PATIENTS, T), generator=generator) * there.long(),
+        "x": torch.rand(PATIENTS, 7, generator=generator) * 2 - 1,
+        "scan": torch.rand(PATIENTS, 1, 8, 8, generator=generator),
+        "y": (torch.arange(PATIENTS) % 2).float(),
+        "kind": torch.arange(PATIENTS) % 3,
+    }
+    return {name: t.double() if t.is_floating_point() else t for name, t in found.items()}
+
+
+ROWS = columns()
+
+
+class GRUD(nn.Module):
+    """Decays of inputs and state by how long ago each was measured (Che et al. 2018)."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.width = width
+        self.decay_x, self.decay_h = nn.Parameter(torch.rand(D)), nn.Linear(D, width)
+        self.gates, self.new, self.out = (
+            nn.Linear(2 * D + width, 2 * width),
+            nn.Linear(2 * D + width, width),
+            nn.Linear(width, 1),
+        )
+
+    def forward(self, batch: Any) -> Tensor:
+        x, seen = batch["visits"], (1 - batch["missing"]) * batch["present"].unsqueeze(-1)
+        h, last, since = (torch.zeros(x.shape[0], n) for n in (self.width, D, D))
+        for t in range(x.shape[1]):
+            h = h * torch.exp(-F.relu(self.decay_h(since)))
+            last = seen[:, t] * x[:, t] + (1 - seen[:, t]) * last
+            value = seen[:, t] * x[:, t] + (1 - seen[:, t]) * torch.exp(-F.relu(self.decay_x * since)) * last
+            given = torch.cat([value, h, seen[:, t]], 1)
+            z, r = torch.sigmoid(self.gates(given)).chunk(2, 1)
+            n = torch.tanh(self.new(torch.cat([value, r * h, seen[:, t]], 1)))
+            h = torch.where(batch["present"][:, t, None] > 0, (1 - z) * h + z * n, h)
+            since = (since + 1 / T) * (1 - seen[:, t])
+        return self.out(h).squeeze(-1)
+
+
+class Clinical(nn.Module):
+    """An encoder with a class token in front, of which padding is hidden, and a learnt place for each visit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.token = nn.Embedding(9, 8), nn.Parameter(torch.randn(1, 1, 8))
+        self.places, self.head = nn.Parameter(torch.randn(T + 1, 8)), nn.Linear(8, 1)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, batch: Any) -> Tensor:
+        size = batch["codes"].size(0)
+        h = torch.cat([self.token.expand(size, -1, -1), self.code(batch["codes"])], 1) + self.places
+        pad = torch.cat([torch.zeros(size, 1, dtype=torch.bool), batch["present"] == 0], 1)
+        return self.head(self.body(h, src_key_padding_mask=pad)[:, 0]).view(size)
+
+
+class SetAttention(nn.Module):
+    """Inducing points for each patient, heads side by side with the patients (Lee et al. 2019)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points, self.out = nn.Parameter(torch.randn(1, 2, 4)), nn.Linear(4, 1)
+        self.q, self.k, self.v = nn.Linear(4, 4), nn.Linear(D, 4), nn.Linear(D, 4)
+
+    def forward(self, batch: Any) -> Tensor:
+        x = batch["visits"]
+        q, k, v = self.q(self.points.repeat(x.size(0), 1, 1)), self.k(x), self.v(x)
+        q, k, v = (torch.cat(t.split(2, 2), 0) for t in (q, k, v))
+        attended = torch.cat(
+            (q + torch.softmax(q.bmm(k.transpose(1, 2)) / 2, 2).bmm(v)).split(x.size(0), 0), 2
+        )
+        return self.out(attended).mean((1, 2))
+
+
+class Learned(nn.Module):
+    """A recurrent layer from learnt first states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.LSTM(D, 4, batch_first=True), nn.Linear(4, 1)
+        self.h, self.c = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(1, 1, 4))
+
+    def forward(self, batch: Any) -> Tensor:
+        size = batch["visits"].shape[0]
+        first = self.h.expand(-1, size, -1).contiguous(), self.c.repeat(1, size, 1)
+        return self.out(self.layer(batch["visits"], first)[0][:, -1]).squeeze(1)
+
+
+class Messages(nn.Module):
+    """Two rounds of messages along the edges of a fixed graph, added up where they arrive in either way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("edges", torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0], [1, 2, 3, 4, 5, 6, 0, 3]]))
+        self.begin, self.message, self.out = nn.Linear(1, 4), nn.Linear(8, 4), nn.Linear(4, 1)
+
+    def forward(self, batch: Any) -> Tensor:
+        x, (source, target) = batch["x"], self.edges
+        h = self.begin(x.unsqueeze(-1))
+        for way in range(2):
+            m = F.relu(self.message(torch.cat([h[:, source], h.index_select(1, target)], -1)))
+            if way:
+                h = torch.zeros(x.shape[0], 7, 4).scatter_add(
+                    1, target.view(1, -1, 1).expand(x.shape[0], -1, 4), m
+                )
+            else:
+                h = torch.zeros_like(h).index_add(1, target, m)
+        return self.out(h.sum(1)).squeeze(1)
+
+
+class Looking(nn.Module):
+    """A spatial transformer: where to look is learnt (Jaderberg et al. 2015)."""
+
+    def __init__(self, mode: str, around: str, corners: bool) -> None:
+        super().__init__()
+        self.where, self.out, self.how = nn.Linear(64, 6), nn.Linear(30, 1), (mode, around, corners)
+
+    def forward(self, batch: Any) -> Tensor:
+        scan, (mode, around, corners) = batch["scan"], self.how
+        theta = torch.eye(2, 3) + 0.5 * self.where(scan.flatten(1)).view(-1, 2, 3)
+        grid = F.affine_grid(theta, [scan.shape[0], 1, 5, 6], align_corners=corners)
+        seen = F.grid_sample(scan, grid, mode, around, corners)
+        return self.out(seen.flatten(1)).squeeze(1)
+
+
+class Columns(nn.Module):
+    """Each column's vector, written into a tensor that was made empty, and attention between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.out = nn.ModuleList(nn.Linear(1, 4) for _ in range(7)), nn.Linear(4, 1)
+
+    def forward(self, batch: Any) -> Tensor:
+        x = batch["x"]
+        h = torch.empty(x.shape[0], 7, 4)
+        for k, layer in enumerate(self.each):
+            h[:, k, :] = layer(x[:, k : k + 1])
+        seen = (h @ h.mT / math.sqrt(4)).softmax(-1) @ h
+        return self.out(seen.new_empty(seen.shape).fill_(0.5) * seen).mean((1, 2))
+
+
+class Mixture(nn.Module):
+    """The best two of four experts, their gates scattered into zeros for each patient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(7, 4), nn.ModuleList(nn.Linear(7, 1) for _ in range(4))
+
+    def forward(self, batch: Any) -> Tensor:
+        x = batch["x"]
+        value, place = self.gate(x).topk(2, dim=-1)
+        gates = torch.zeros(x.shape[0], 4).scatter(1, place, value.softmax(-1))
+        return (gates * torch.cat([expert(x) for expert in self.experts], 1)).sum(1)
+
+
+def logits(model: nn.Module, batch: Any) -> Tensor:
+    return F.binary_cross_entropy_with_logits(model(batch), batch["y"])
+
+
+def evidence(model: nn.Module, batch: Any) -> Tensor:
+    """Evidential classification (Sensoy et al. 2018)."""
+    alpha = F.softplus(model(batch["x"])) + 1
+    total = alpha.sum(1, keepdim=True)
+    return (F.one_hot(batch["kind"], 3) * (torch.digamma(total) - torch.digamma(alpha))).sum(1).mean()
+
+
+def distances(model: nn.Module, batch: Any) -> Tensor:
+    h = model(batch["x"])
+    middle = torch.quantile(h, 0.3, dim=1, keepdim=True)
+    rows, cols = torch.meshgrid(torch.arange(3), torch.arange(1), indexing="ij")
+    return (F.pairwise_distance(h, middle * h.cos()) + (h * (rows + cols).flatten()).sum(1)).mean()
+
+
+Loss = Callable[[Any, Any], Tensor]
+TRIALS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
+    "GRU-D": (GRUD, logits),
+    "a class token": (Clinical, logits),
+    "set transformer": (SetAttention, logits),
+    "learnt first states": (Learned, logits),
+    "messages on a graph": (Messages, logits),
+    "spatial transformer": (lambda: Looking("bilinear", "zeros", False), logits),
+    "spatial transformer to the corners": (lambda: Looking("bilinear", "border", True), logits),
+    "columns written one by one": (Columns, logits),
+    "the best experts": (Mixture, logits),
+    "evidence": (lambda: nn.Linear(7, 3), evidence),
+    "distances and quantiles": (lambda: nn.Linear(7, 3), distances),
+}
+
+
+def asked(model: nn.Module, loss: Loss) -> tuple[Traced, dict[str, Any]]:
+    """What a step of a loop sends, with its columns by input."""
+    sent: list[Any] = []
+
+    def gradients(traced: Traced, columns: dict[str, Any], reduction: str) -> dict[str, Tensor]:
+        sent.append((traced, columns))
+        return {spec.name: torch.zeros(spec.shape) for spec in traced.program.parameters}
+
+    with counted():
+        loss(model, Batch(ROWS.__getitem__, gradients, expected=20)).backward()
+    return sent[0]
+
+
+@pytest.fixture
+def double() -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_a_patients_gradient_is_the_one_computed_alone(name: str, double: None) -> None:
+    """To 1e-9 of its size, by the program that a loop as the paper writes it sends."""
+    torch.manual_seed(1)
+    make, loss = TRIALS[name]
+    model = make()
+    for p in model.parameters():
+        p.data += torch.randn_like(p) / 10
+    traced, columns = asked(model, loss)
+    it = lift(traced.program)
+    mine = it.gradients(*it.tensors(traced.blob), {k: ROWS[c][:N] for k, c in columns.items()})
+    named = {id(p): name for name, p in model.named_parameters()}
+    by = {k: next(n for n, p in model.named_parameters() if torch.equal(p, traced.tensors[k])) for k in mine}
+    assert set(by.values()) == set(named.values())
+    for i in range(N):
+        model.zero_grad()
+        loss(model, {name: t[i : i + 1] for name, t in ROWS.items()}).backward()
+        alone = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()
+        }
+        for k, parameter in by.items():
+            torch.testing.assert_close(mine[k][i], alone[parameter], rtol=1e-9, atol=1e-11)
+
+
+class Packed(nn.Module):
+    """The last states of rows that are packed, or, as a refusal tells, brought to the front."""
+
+    def __init__(self, packed: bool) -> None:
+        super().__init__()
+        self.layer, self.out, self.packed = nn.GRU(D, 4, batch_first=True), nn.Linear(4, 1), packed
+
+    def forward(self, batch: Any) -> Tensor:
+        x, n = batch["visits"], batch["present"].sum(1, keepdim=True).long()
+        front = (torch.arange(x.shape[1]) - n) % x.shape[1]
+        x = x.gather(1, front[..., None].expand_as(x))
+        if self.packed:
+            rows = nn.utils.rnn.pack_padded_sequence(x, n[:, 0].clamp(min=1), True, False)
+            return self.out(self.layer(rows)[1][-1]).squeeze(1)
+        h = self.layer(x)[0]
+        return self.out(
+            h.gather(1, (n - 1).clamp(min=0)[..., None].expand(-1, -1, h.shape[2]))[:, 0]
+        ).squeeze(1)
+
+
+def test_the_way_that_is_told_gives_what_packing_gives(double: None) -> None:
+    """Padding makes no difference to a patient's gradient."""
+    torch.manual_seed(2)
+    told, packed = Packed(False), Packed(True)
+    packed.load_state_dict(told.state_dict())
+    traced, columns = asked(told, logits)
+    it = lift(traced.program)
+    mine = it.gradients(*it.tensors(traced.blob), {k: ROWS[c][:N] for k, c in columns.items()})
+    logits(packed, {name: t[:N] for name, t in ROWS.items()}).backward()
+    for k, t in mine.items():
+        theirs = next(p for p in packed.parameters() if torch.equal(p, traced.tensors[k]))
+        torch.testing.assert_close(t.mean(0), theirs.grad, rtol=1e-9, atol=1e-11)
