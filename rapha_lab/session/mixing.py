@@ -161,7 +161,8 @@ class _InDouble(TorchFunctionMode):
         args, kwargs = (
             mapped(mapped(part, Tensor, _doubled), torch.dtype, _wide) for part in (args, kwargs or {})
         )
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        return _doubled(out) if isinstance(out, Tensor) else out  # what was made of nothing is single
 
 
 def _doubled(t: Tensor) -> Tensor:

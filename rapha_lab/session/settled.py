@@ -13,9 +13,10 @@ __all__ = ["Settled", "name_of", "settled"]
 _DROPOUT = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
 _DRAWN = {
     **dict.fromkeys(("rand", "rand_like", "randn", "randn_like", "uniform_", "normal_", "normal"), 0.5),
+    **dict.fromkeys(("empty", "empty_like", "new_empty"), 0),
     **dict.fromkeys(("bernoulli", "bernoulli_", "exponential_", "randint"), 1),
 }
-"""What stands for random numbers."""
+"""What stands for random numbers, and for those that happen to be in memory."""
 
 
 @lru_cache(4096)

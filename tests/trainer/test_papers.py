@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rapha_lab.curator.lift import lift
 from rapha_lab.session.counted import counted
 from rapha_lab.session.sealed import PATIENTS, Batch
-from rapha_lab.session.tracing import Traced
+from rapha_lab.session.tracing import Traced, loss_program
 
 N, T, D = 5, 6, 3
 
@@ -295,3 +295,18 @@ def test_the_way_that_is_told_gives_what_packing_gives(double: None) -> None:
     for k, t in mine.items():
         theirs = next(p for p in packed.parameters() if torch.equal(p, traced.tensors[k]))
         torch.testing.assert_close(t.mean(0), theirs.grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("made", [torch.empty, torch.zeros])
+def test_a_fit_takes_what_is_written_part_by_part(made: Callable[..., Tensor]) -> None:
+    """In single precision, as models are, into a tensor that was made for all patients."""
+
+    class Parts(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            h = made(x.shape[0], 7, 4)
+            for k in range(7):
+                h[:, k, :] = super().forward(x[:, k : k + 1])
+            return h.sigmoid().sum((1, 2))
+
+    traced = loss_program(Parts(1, 4), nn.MSELoss(), {"x": torch.zeros(7)}, torch.zeros(()))
+    assert set(lift(traced.program).paths) == {"weight", "bias"}
