@@ -519,7 +519,13 @@ def _untraceable(error: Exception, batch: Tensors | None = None) -> ProgramError
     frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if authors(f.filename)]
     line = frames[-1] if frames else None
     kind = type(error).__name__
-    if "DataDependent" in kind or "DynamicOutput" in kind:
+    if "DynamicOutput" in kind:
+        return ProgramError(
+            f"{str(error).strip() or 'An operation'} makes shapes of a patient's values.",
+            "Shapes are public, the same for every patient.",
+            "Use operations whose shapes are known, as F.cross_entropy for each place in place of ctc_loss.", line=line,
+        )  # fmt: skip
+    if "DataDependent" in kind:
         return ProgramError(
             "The model decides something by a patient's values.",
             "No branch, loop or shape may depend on what a record holds.",

@@ -121,3 +121,25 @@ def test_a_machine_is_tested_with_the_same_random_numbers_in_any_company() -> No
     )
     lifted = lift(traced.program)
     lifted.selftest(*lifted.tensors(traced.blob))
+
+
+def test_a_compiled_step_learns_from_the_numbers_that_it_drew() -> None:
+    """With the same seed it gives what the step gives that is not compiled."""
+
+    def noisy(h: Tensor) -> Tensor:
+        return h.sin() * torch.randn_like(h) + torch.rand(h.shape[0], 16)
+
+    traced = loss_program(Drawing(noisy), lambda p, y: p.mean(), {"x": torch.zeros(3)}, torch.zeros(()))
+    lifted = lift(traced.program)
+    lifted.microbatch = 16
+    parameters, constants = lifted.tensors(traced.blob)
+    rows = {spec.name: torch.zeros(16, *spec.shape) for spec in traced.program.inputs}
+
+    def added() -> Tensor:
+        torch.manual_seed(3)
+        return lifted.clipped_sum(parameters, constants, rows, torch.ones(16, dtype=torch.bool), 1.0).flat
+
+    plain = added()
+    if lifted.compile(parameters, constants) is None:
+        pytest.skip(lifted.note)
+    torch.testing.assert_close(added(), plain, rtol=1e-5, atol=1e-6)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rapha_lab.curator.lift import lift
+from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.session.counted import counted
 from rapha_lab.session.sealed import PATIENTS, Batch
 from rapha_lab.session.tracing import Traced, loss_program
@@ -310,3 +311,16 @@ def test_a_fit_takes_what_is_written_part_by_part(made: Callable[..., Tensor]) -
 
     traced = loss_program(Parts(1, 4), nn.MSELoss(), {"x": torch.zeros(7)}, torch.zeros(()))
     assert set(lift(traced.program).paths) == {"weight", "bias"}
+
+
+def test_shapes_that_depend_on_values_are_told() -> None:
+    """As torch makes them for a loss over all alignments."""
+
+    def aligned(model: nn.Module, batch: Any) -> Tensor:
+        logs = model(batch["visits"].float()).transpose(0, 1).log_softmax(-1)
+        size = torch.full((logs.shape[1],), T)
+        return F.ctc_loss(logs, batch["codes"][:, -2:] % 3 + 1, size, size // 3, reduction="sum") / 20
+
+    with pytest.raises(ProgramError, match="makes shapes of a patient's values") as refused:
+        asked(nn.Linear(D, 4), aligned)
+    assert "F.cross_entropy" in refused.value.instead
