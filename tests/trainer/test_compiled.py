@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import stat
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -176,6 +178,19 @@ def test_the_compilers_processes_end_with_the_job(tmp_path: Path) -> None:
     with compiling._bounded(100, going(1)), pytest.raises(EndedError):
         cpp_builder.run_compile_cmd(DRIVER, str(tmp_path))
     assert_gone(tmp_path)
+
+
+def test_another_process_under_the_compilers_number_is_left_alone() -> None:
+    """It began at another time."""
+    with subprocess.Popen(["/bin/sleep", "60"]) as other:
+        told = Path(f"/proc/{other.pid}/stat").read_text()
+        name, _, fields = told.rpartition(")")
+        parts = fields.split()
+        compiling._end(f"{name}) {' '.join([*parts[:19], str(int(parts[19]) - 1), *parts[20:]])}")
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(0.2)
+        compiling._end(told)
+        assert other.wait(10) == -signal.SIGTERM
 
 
 @pytest.mark.usefixtures("quick")

@@ -260,20 +260,37 @@ def _bounded(seconds: float, going: Going = _unasked) -> Iterator[None]:
 def _watched(run: Callable[[str, str], None], command: str, folder: str, going: Going) -> None:
     """Run a compiler's process as `run` does, and end it with what `going` raises."""
     number = Path(folder, f"{time.monotonic_ns()}.pid")
-    # the shell becomes `timeout`, under the number that it has told, and that passes on what it is sent
-    told = f'sh -c \'echo $$ > "$0"; exec timeout --signal=KILL "$@"\' {shlex.quote(str(number))} {command}'
+    # the shell becomes `timeout`, under the number and since the time that it has told, and that passes on what it is sent
+    script = 'read -r it < /proc/$$/stat; echo "$it" > "$0"; exec timeout --signal=KILL "$@"'
+    told = f"sh -c {shlex.quote(script)} {shlex.quote(str(number))} {command}"
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run, told, folder)
         try:
             while not wait([running], PAUSE).done:
                 going()
         except BaseException:
-            with suppress(OSError, ValueError):  # it has not begun, or ended by itself
-                os.kill(int(number.read_text()), signal.SIGTERM)
+            with suppress(OSError, IndexError):  # it has not begun, or ended by itself
+                _end(number.read_text())
             raise
         finally:
             number.unlink(missing_ok=True)
     running.result()
+
+
+def _end(told: str) -> None:
+    """Ask the process of which this was /proc/PID/stat to end, and no other that has its number by now."""
+    number = told.split()[0]
+    held = os.pidfd_open(int(number))
+    try:
+        if _since(Path(f"/proc/{number}/stat").read_text()) == _since(told):
+            signal.pidfd_send_signal(held, signal.SIGTERM)
+    finally:
+        os.close(held)
+
+
+def _since(stat: str) -> str:
+    """When a process began, which comes twenty fields after its name, whatever is in that."""
+    return stat.rpartition(")")[2].split()[19]
 
 
 def _machine_code(graph: GraphModule, example: list[Tensor]) -> Callable[[list[Tensor]], Any]:
