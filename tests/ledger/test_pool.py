@@ -23,7 +23,7 @@ def test_the_thread_that_worked_last_works_next() -> None:
     pool, seen = Pool(3, "test"), []
     gate = threading.Barrier(4)
     for owner in "abc":
-        pool.submit(owner, lambda: gate.wait() and None)
+        pool.submit(owner, lambda: (gate.wait(), None)[1])
     gate.wait()  # three threads there are now
     for _ in range(6):
         done = threading.Event()
