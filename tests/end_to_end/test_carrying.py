@@ -22,7 +22,6 @@ from rapha_lab.enclave import cores
 from rapha_lab.enclave.curator import Curator, CuratorLost
 
 
-@pytest.fixture
 def link(end: Path) -> str:
     """Where a descriptor leads; nowhere once it is closed, as those of other threads are at any time."""
     try:
@@ -31,6 +30,7 @@ def link(end: Path) -> str:
         return ""
 
 
+@pytest.fixture
 def curator(serving: Ward, tmp_path: Path) -> Iterator[Curator]:
     """A curator like the running site's, with a ledger of its own."""
     mine = Curator(serving.site._shards.connect)
