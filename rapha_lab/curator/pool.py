@@ -103,6 +103,7 @@ class Pool:
                     self._idle.append(inbox)
             if job is None and idle is not None:
                 self._safely(partial(idle, lambda: not inbox.empty()))
+            idle = None  # else a loop that is closed would stay in memory until this thread's next job
             job = job or inbox.get()
 
     def _safely(self, run: Callable[[], Idle | None]) -> Idle | None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import msgspec
@@ -95,6 +96,26 @@ def test_a_thread_works_ahead_while_nobody_needs_it() -> None:
     mine = threads[0]
     assert threads == [mine] * 3
     assert seen == [(0, mine), "ahead ended", (1, mine), "ahead ended", (2, mine), "ahead ended"]
+
+
+def test_an_idle_thread_keeps_nothing_of_what_it_did_ahead() -> None:
+    """A loop that its session left holds columns of all patients, and no more is asked of that thread for hours."""
+
+    class Loop:
+        def work_ahead(self, wanted: Callable[[], bool]) -> None:
+            done.set()
+
+    pool, done, loop = Pool(2, "test"), threading.Event(), Loop()
+    gone = weakref.ref(loop)
+    pool.submit("a", lambda loop: loop.work_ahead, loop)
+    assert done.wait(5)
+    del loop
+    for _ in range(100):
+        if gone() is not None:
+            time.sleep(0.01)
+    kept = gone() is not None
+    pool.close()
+    assert not kept
 
 
 def test_nothing_is_done_ahead_while_a_job_waits() -> None:

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_table import CASES, Given, bits, spoiled, tensors
 from torch import Tensor
+from torch._inductor.graph import GraphLowering
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rapha_lab.curator.lift import TABLE, Lifted, fused, lift
+from rapha_lab.curator.lift import TABLE, Lifted, compiling, fused, lift
 from rapha_lab.curator.lift.even import EVEN, FEW, Evenly
 from rapha_lab.protocol.errors import ProgramError
 
@@ -133,6 +134,8 @@ def fits(name: str, args: Any, kwargs: Any) -> bool:
         return kwargs["rounding_mode"] is None or (
             kwargs["rounding_mode"] == "trunc" and args[0].is_floating_point()
         )
+    if name == "aten.scatter_add.default":  # along the last dimension sums to one place wait for each other
+        return args[1] % args[0].dim() < args[0].dim() - 1
     if name == "aten.amin.default":
         return args[0].dtype != torch.int64
     if name in ("aten.gelu.default", "aten.gelu_backward.default"):
@@ -495,3 +498,32 @@ thread = threading.Thread(target=look); thread.start(); thread.join()
 assert found == [True, True], found
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def _scattered(index: Tensor, source: Tensor) -> tuple[Tensor]:
+    """Of a gather's backward pass too."""
+    x = torch.zeros(len(index), 9).requires_grad_()
+    with torch.enable_grad(), Evenly():
+        picked = (x.gather(1, index) * source).sum()
+        (gradient,) = torch.autograd.grad(picked, [x])
+        return (gradient + aten.scatter_add(torch.zeros(len(index), 9), 1, index, source),)
+
+
+def test_sums_by_place_go_from_patient_to_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel, a compiled step's neither, adds one patient's numbers in a row: to one place that takes five times as long."""
+    generator = torch.Generator().manual_seed(0)
+    index, source = (
+        torch.randint(9, (8, 40), generator=generator),
+        torch.rand(8, 40, generator=generator),
+    )
+    expected = 2 * torch.zeros(8, 9).scatter_add(1, index, source)
+    watch = Watch()
+    with watch:
+        assert torch.equal(_scattered(index, source)[0], expected)
+    assert "aten.scatter_add.default" in watch.seen - watch.bad
+    written = list[str]()
+    monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(written.append))
+    fast = compiling.assembled(_scattered, [index, source])
+    torch.testing.assert_close(fast([index, source])[0], expected)
+    assert "aten.scatter_add" in "".join(written)
+    assert "atomic_add" not in "".join(written)

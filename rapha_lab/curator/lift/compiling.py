@@ -302,13 +302,15 @@ def _machine_code(graph: GraphModule, example: list[Tensor]) -> Callable[[list[T
     with (
         inductor.patch(compile_threads=1, fallback_random=True, layout_optimization=False),
         _called_as_it_is(_LINEAR),
+        _called_as_it_is(torch.ops.aten.scatter_add.default),
         _held_in_memory(KEPT),
     ):
         return compile_fx_inner(graph, example)
 
 
 def _called_as_it_is(operation: Any) -> Any:
-    """Keeps the compiler from rewriting an operation, which it can do for constant weights only."""
+    """Keeps the compiler from rewriting an operation: products, which it can for constant weights only, and sums by
+    place, whose loops would go through one patient's numbers in a row, see `even.scatter_add`."""
     from torch._inductor.lowering import fallback_handler, lowerings
 
     return patch.dict(lowerings, {operation: fallback_handler(operation)})

@@ -447,3 +447,19 @@ def polygamma(n: int, x: Tensor) -> Any:
     r = 1 / (z * z)
     series = r * (1 / 6 - r * (1 / 30 - r * (1 / 42 - r * (1 / 30 - r * 5 / 66))))
     return ((1 + series) / z + 0.5 * r + below * (steps * steps).reciprocal().sum(-1)).to(x.dtype)
+
+
+# Places
+
+
+@even(aten.scatter_add.default, compiled=True)
+def scatter_add(x: Tensor, d: int, index: Tensor, source: Tensor) -> Any:
+    """As along a dimension that is not the last: the kernel then goes from patient to patient, place by place.
+
+    Along the last it adds one patient's numbers in a row, and waits for each sum if all of them go to one place.
+    """
+    if d % x.dim() < x.dim() - 1:
+        return NotImplemented
+    return aten.scatter_add(x.unsqueeze(-1), d % x.dim(), index.unsqueeze(-1), source.unsqueeze(-1)).squeeze(
+        -1
+    )
