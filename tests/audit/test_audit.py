@@ -20,7 +20,7 @@ from house import DELTA, House
 from torch import Tensor, nn
 
 from rapha_lab.client.audit import Audit, audit, coins, p_value
-from rapha_lab.curator.lift import gradients
+from rapha_lab.curator.lift import clipping
 from rapha_lab.curator.mechanisms import banded, train
 from rapha_lab.curator.noise import SeededNoise, SystemNoise
 
@@ -129,8 +129,8 @@ def quartered(patch: pytest.MonkeyPatch) -> None:
 
 
 def unclipped(patch: pytest.MonkeyPatch) -> None:
-    original = gradients.clipped_sum
-    patch.setattr(gradients, "clipped_sum", lambda found, mask, clip: original(found, mask, clip * 1e6))
+    original = clipping.clipped_sum
+    patch.setattr(clipping, "clipped_sum", lambda found, mask, clip, n: original(found, mask, clip * 1e6, n))
 
 
 def twice(patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_models import MODELS
 from torch import Tensor, nn
 
-from rapha_lab.curator.lift import Lifted, gradients, lift
+from rapha_lab.curator.lift import Lifted, clipping, lift
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.protocol.program import Program
 from rapha_lab.session.tracing import trace
@@ -216,23 +216,23 @@ def test_hostile_graphs_move_the_sum_by_at_most_the_norm(
 Sums = tuple[dict[str, Tensor], Tensor]
 
 
-def unclipped(found: dict, mask: Tensor, clip: float) -> Sums:
+def unclipped(found: dict, mask: Tensor, clip: float, size: int) -> Sums:
     ones = torch.where(mask, 1.0, 0.0).double()
     return {name: part.total(ones, mask) for name, part in found.items()}, torch.zeros(2)
 
 
-def first_use_only(found: dict, mask: Tensor, clip: float) -> Sums:
+def first_use_only(found: dict, mask: Tensor, clip: float, size: int) -> Sums:
     square = next(iter(found.values())).square()
     scale = torch.where(mask, (clip / square.sqrt()).clamp(max=1.0), 0.0)
     return {name: part.total(scale, mask) for name, part in found.items()}, torch.zeros(2)
 
 
-def twice(found: dict, mask: Tensor, clip: float) -> Sums:
-    sums, counted = gradients_clipped(found, mask, clip)
+def twice(found: dict, mask: Tensor, clip: float, size: int) -> Sums:
+    sums, counted = as_it_is(found, mask, clip, size)
     return {name: 2 * t for name, t in sums.items()}, counted
 
 
-gradients_clipped = gradients.clipped_sum
+as_it_is = clipping.clipped_sum
 
 
 @pytest.mark.parametrize("mutant", [unclipped, first_use_only, twice])
@@ -240,6 +240,6 @@ def test_broken_clipping_is_caught(mutant: Callable[..., Sums], monkeypatch: pyt
     """Skipping the clip, measuring one parameter only, or adding a patient twice breaks the bound."""
     it, parameters, constants, batch = batch_for("mlp", 8)
     batch["x"] *= 100
-    monkeypatch.setattr(gradients, "clipped_sum", mutant)
+    monkeypatch.setattr(clipping, "clipped_sum", mutant)
     only = it.clipped_sum(parameters, constants, batch, torch.arange(8) == 0, CLIP / 100)
     assert norm(only) > CLIP / 100 * (1 + train.slack(8))

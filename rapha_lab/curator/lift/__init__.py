@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +21,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from rapha_lab.curator.lift import gradients, layers, losses, pools, recurrent, reductions, shapes  # noqa: F401
+from rapha_lab.curator.lift import clipping, gradients, layers, losses, pools, recurrent, reductions, shapes  # noqa: F401
 from rapha_lab.curator.lift.compiling import Step, compiled, is_kept
 from rapha_lab.curator.lift.draws import DRAWS
 from rapha_lab.curator.lift.even import Evenly
 from rapha_lab.curator.lift.graph import Graph, refused
+from rapha_lab.curator.lift.parts import GROUP
 from rapha_lab.curator.lift.table import DRAWN, TABLE
-from rapha_lab.curator.lift.taps import GROUP, Stored
 from rapha_lab.protocol.errors import ProgramError, RefusedError
 from rapha_lab.protocol.program import DTYPES, Node, Program, TensorSpec, at, check, refs, structure
 from rapha_lab.protocol.tensors import Layout
@@ -39,8 +40,10 @@ SMALLEST, LARGEST = 8, 512
 CHUNK = 1 << 27
 """Bytes that a microbatch may allocate in all its operations together, if that is enough for the smallest one."""
 STORED, TOGETHER = 1 << 22, 32
-"""Bytes of materialised gradients that a microbatch may hold, so that they stay in the processor's cache until they
-are added; so many patients in any case. Recurrent layers take more: each of their steps is a few small operations."""
+"""Bytes of written-out gradients that a microbatch may have, so that they and what they are made of stay in the
+processor's cache; so many patients in any case. Recurrent layers take more: their steps are many small operations."""
+AT_ONCE = 1 << 24
+"""Bytes of written-out gradients up to which a microbatch's are made in one piece; of more, `STORED` at a time."""
 LARGE = 1 << 20
 """Parameters from which on a sum of one group's gradients is held at a time."""
 
@@ -90,6 +93,7 @@ class Lifted:
     Attributes:
         microbatch: how many patients are computed at once, always; a function of the program alone.
         output: the shape of one patient's output.
+        written: bytes of a patient's gradient that are written out before they are measured.
         paths: by parameter, how its gradient is computed and why so: outer, rows, stored, copy or none,
             as explained in `lift.gradients`, and the operations that use it.
         note: whether the step is compiled, and what that took.
@@ -101,10 +105,11 @@ class Lifted:
         routes: gradients.Routes,
         microbatch: int,
         output: tuple[int, ...],
+        written: int,
         paths: dict[str, str],
     ) -> None:
         self.graph, self.routes, self.microbatch, self.output = graph, routes, microbatch, output
-        self.paths, self.note = paths, "not compiled: too short a run to gain by it"
+        self.written, self.paths, self.note = written, paths, "not compiled: too short a run to gain by it"
         self.program = graph.program
         self._step: Step = self._add
         self._drawn = DRAWS.drawn if _draws(graph.program) else nullcontext
@@ -210,7 +215,10 @@ class Lifted:
         counted: Tensor,
     ) -> None:
         found = gradients.parts(self.graph, self.routes, parameters, constants, inputs)
-        sums, more = gradients.clipped_sum(found, mask, clip)
+        self._into(totals, counted, *clipping.clipped_sum(found, mask, clip, self._together))
+
+    @staticmethod
+    def _into(totals: Tensors, counted: Tensor, sums: Tensors, more: Tensor) -> None:
         counted.add_(more)
         for name, t in sums.items():
             # piece by piece, since torch converts all that it adds to another dtype first
@@ -218,6 +226,22 @@ class Lifted:
                 totals[name].view(-1).split(LARGE), t.reshape(-1).split(LARGE), strict=True
             ):
                 total.add_(part)
+
+    @property
+    def _together(self) -> int:
+        """How many patients' gradients are written out at a time: a divisor of the microbatch."""
+        if not self.written or self.written * self.microbatch <= AT_ONCE:
+            return self.microbatch
+        most = max(1, STORED // self.written)
+        return next(n for n in range(min(most, self.microbatch), 0, -1) if self.microbatch % n == 0)
+
+    def _made(self, assemble: Callable[..., Any], example: tuple[Any, ...]) -> Step:
+        """The clipped sum in machine code: in one piece if all is written out at once."""
+        if self._together == self.microbatch:
+            return assemble(self._add, *example)
+
+        parts = partial(gradients.parts, self.graph, self.routes)
+        return clipping.in_pieces(assemble, parts, self._into, self._together, example)
 
     @property
     def _shape(self) -> tuple[str, int]:
@@ -241,7 +265,7 @@ class Lifted:
         mask, clip = torch.ones(self.microbatch, dtype=torch.bool), torch.tensor(1.0, dtype=torch.float64)
         totals = self.zeros()
         example = (totals, {**parameters}, {**constants}, batch, mask, clip, totals.counted)
-        fast = compiled(self._add, self._shape, example, going)
+        fast = compiled(self._made, self._shape, example, going)
         if self._step == self._add or fast.step is None:
             self.note = fast.note  # of several runs in one job the first compiles
         self._step = fast.step or self._add
@@ -349,8 +373,9 @@ def lift(program: Program, *, loss: bool = True, limits: Limits = Limits()) -> L
         raise ProgramError("The model is too large.", why, "Make it smaller.", field="parameters")
     graph = Graph(program)
     routes = gradients.Routes(graph)
-    cost, output, found = _dry_run(graph, routes, loss, limits)
-    if cost * SMALLEST > limits.memory:
+    cost, output, found, written = _dry_run(graph, routes, loss, limits)
+    # rows, those that count, their sum and all sums
+    if cost * SMALLEST + 4 * written > limits.memory:
         why = f"One patient takes {cost >> 20} MiB; {SMALLEST} at once may take {limits.memory >> 20} MiB."
         raise ProgramError(
             "The model is too large.", why, "Make its layers or inputs smaller.", field="program"
@@ -359,17 +384,15 @@ def lift(program: Program, *, loss: bool = True, limits: Limits = Limits()) -> L
     # a recurrent layer's steps are many small operations, which are worth it for many patients at once
     room = min(CHUNK * (2 if steps else 1), limits.memory) // max(cost, 1) // SMALLEST * SMALLEST
     if not steps:
-        weights = [part.rows for part in found.values() if isinstance(part, Stored) and part.rows.dim() > 2]
-        stored = sum(t.numel() * t.element_size() for t in weights) // SMALLEST
-        room = min(room, max(TOGETHER, STORED // max(stored, 1) // SMALLEST * SMALLEST))
-    most = LARGEST if program.size < LARGE else GROUP
-    return Lifted(graph, routes, min(most, max(SMALLEST, room)), output, routes.explain(found))
+        room = min(room, max(TOGETHER, STORED // max(written, 1) // SMALLEST * SMALLEST))
+    most = LARGEST if program.size < LARGE and not written else GROUP
+    return Lifted(graph, routes, min(most, max(SMALLEST, room)), output, written, routes.explain(found))
 
 
 def _dry_run(
     graph: Graph, routes: gradients.Routes, loss: bool, limits: Limits
-) -> tuple[int, tuple[int, ...], gradients.Found]:
-    """Bytes that one patient adds, the output's shape and the gradients, all on tensors without values."""
+) -> tuple[int, tuple[int, ...], gradients.Found, int]:
+    """Bytes that one patient adds, the output's shape, the gradients and bytes of them written out, on no values."""
     program = graph.program
     made: dict[str, Any] = {}
     found: gradients.Found = {}
@@ -400,9 +423,12 @@ def _dry_run(
         with evenly:
             return gradients.parts(graph, routes, parameters, constants, inputs, checked)
 
+    written = 0
     with Meter() as meter, torch.device("meta"):
         if loss:
             found = _loss(differentiate, graph, made)
+            bytes, written = meter.bytes, clipping.written(found) // SMALLEST
+            meter.bytes = bytes  # what is written out is forgotten
         else:
             with evenly:
                 gradients.forward(graph, {**parameters, **constants}, inputs, checked)
@@ -411,7 +437,7 @@ def _dry_run(
     out = made[program.output]
     if not isinstance(out, Tensor):
         raise ProgramError("The program's output is no tensor.", field="output")
-    return meter.bytes // SMALLEST, tuple(out.shape[1:]), found
+    return meter.bytes // SMALLEST, tuple(out.shape[1:]), found, written
 
 
 _FIRST = {
@@ -527,8 +553,7 @@ def _loss(
     why = ""
     try:
         found = differentiate()
-        for part in found.values():
-            part.square()
+        clipping.measured(clipping.divided(found)[0], SMALLEST)
     except ProgramError:
         raise
     except Exception as error:

@@ -40,6 +40,7 @@ __all__ = [
     "NODES",
     "SECONDS",
     "Compiled",
+    "Make",
     "Step",
     "assembled",
     "compiled",
@@ -50,6 +51,10 @@ __all__ = [
 
 Step = Callable[..., None]
 """`(totals, parameters, constants, inputs, mask, clip, counted)`: adds a microbatch's clipped sum and counts to them."""
+
+Make = Callable[[Callable[..., Callable[..., Any]], tuple[Any, ...]], Step]
+"""`(assemble, example)`: makes a step. `assemble(function, *arguments)` makes machine code of a function of dicts of
+tensors, then tensors, for arguments like these; it may return tensors."""
 
 NODES = 2_500
 """Operations above which a step is not compiled: a compiler takes some 30 ms for each, so more than a minute."""
@@ -118,11 +123,11 @@ def is_kept(key: tuple[Any, ...]) -> bool:
     return key in _steps
 
 
-def compiled(step: Step, key: tuple[Any, ...], example: tuple[Any, ...], going: Going = _unasked) -> Compiled:
-    """`step` compiled for arguments shaped as in `example`, if there is a compiler that takes it in `SECONDS`.
+def compiled(make: Make, key: tuple[Any, ...], example: tuple[Any, ...], going: Going = _unasked) -> Compiled:
+    """A step compiled for arguments shaped as in `example`, if there is a compiler that takes it in `SECONDS`.
 
     Args:
-        step: a function of dicts of tensors and tensors, without data-dependent control flow.
+        make: makes it, of functions without data-dependent control flow.
         key: equal for steps that compute the same.
         example: made-up arguments.
         going: what it raises ends the compiling, of which nothing is kept.
@@ -132,7 +137,7 @@ def compiled(step: Step, key: tuple[Any, ...], example: tuple[Any, ...], going: 
             if key not in _steps:
                 while len(_steps) >= _KEPT:
                     del _steps[next(iter(_steps))]
-                _steps[key] = made = _tried(step, example, going)
+                _steps[key] = made = _tried(make, example, going)
                 return made
             kept = _steps[key]
             return kept if kept.step is None else dataclasses.replace(_BEFORE, step=kept.step)
@@ -140,10 +145,10 @@ def compiled(step: Step, key: tuple[Any, ...], example: tuple[Any, ...], going: 
         return Compiled(None, 0.0, "not compiled: others' models were being compiled")
 
 
-def _tried(step: Step, example: tuple[Any, ...], going: Going) -> Compiled:
+def _tried(make: Make, example: tuple[Any, ...], going: Going) -> Compiled:
     began = time.monotonic()
     try:
-        fast = _compile(step, example, going)
+        fast = _compile(make, example, going)
     except Exception:
         going()  # a job that was ended says nothing of the model
         # whatever a compiler stumbles on, the step computes without it
@@ -158,21 +163,22 @@ def _tried(step: Step, example: tuple[Any, ...], going: Going) -> Compiled:
     return Compiled(fast, seconds, f"compiled in {seconds:.0f} s")
 
 
-def _compile(step: Step, example: tuple[Any, ...], going: Going) -> Step:
-    names = [[*part] for part in example if isinstance(part, Mapping)]
+def _compile(make: Make, example: tuple[Any, ...], going: Going) -> Step:
+    due = time.monotonic() + SECONDS
 
-    def by_position(*flat: Tensor) -> tuple[()]:
-        tensors, parts = iter(flat), []
-        for part in names:
-            parts.append({name: next(tensors) for name in part})
-        step(*parts, *tensors)
-        return ()
+    def assemble(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+        names = [[*part] for part in arguments if isinstance(part, Mapping)]
 
-    fast = assembled(by_position, _flat(example, names), going)
+        def by_position(*flat: Tensor) -> Any:
+            tensors, parts = iter(flat), []
+            for part in names:
+                parts.append({name: next(tensors) for name in part})
+            return function(*parts, *tensors) or ()
 
-    def run(*arguments: Any) -> None:
-        fast(_flat(arguments, names))
+        fast = assembled(by_position, _flat(arguments, names), going, due - time.monotonic())
+        return lambda *arguments: fast(_flat(arguments, names))
 
+    run = make(assemble, example)
     with DRAWS.drawn():
         run(*example)
     return run
@@ -184,9 +190,11 @@ def _flat(arguments: Sequence[Any], names: list[list[str]]) -> list[Tensor]:
 
 
 def assembled(
-    function: Callable[..., Any], example: list[Tensor], going: Going = _unasked
+    function: Callable[..., Any], example: list[Tensor], going: Going = _unasked, seconds: float | None = None
 ) -> Callable[[list[Tensor]], Any]:
     """Machine code for a function of tensors of these very shapes; it takes them as a list, which it empties.
+
+    It may take `SECONDS`, or so many.
 
     Raises:
         Exception: whatever the compiler says.
@@ -195,7 +203,12 @@ def assembled(
     import torch._inductor.lowering  # some decompositions look there
     from torch._inductor.decomposition import select_decomp_table
 
-    with _alone(going), _bounded(SECONDS, going), warnings.catch_warnings(), torch.no_grad():
+    with (
+        _alone(going),
+        _bounded(SECONDS if seconds is None else seconds, going),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+    ):
         warnings.simplefilter("ignore")
         graph = make_fx(function, tracing_mode="fake", decomposition_table=select_decomp_table())(*example)
         graph.graph.eliminate_dead_code()

@@ -1,12 +1,12 @@
-"""Per-patient gradients of a lifted loss, clipped and summed: norms are taken of the very numbers added.
+"""Per-patient gradients of a lifted loss, in stored form.
 
-A parameter reaches its clipped sum on a path chosen from the program alone:
+A parameter's gradients take a path chosen from the program alone:
 
 - outer: the weight of a linear layer, used once at one position. A patient's gradient is the outer product
   of the stored output gradient and input, its norm the product of theirs; it is never materialised.
 - rows: an embedding used once. A patient's gradient is kept for the rows the patient uses.
 - stored: linear layers at several positions, convolutions, recurrent layers, layers that share a parameter.
-  A patient's gradient is materialised, added up over the uses, measured and summed.
+  A patient's gradient is written out, added up over the uses, measured and summed.
 - copy: any other use. Each patient gets an own copy of the parameter, which autograd differentiates.
 
 No Gram matrices: norms from them cancel in floating point, and the author of the program is the adversary.
@@ -16,18 +16,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rapha_lab.curator.lift.graph import Checked, Graph
-from rapha_lab.curator.lift.stored import in_memory, kept
-from rapha_lab.curator.lift.taps import HUGE, TAPS, Part, Stored, Use, names_of
+from rapha_lab.curator.lift.parts import Apart, Part, Several, Stored
+from rapha_lab.curator.lift.taps import TAPS, Use, names_of
 from rapha_lab.protocol.program import Node, Ref
 
-__all__ = ["Found", "Routes", "clipped_sum", "forward", "parts", "per_patient"]
+__all__ = ["Found", "Routes", "forward", "parts", "per_patient"]
 
 Tensors = Mapping[str, Tensor]
 Found = dict[str, Part]
@@ -69,7 +68,8 @@ class Routes:
             other = self.copied[name].removeprefix("aten.").split(".")[0]
             return f"copy: {other} is no layer with a rule of its own, so each patient gets a copy of it"
         times = f"{' and '.join(ops)}" + (f", {n} times" if (n := len(self.uses[name])) > 1 else "")
-        return f"{type(part).__name__.lower()}: {times}"
+        kind = "stored" if isinstance(part, Apart) else type(part).__name__.lower()
+        return f"{kind}: {times}"
 
     def _others(self, graph: Graph, uses: dict[str, list[str]]) -> dict[str, str]:
         return {
@@ -147,26 +147,7 @@ def _parts(use: Use, grads: list[Tensor | None]) -> list[Part]:
 
 
 def _one(several: list[Part]) -> Part:
-    """The gradient over all uses of a parameter; norms of uses do not add, so they are materialised."""
-    if len(several) == 1:
-        return several[0]
-    return Stored(several[0].name, reduce(torch.add, (part.dense() for part in several)))
-
-
-def clipped_sum(
-    found: Mapping[str, Part], mask: Tensor, clip: float | Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The sum over patients of their gradients scaled down to norm `clip`, and (2,) how many and how many of them whole.
-
-    A patient whose mask is False, or whose gradient is not finite or is huge, adds nothing and does not count.
-    """
-    found = {name: in_memory(part) for name, part in found.items()}
-    square = reduce(torch.add, (part.square() for part in found.values()))
-    counts = kept(mask & (square <= HUGE**2))
-    # the root of what is no number would take longer
-    scale = kept(torch.where(counts, (clip / torch.where(counts, square, 1.0).sqrt()).clamp(max=1.0), 0.0))
-    counted = torch.stack([counts.sum(), (scale == 1.0).sum()])
-    return {name: part.total(scale, counts) for name, part in found.items()}, counted
+    return several[0] if len(several) == 1 else Several(several[0].name, tuple(several))
 
 
 def per_patient(found: Mapping[str, Part]) -> dict[str, Tensor]:

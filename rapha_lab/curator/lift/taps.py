@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -13,147 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapha_lab.curator.lift.layers import folded
+from rapha_lab.curator.lift.parts import Beside, Outer, Pairs, Part, Rows, Stored, Summed, Windows
 from rapha_lab.curator.lift.shapes import clamped
-from rapha_lab.curator.lift.stored import kept, products, weighted
 from rapha_lab.protocol.program import Ref
 
-__all__ = ["GROUP", "HUGE", "TAPS", "Outer", "Part", "Rows", "Stored", "Use", "squared"]
-
-
-class Part(Protocol):
-    """Every patient's gradient by one parameter, in stored form."""
-
-    @property
-    def name(self) -> str:
-        """The parameter's."""
-        ...
-
-    def square(self) -> Tensor:
-        """Each patient's squared norm, `(patients,)` float64; not finite if a number of it is not."""
-        ...
-
-    def total(self, scale: Tensor, counts: Tensor) -> Tensor:
-        """The sum of the counting patients' gradients times their scales, in the parameter's shape."""
-        ...
-
-    def dense(self) -> Tensor:
-        """The gradients materialised, `(patients, *shape)`."""
-        ...
-
-
-HUGE = 1e28
-"""A patient adds nothing whose numbers have a larger norm than this: scaled down to C they would leave float32's
-normal numbers, below which a product can round to twice itself."""
-
-
-def squared(values: Tensor) -> Tensor:
-    """Squared norms of rows in float64, where squares of float32 neither overflow nor vanish; infinite if `HUGE`."""
-    norm = torch.linalg.vector_norm(flat(values), dim=1, dtype=torch.float64)
-    return torch.where(norm <= HUGE, norm, math.inf).square()
-
-
-def flat(values: Tensor) -> Tensor:
-    """One row a patient."""
-    return values.reshape(len(values), math.prod(values.shape[1:]))
-
-
-def counting(values: Tensor, counts: Tensor) -> Tensor:
-    """The values with zeros for patients that do not count: 0 times NaN would not do."""
-    return torch.where(counts.reshape(-1, *[1] * (values.dim() - 1)), values, 0)
-
-
-GROUP = 256
-"""Patients added up in float32; groups of them are added in float64, so that rounding does not grow with the batch."""
-
-
-def in_groups(add: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
-    """The sum of `add` over groups of patients, float64 if there is more than one group."""
-    if len(first) <= GROUP:
-        return add(first, second)
-    pairs = zip(first.split(GROUP), second.split(GROUP), strict=True)
-    return reduce(torch.add, (add(one, other).double() for one, other in pairs))
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Materialised gradients, `(patients, *shape)`, or in another order of dimensions.
-
-    Attributes:
-        order: which of the rows' dimensions make the parameter's, in order; some may be parts of one.
-        shape: the parameter's, if an order is given.
-    """
-
-    name: str
-    rows: Tensor
-    order: tuple[int, ...] = ()
-    shape: tuple[int, ...] = ()
-
-    def square(self) -> Tensor:
-        """Of the rows."""
-        return squared(self.rows)
-
-    def total(self, scale: Tensor, counts: Tensor) -> Tensor:
-        """One vector by matrix product."""
-        rows = flat(counting(self.rows, counts))
-        return self._ordered(in_groups(weighted, scale.to(rows.dtype), rows).view(1, *self.rows.shape[1:]))[0]
-
-    def dense(self) -> Tensor:
-        """Themselves."""
-        return self._ordered(self.rows)
-
-    def _ordered(self, rows: Tensor) -> Tensor:
-        return rows.permute(0, *self.order).reshape(-1, *self.shape) if self.order else rows
-
-
-@dataclass(frozen=True)
-class Outer:
-    """Outer products of output gradients `(patients, out)` and inputs `(patients, in)`, not materialised."""
-
-    name: str
-    out: Tensor
-    inp: Tensor
-
-    def square(self) -> Tensor:
-        """The product of two squared norms."""
-        return squared(self.out) * squared(self.inp)
-
-    def total(self, scale: Tensor, counts: Tensor) -> Tensor:
-        """One matrix product."""
-        out = counting(self.out, counts) * scale.to(self.out.dtype)[:, None]
-        return in_groups(lambda one, other: one.T @ other, out, counting(self.inp, counts))
-
-    def dense(self) -> Tensor:
-        """The products."""
-        return self.out.unsqueeze(2) * self.inp.unsqueeze(1)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Gradients of the rows of a table a patient used: `index` (patients, t), `rows` (patients, t, width).
-
-    A row used at several places is added up at the last of them and zero at the others.
-    """
-
-    name: str
-    index: Tensor
-    rows: Tensor
-    length: int
-
-    def square(self) -> Tensor:
-        """Of the rows."""
-        return squared(self.rows)
-
-    def total(self, scale: Tensor, counts: Tensor) -> Tensor:
-        """Scaled rows added to their places."""
-        rows = (counting(self.rows, counts) * scale.to(self.rows.dtype)[:, None, None]).double()
-        table = rows.new_zeros(self.length, rows.shape[-1])
-        return table.index_add(0, self.index.flatten(), rows.flatten(0, 1))
-
-    def dense(self) -> Tensor:
-        """The whole table for each patient."""
-        size, _, width = self.rows.shape
-        place = self.index.unsqueeze(-1).expand_as(self.rows)
-        return self.rows.new_zeros(size, self.length, width).scatter_add(1, place, self.rows)
+__all__ = ["TAPS", "Use", "names_of", "tap", "watched"]
 
 
 class Use(Protocol):
@@ -209,13 +72,14 @@ class Product:
     outputs: list[Tensor]
 
     def parts(self, grads: Sequence[Tensor]) -> list[Part]:
-        """An outer product at one position, materialised at several."""
-        a = kept(self.inputs)
-        g = kept(torch.cat([g.reshape(len(a), -1, g.shape[-1]) for g in grads], dim=1))
-        bias: list[Part] = [] if self.bias is None else [Stored(self.bias, g.sum(1))]
+        """An outer product at one position, to be written out at several."""
+        a = self.inputs
+        g = torch.cat([g.reshape(len(a), -1, g.shape[-1]) for g in grads], dim=1)
         if a.shape[1] == 1:
+            bias: list[Part] = [] if self.bias is None else [Stored(self.bias, g[:, 0])]
             return [Outer(self.weight, g[:, 0], a[:, 0]), *bias]
-        return [Stored(self.weight, products(g.mT, a)), *bias]
+        bias = [] if self.bias is None else [Summed(self.bias, g.unsqueeze(-1))]
+        return [Pairs(self.weight, g, a), *bias]
 
 
 @tap(lambda args: args[1:3], "linear.default")
@@ -238,40 +102,14 @@ class Convolution:
     setting: Any
 
     def parts(self, grads: Sequence[Tensor]) -> list[Part]:
-        """Materialised."""
+        """To be written out."""
         (g,) = grads
-        bias: list[Part] = [] if self.bias is None else [Stored(self.bias, g.flatten(3).sum((1, 3)))]
+        bias: list[Part] = [] if self.bias is None else [Summed(self.bias, g.flatten(3))]
         *_, transposed, _, groups = self.setting
         # windows are copies of the input: worth it where they are fewer numbers than the gradient
-        apart = transposed or groups > 1 or math.prod(g.shape[3:]) >= self.shape[0]
-        return [self._side_by_side(g) if apart else self._by_windows(g), *bias]
-
-    def _side_by_side(self, g: Tensor) -> Part:
-        """Patients' channels side by side are groups of channels, whose weights' gradients do not mix."""
-        stride, padding, dilation, transposed, more, groups = self.setting
-        x, size = self.inputs, len(self.inputs)
-        beside = [t.transpose(0, 1).flatten(1, 2) for t in (g, x)]
-        weight = x.new_empty(size * self.shape[0], *self.shape[1:])  # only its shape is read
-        wanted = (stride, padding, dilation, transposed, more, size * groups, [False, True, False])
-        rows = torch.ops.aten.convolution_backward(*beside, weight, None, *wanted)[1]
-        return Stored(self.weight, rows.reshape(size, *self.shape))
-
-    def _by_windows(self, g: Tensor) -> Part:
-        """As products of windows `(patients, positions, kernel * channels)` of the input and of `g`."""
-        stride, padding, dilation, *_ = self.setting
-        kernel, x, rank, size = self.shape[2:], self.inputs, len(self.shape) - 2, len(g)
-        x = kept(F.pad(x.flatten(0, 1), [p for pair in padding[::-1] for p in (pair, pair)]).movedim(1, -1))
-        for d in range(rank):
-            x = x.unfold(1 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
-        # (images, *positions, channels, *kernel)
-        x = x.movedim(1 + rank, -1).reshape(size, -1, math.prod(self.shape[1:]))
-        g = kept(g.flatten(3).transpose(2, 3).flatten(1, 2))
-        inner = [*kernel, self.shape[1]]
-        if x.shape[2] < g.shape[2]:  # the longer rows last
-            rows = products(x.mT, g).unflatten(1, inner)
-            return Stored(self.weight, rows, (2 + rank, 1 + rank, *range(1, 1 + rank)), self.shape)
-        rows = products(g.mT, x).unflatten(2, inner)
-        return Stored(self.weight, rows, (1, 2 + rank, *range(2, 2 + rank)), self.shape)
+        beside = transposed or groups > 1 or math.prod(g.shape[3:]) >= self.shape[0]
+        kind = Beside if beside else Windows
+        return [kind(self.weight, g, self.inputs, self.shape, self.setting), *bias]
 
 
 def _images(x: Tensor, size: int, rank: int) -> Tensor:

@@ -22,7 +22,7 @@ from rapha_lab.curator.accounting import BandedGaussian, SampledGaussian, noise_
 from rapha_lab.curator.cohort import BESIDES, EXCESS, View
 from rapha_lab.curator.lift import Lifted, Totals, lift
 from rapha_lab.curator.lift.compiling import assembled
-from rapha_lab.curator.lift.taps import GROUP
+from rapha_lab.curator.lift.parts import GROUP
 from rapha_lab.curator.mapped import taken
 from rapha_lab.curator.mechanisms import Answer, Plan, Progress, banded
 from rapha_lab.curator.mechanisms.adam import CorrectedAdam

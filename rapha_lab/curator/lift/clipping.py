@@ -1,0 +1,194 @@
+"""Patients' gradients scaled down to norm C and summed: norms are taken of the very numbers added.
+
+What is measured as it is stored comes first. The rest is written out for a few patients at a time, as many as fit
+into the processor's cache; there it is measured, scaled and added, and then forgotten. A compiled step is made of
+the same three functions: `measured`, `add_group` for each group of patients, `total`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rapha_lab.curator.lift.compiling import Step
+from rapha_lab.curator.lift.draws import DRAWS
+from rapha_lab.curator.lift.parts import HUGE, Apart, Part, Whole, counting, flat, squared
+from rapha_lab.curator.lift.stored import in_memory, kept, weighted
+
+__all__ = ["clipped_sum", "divided", "in_pieces", "measured", "written"]
+
+Tensors = Mapping[str, Tensor]
+Wholes = dict[str, Whole]
+Aparts = dict[str, Apart]
+
+
+def divided(found: Mapping[str, Part]) -> tuple[Wholes, Aparts]:
+    """What is measured as it is stored, in memory, and what is written out first."""
+    apart: Any = {name: part for name, part in found.items() if isinstance(part, Apart)}
+    whole: Any = {name: in_memory(part) for name, part in found.items() if name not in apart}
+    return whole, apart
+
+
+def written(found: Mapping[str, Part]) -> int:
+    """Bytes of what is written out of all patients' gradients."""
+    rows = [part.rows() for part in divided(found)[1].values()]
+    return sum(t.numel() * t.element_size() for t in rows)
+
+
+def measured(whole: Wholes, patients: int) -> Tensor:
+    """Each patient's squared norm of what is stored whole, float64."""
+    return reduce(torch.add, (p.square() for p in whole.values()), torch.zeros(patients, dtype=torch.float64))
+
+
+def add_group(
+    apart: Aparts, square: Tensor, mask: Tensor, clip: float | Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Write out some patients' gradients, measure them together with what was, and add them up.
+
+    A patient whose mask is False, or whose gradient is not finite or is huge, adds nothing and does not count.
+
+    Returns:
+        The sums, flat, in the rows' own order; each patient's scale; and whether the patient counts.
+    """
+    rows = [kept(flat(part.rows())) for part in apart.values()]
+    square = reduce(torch.add, map(squared, rows), square)
+    counts = kept(mask & (square <= HUGE**2))
+    # the root of what is no number would take longer
+    scale = kept(torch.where(counts, (clip / torch.where(counts, square, 1.0).sqrt()).clamp(max=1.0), 0.0))
+    return [weighted(scale.to(own.dtype), counting(own, counts)) for own in rows], scale, counts
+
+
+def total(
+    whole: Wholes, apart: Aparts, sums: Sequence[Tensor], scale: Tensor, counts: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """All patients' sums by parameter, and (2,) how many were added and how many of them whole."""
+    added = {n: part.ordered(t[None])[0] for (n, part), t in zip(apart.items(), sums, strict=True)}
+    added |= {name: part.total(scale, counts) for name, part in whole.items()}
+    return added, torch.stack([counts.sum(), (scale == 1.0).sum()])
+
+
+def clipped_sum(
+    found: Mapping[str, Part], mask: Tensor, clip: float | Tensor, size: int = 0
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The sum over patients of their gradients scaled down to norm `clip`, and how many they are, as `total` says.
+
+    Args:
+        found: the gradients.
+        mask: `(patients,)` booleans.
+        clip: the norm.
+        size: how many patients' are written out at a time, a divisor of their number; all if it is 0.
+    """
+    whole, apart = divided(found)
+    form = Form(apart)
+    sums: list[Tensor] = []
+    done: list[list[Tensor]] = []
+    for square, there, *own in _groups(size or len(mask), measured(whole, len(mask)), mask, *form.tensors):
+        more, *how = add_group(form.parts(own), square, there, clip)
+        sums = [into.add_(t) for into, t in zip(sums, more, strict=True)] if done else more
+        done.append(how)
+    # of one group they are read from where they are kept
+    scale, counts = done[0] if len(done) == 1 else (torch.cat(parts) for parts in zip(*done, strict=True))
+    return total(whole, apart, sums, scale, counts)
+
+
+def _groups(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(t.split(size) for t in tensors), strict=True)
+
+
+class Form:
+    """What parts are made of besides their tensors, to make such parts of other tensors."""
+
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        self.tensors: list[Tensor] = []
+        self._makers = {name: self._maker(part) for name, part in parts.items()}
+
+    def parts(self, tensors: Sequence[Any]) -> dict[str, Any]:
+        """Parts of these tensors, which are in the order of `tensors`."""
+        return {name: make(tensors) for name, make in self._makers.items()}
+
+    def _maker(self, value: Any) -> Callable[[Sequence[Any]], Any]:
+        if isinstance(value, Tensor):
+            # two parts may share one
+            place = next((n for n, t in enumerate(self.tensors) if t is value), len(self.tensors))
+            self.tensors[place:] = self.tensors[place:] or [value]
+            return lambda tensors: tensors[place]
+        if isinstance(value, tuple) and not isinstance(value, torch.Size):
+            several = [self._maker(v) for v in value]
+            return lambda tensors: tuple(make(tensors) for make in several)
+        if not dataclasses.is_dataclass(value):
+            return lambda tensors: value
+        kind: Any = type(value)
+        fields = {f.name: self._maker(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return lambda tensors: kind(**{name: make(tensors) for name, make in fields.items()})
+
+
+def in_pieces(
+    assemble: Callable[..., Callable[..., Any]], parts: Callable[..., Mapping[str, Part]],
+    add: Callable[..., None], size: int, example: Sequence[Any],
+) -> Step:  # fmt: skip
+    """A step in machine code: what is stored, then each group of patients, then the sums.
+
+    Args:
+        assemble: makes machine code of a function for arguments like those after it.
+        parts: `(parameters, constants, inputs)` → gradients.
+        add: adds what `total` returns to `totals` and `counted`.
+        size: how many patients' are written out at a time, a divisor of their number.
+        example: a step's arguments.
+    """
+    totals, parameters, constants, inputs, mask, clip, counted = example
+    forms: list[Form] = []
+
+    def store(*given: Any) -> list[Tensor]:
+        both = divided(parts(*given))
+        forms[:] = [Form(some) for some in both]
+        return [measured(both[0], len(mask)), *forms[0].tensors, *forms[1].tensors]
+
+    def group(
+        clip: Tensor, square: Tensor, mask: Tensor, scale: Tensor, counts: Tensor, *rest: Tensor
+    ) -> None:
+        more, scales, counting = add_group(forms[1].parts(rest), square, mask, clip)
+        scale.copy_(scales)
+        counts.copy_(counting)
+        for into, t in zip(rest[-len(more) :], more, strict=True):
+            into.add_(t)
+
+    def finish(totals: Any, counted: Tensor, scale: Tensor, counts: Tensor, *rest: Tensor) -> None:
+        whole, apart = forms[0].parts(rest), forms[1].parts(nothing)
+        add(totals, counted, *total(whole, apart, rest[len(rest) - len(apart) :], scale, counts))
+
+    stored = assemble(store, parameters, constants, inputs)
+    with DRAWS.drawn():
+        square, *tensors = stored(parameters, constants, inputs)
+    first, nothing = len(forms[0].tensors), [None] * len(forms[1].tensors)
+    names = list(forms[1].parts(nothing))
+    lengths = [totals[name].numel() for name in names]
+
+    scale, counts, sums = (
+        torch.empty_like(square),
+        torch.empty_like(mask),
+        torch.zeros(sum(lengths)).split(lengths),
+    )
+    grouped = assemble(
+        group, clip, *next(_groups(size, square, mask, scale, counts, *tensors[first:])), *sums
+    )
+    finished = assemble(finish, totals, counted, scale, counts, *tensors[:first], *sums)
+    for form in forms:
+        form.tensors.clear()
+
+    def step(
+        totals: Tensors, parameters: Tensors, constants: Tensors, inputs: Tensors,
+        mask: Tensor, clip: Tensor, counted: Tensor,
+    ) -> None:  # fmt: skip
+        square, *tensors = stored(parameters, constants, inputs)
+        scale, counts = torch.empty_like(square), torch.empty_like(mask)
+        sums = torch.zeros(sum(lengths)).split(lengths)
+        for own in _groups(size, square, mask, scale, counts, *tensors[first:]):
+            grouped(clip, *own, *sums)
+        finished(totals, counted, scale, counts, *tensors[:first], *sums)
+
+    return step
