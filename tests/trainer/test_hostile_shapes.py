@@ -16,7 +16,7 @@ from conftest import node, program
 from torch import Tensor
 
 from rapha_lab.curator.lift import lift, table
-from rapha_lab.curator.lift.taps import HUGE
+from rapha_lab.curator.lift.parts import HUGE
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.messages import Clip
