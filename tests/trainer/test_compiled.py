@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -55,6 +56,33 @@ def test_the_traced_step_gives_the_same_sums(name: str) -> None:
     for parameter, t in fast.items():
         torch.testing.assert_close(t, eager[parameter], rtol=1e-5, atol=1e-7)
     assert torch.equal(fast.counted, eager.counted)
+
+
+@pytest.mark.parametrize("name", ["gru", "tied weights"])
+def test_machine_code_of_a_few_patients_at_a_time_gives_the_same_sums(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever one patient's numbers are, the others' in its group are added as they were."""
+    make, loss, xs, ys = MODELS[name]
+    torch.manual_seed(5)
+    model, x, y = make(), xs(), ys()
+    model(x)
+    it, parameters, constants = lifted(model, loss, x, y)
+    it.microbatch = 10
+    batch = {"x": torch.cat([x, xs()]), "target": torch.cat([y, ys()])}
+    if x.is_floating_point():
+        batch["x"][3] = math.nan
+    mask = torch.arange(10) != 4
+    eager = it.clipped_sum(parameters, constants, batch, mask, 0.3)
+    monkeypatch.setattr(compiling, "_steps", {})
+    monkeypatch.setattr(lift_module, "AT_ONCE", 0)
+    monkeypatch.setattr(lift_module, "STORED", 5 * it.written)
+    assert it.compile(parameters, constants) is not None
+    fast = it.clipped_sum(parameters, constants, batch, mask, 0.3)
+    for parameter, t in fast.items():
+        torch.testing.assert_close(t, eager[parameter], rtol=1e-5, atol=1e-7)
+    assert torch.equal(fast.counted, eager.counted)
+    assert int(fast.counted[0]) == 9 - x.is_floating_point()
 
 
 @pytest.mark.usefixtures("quick")
@@ -342,6 +370,8 @@ def test_machine_code_holds_hostile_graphs_to_the_norm(seed: int, monkeypatch: p
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     it = lift(random_program([(rng.randrange(100), rng.randrange(2)) for _ in range(rng.randint(1, 8))]))
     it.microbatch = 8
+    monkeypatch.setattr(lift_module, "AT_ONCE", 0)  # a few patients' gradients at a time
+    monkeypatch.setattr(lift_module, "STORED", 2 ** (seed % 3) * it.written)
     parameters = {s.name: torch.randn(s.shape, generator=generator) for s in it.program.parameters}
     assert it.compile(parameters, {}) is not None
     it.selftest(parameters, {})
