@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ Idle = Callable[[Callable[[], bool]], None]
 MOST = 1 << 20
 """Numbers that are kept ready for a loop at most."""
 
-_Call = tuple[str, int, float]
+_Call = tuple[Any, ...]
 
 
 class Ahead:
@@ -43,15 +44,19 @@ class Ahead:
 
     def gaussian(self, n: int) -> Tensor:
         """As `Noise.gaussian`."""
-        return self._given(("gaussian", n, 0.0))
+        return self._given("gaussian", n)
 
     def uniform(self, n: int) -> Tensor:
         """As `Noise.uniform`."""
-        return self._given(("uniform", n, 0.0))
+        return self._given("uniform", n)
+
+    def order(self, n: int) -> Tensor:
+        """As `Noise.order`."""
+        return self._given("order", n)
 
     def sample(self, n: int, rate: float) -> Tensor:
         """As `Noise.sample`."""
-        return self._given(("sample", n, rate))
+        return self._given("sample", n, rate)
 
     def begin(self) -> None:
         """A step begins."""
@@ -66,19 +71,17 @@ class Ahead:
             room -= call[1]
             if room < 0 or wanted():
                 return
-            self._ready.append((call, self._drawn(call)))
+            self._ready.append((call, self._drawn(*call)))
 
-    def _given(self, call: _Call) -> Tensor:
+    def _given(self, *call: Any) -> Tensor:
         self._asked.append(call)
         if self._ready:
             found, numbers = self._ready.popleft()
             if found == call:
                 return numbers
             self._ready.clear()
-        return self._drawn(call)
+        return self._drawn(*call)
 
-    def _drawn(self, call: _Call) -> Tensor:
-        name, n, rate = call
-        if name == "sample":
-            return self._noise.sample(n, rate)
-        return self._noise.gaussian(n) if name == "gaussian" else self._noise.uniform(n)
+    def _drawn(self, name: str, *amounts: Any) -> Tensor:
+        drawn: Tensor = getattr(self._noise, name)(*amounts)
+        return drawn

@@ -42,6 +42,10 @@ class Noise(Protocol):
         """`n` independent uniform numbers in [0, 1), float64."""
         ...
 
+    def order(self, n: int) -> Tensor:
+        """0 .. n - 1 in random order, int64."""
+        ...
+
     def sample(self, n: int, rate: float) -> Tensor:
         """Which of 0 .. n - 1 are in a Poisson sample, int64 in order: each independently, at `rate` or 2^-64 below."""
         ...
@@ -60,6 +64,10 @@ class _Words:
         for start in range(0, n, _WORDS):
             parts.append(_whole(self._words(min(_WORDS, n - start))).mul_(2.0**-_BITS))
         return torch.cat(parts)
+
+    def order(self, n: int) -> Tensor:
+        """0 .. n - 1 in random order, int64."""
+        return self.uniform(n).argsort()
 
     def sample(self, n: int, rate: float) -> Tensor:
         """Which of 0 .. n - 1 are in a Poisson sample, int64 in order: each independently, at `rate` or 2^-64 below.

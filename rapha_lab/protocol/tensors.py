@@ -56,9 +56,10 @@ class Layout:
         self._shapes = [told[name]["shape"] for name in self.names]
         self._sizes = [math.prod(shape) for shape in self._shapes]
 
-    def pack(self, flat: Any) -> bytes:
-        """The bytes of the float32 numbers of all tensors, one after another in the order of `names`."""
-        return b"".join((self._header, flat.numpy(force=True)))  # one copy
+    def pack(self, tensors: Mapping[str, Any]) -> bytes:
+        """The bytes of float32 tensors by name, in one copy."""
+        numbers = [tensors[name].numpy(force=True) for name in self.names]
+        return b"".join((self._header, *[n if n.flags.c_contiguous else n.copy() for n in numbers]))
 
     def unpack(self, data: bytes) -> bytearray | None:
         """The float32 numbers of bytes like these, to be read as one array; None if they are others."""

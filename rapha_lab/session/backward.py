@@ -44,6 +44,7 @@ ALONE = (
 
 _programs: dict[tuple[Any, ...], _Known] = {}
 _KEPT = 64
+_ENGINE: Any = torch.autograd.Variable._execution_engine
 
 
 def backward(
@@ -62,14 +63,19 @@ def backward(
         made.known = found if made.lasting and loss._index is None else None
     _check_backward(loss, found.parameters, create_graph)
     known = found.known
-    now = {f"p{k}": p.detach() for k, p in enumerate(found.parameters)}
+    now = {f"p{k}": p for k, p in enumerate(found.parameters)}
     traced = Traced(known.traced.program, {n: now.get(n, t) for n, t in known.traced.tensors.items()})
     assert loss._batch is not None
     given = loss._batch.gradients(traced, found.columns, known.reduction)
     reached = [found.parameters[k] for k in known.reached]
     grads = [given[f"p{k}"].to(p.dtype) for k, p in zip(known.reached, reached, strict=True)]
     # autograd takes them further: through hooks, and to what a parameter was itself computed from
-    torch.autograd.backward(reached, grads, inputs=inputs)
+    if inputs is not None:
+        return torch.autograd.backward(reached, grads, inputs=inputs)
+    # without its checks of shapes, which the engine makes again and which take longer than all the rest
+    _ENGINE.run_backward(
+        tuple(reached), tuple(grads), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _loss(loss: Any) -> _Loss:

@@ -518,7 +518,7 @@ class _Gradients:
     ) -> dict[str, torch.Tensor]:
         there, back, blob = sent.there, sent.back, None
         if there.uniform:
-            blob = there.pack(torch.cat([traced.tensors[name].reshape(-1) for name in there.names]))
+            blob = there.pack(traced.tensors)
         asked = messages.Gradient(loop=self._loop, inputs=columns, reduction=reduction, digest=sent.digest)
         try:
             given = self._ask(asked, blob or traced.blob)[1]

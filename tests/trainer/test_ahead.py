@@ -38,8 +38,8 @@ class Watched(SeededNoise):
     def gaussian(self, n: int) -> Tensor:
         return self._noted("gaussian", n, super().gaussian(n))
 
-    def uniform(self, n: int) -> Tensor:
-        return self._noted("uniform", n, super().uniform(n))
+    def order(self, n: int) -> Tensor:
+        return self._noted("order", n, super().order(n))
 
     def sample(self, n: int, rate: float) -> Tensor:
         return self._noted("sample", n, super().sample(n, rate))
@@ -175,13 +175,13 @@ class TestAhead:
         made = Ahead(noise)
         for _ in range(2):
             made.begin()
-            made.sample(9, 0.5), made.uniform(4), made.gaussian(6), made.gaussian(6)
+            made.sample(9, 0.5), made.order(4), made.gaussian(6), made.gaussian(6)
         made.draw()
         assert len(made._ready) == 4
         made.begin()
         first = made.sample(9, 0.5)
         assert torch.equal(first, noise.given[8])
-        given = [made.uniform(5), made.gaussian(6), made.gaussian(6)]
+        given = [made.order(5), made.gaussian(6), made.gaussian(6)]
         assert all(torch.equal(a, b) for a, b in zip(given, noise.given[12:], strict=True))
         assert not made._ready
 
@@ -192,7 +192,7 @@ class TestAhead:
             made, left = Ahead(noise), iter([False] * pieces + [True] * 9)
             for turn in range(3):
                 made.begin()
-                for name in ("uniform", "gaussian", "gaussian"):
+                for name in ("order", "gaussian", "gaussian"):
                     assert torch.equal(getattr(made, name)(8), getattr(plain, name)(8))
                 if turn == 1:
                     made.draw(lambda left=left: next(left))  # type: ignore[misc]

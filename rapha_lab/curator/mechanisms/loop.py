@@ -165,8 +165,7 @@ class _Known:
         """The sums, by parameter, as they leave."""
         told = total.cast({s.name: getattr(torch, s.dtype) for s in self.lifted.program.parameters})
         if self.layout is not None and self.layout.uniform:
-            # by their names, of which p10 comes before p2
-            return self.layout.pack(torch.cat([told[name].reshape(-1) for name in self.layout.names]))
+            return self.layout.pack(told)
         packed = pack(told)
         self.layout = Layout(packed)
         return packed

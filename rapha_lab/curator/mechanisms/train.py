@@ -300,7 +300,7 @@ def draw(
     drawn = drawn if takes_part is None else drawn[takes_part(drawn)]
     while len(drawn) > slots:
         slots *= 2
-    places = noise.uniform(slots).argsort()[: len(drawn)]
+    places = noise.order(slots)[: len(drawn)]
     return torch.full((slots,), count).scatter(0, places, drawn)
 
 
