@@ -71,10 +71,11 @@ def backward(
     grads = [given[f"p{k}"].to(p.dtype) for k, p in zip(known.reached, reached, strict=True)]
     # autograd takes them further: through hooks, and to what a parameter was itself computed from
     if inputs is not None:
-        return torch.autograd.backward(reached, grads, inputs=inputs)
-    # without its checks of shapes, which the engine makes again and which take longer than all the rest
+        return torch.autograd.backward(reached, grads, retain_graph, inputs=inputs)
+    # at once: the checks that come before it, of what is right here, take as long as the engine itself
+    kept = bool(retain_graph)
     _ENGINE.run_backward(
-        tuple(reached), tuple(grads), False, False, (), allow_unreachable=True, accumulate_grad=True
+        tuple(reached), tuple(grads), kept, False, (), allow_unreachable=True, accumulate_grad=True
     )
 
 

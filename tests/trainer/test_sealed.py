@@ -183,6 +183,14 @@ def token(model: nn.Module, x: Tensor, y: Tensor) -> None:
     F.binary_cross_entropy_with_logits(model(torch.cat([first, x[:, 1:]], 1))[:, 0], y).backward()
 
 
+def computed(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Two losses on weights that are computed from parameters, a view among them."""
+    first, second = 2 * model[0].weight, model[2].weight.view(-1)
+    h = F.linear(x, first, model[0].bias).relu()
+    F.mse_loss(F.linear(h, second[None])[:, 0], y).backward(retain_graph=True)
+    F.linear(h, second[None] + model[2].bias).square().mean().backward()
+
+
 LOOPS: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
     "weights": lambda m, x, y: (logloss(m, x, y, reduction="none") * (1 + 2 * y)).mean().backward(),
     "a sum over the batch's size": lambda m, x, y: (logloss(m, x, y, reduction="sum") / x.shape[0]).backward(),
@@ -196,6 +204,11 @@ LOOPS: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
     "a closure": lambda m, x, y: torch.optim.SGD(m.parameters(), lr=0.0).step(lambda: logloss(m, x, y).backward()),
     "a token of parameters": token,
     "a hook": lambda m, x, y: [m[0].weight.register_hook(lambda g: 3 * g), logloss(m, x, y).backward()],
+    "a hook after": lambda m, x, y: [
+        m[0].weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", 3 * p.grad)),
+        logloss(m, x, y).backward(), logloss(m, x, y).backward(),
+    ],
+    "computed weights": computed,
 }  # fmt: skip
 
 
