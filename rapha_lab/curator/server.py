@@ -104,7 +104,7 @@ class Server:
 
     def _by_block(self, block: int, header: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
         """What to say of a step's answer: with its tensors, or with how many bytes of them its session's memory now has."""
-        if block < 0 or not messages.BUFFER < len(blob) <= messages.BLOCK:
+        if block < 0 or not messages.PIPED < len(blob) <= messages.BLOCK:
             return header, blob
         self._blocks.write(block, blob)
         return header | {"release": header["release"] | {"shared": len(blob)}}, b""

@@ -21,6 +21,7 @@ __all__ = [
     "ASKS",
     "BLOCK",
     "BUFFER",
+    "PIPED",
     "REVIEWED",
     "Aggregate",
     "Ask",
@@ -419,9 +420,9 @@ def malformed(error: Exception) -> RequestError:
 BUFFER = 1 << 18
 """Bytes of the buffer at either end of a pipe: the message of a small step passes in one piece, and wakes its reader once."""
 
-BLOCK = 1 << 26
-"""Bytes of the memory that a session and the curator share: tensors of a loop's step are there, if they are larger than a
-pipe's buffer and no larger than this."""
+PIPED, BLOCK = 1 << 13, 1 << 26
+"""Bytes of a loop's step's tensors that still pass through pipes, which copy them four times; and of the memory that a session
+and the curator share, where larger ones are, unless they are larger than it."""
 
 _PREFIX = struct.Struct(">4sIQ")
 _MAGIC = b"RPH1"

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.errors import ProgramError, SealedError
@@ -102,6 +103,10 @@ class SealedTensor(Tensor):
             batch.memory.keep(key, done)
         return _again(done, args, batch)
 
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        """As `torch.Tensor.backward`, with private gradients."""
+        backward(self, *args, **kwargs)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = ", ".join(repr(n) for n in self.shape)
         leaf = self._made.columns is not None and self._batch is not None
@@ -131,7 +136,7 @@ class _Done(NamedTuple):
 class Memory:
     """What the batches of a loop have in common: columns, and the operations on them by what these are known by."""
 
-    leaves: dict[str, Made] = field(default_factory=dict)
+    leaves: dict[Any, Made] = field(default_factory=dict)
     done: dict[tuple[Any, ...], _Done] = field(default_factory=dict)
     warned: bool = False
 
@@ -161,25 +166,32 @@ def _known_by(func: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...] |
     """The batch that the arguments are of, None if of several, and what the next batch knows the operation by, if at all."""
     found: list[Batch | None] = []
     try:
-        key = func, _part(args, found), _part(kwargs, found), torch.is_grad_enabled(), _dtypes()
+        parts, named = [_part(value, found) for value in args], _part(kwargs, found)
+        key = func, tuple(parts), named, torch.is_grad_enabled(), _dtypes()
     except _Passing:
         key, found = None, []
         mapped((args, kwargs), SealedTensor, lambda t: found.append(t._batch))
         mapped((args, kwargs), Count, lambda n: found.append(n.batch))
     batch = found[0] if found else None
-    if any(other is not batch for other in found):
-        batch = None
+    for other in found:
+        if other is not batch:
+            return None, None
     return batch, key if batch is not None else None
 
 
 def _part(value: Any, found: list[Batch | None]) -> Any:
     kind = type(value)
     if kind is SealedTensor:
-        if not value._made.lasting or value._change != value._changes[0]:
+        made = value._made
+        if not made.lasting or value._change != value._changes[0]:
             raise _Passing
         found.append(value._batch)
         # what the memory keeps holds on to these objects, so that nothing else gets their ids
-        return id(value._made), value._index
+        return id(made), value._index
+    if kind is Parameter or isinstance(value, Tensor):
+        if value.requires_grad and value.is_leaf:
+            return id(value), value.shape, value.dtype
+        raise _Passing
     if kind in _PLAIN:
         return kind, value
     if kind is Count:
@@ -189,12 +201,8 @@ def _part(value: Any, found: list[Batch | None]) -> Any:
         return (kind, *[_part(v, found) for v in value])
     if kind is float:
         return kind, repr(value)
-    if isinstance(value, Tensor):
-        if value.requires_grad and value.is_leaf:
-            return id(value), value.shape, value.dtype
-        raise _Passing
     if kind is dict:
-        return tuple([(k, _part(v, found)) for k, v in value.items()])
+        return tuple([(k, _part(v, found)) for k, v in value.items()]) if value else ()
     if kind is slice:
         return kind, _part((value.start, value.stop, value.step), found)
     raise _Passing
@@ -425,15 +433,19 @@ class Batch:
     noise: float = 0.0
     number: Callable[[Columns], Column | None] = lambda columns: None
     memory: Memory = field(default_factory=Memory)
-    _seen: dict[str, SealedTensor] = field(default_factory=dict)
+    _seen: dict[Any, SealedTensor] = field(default_factory=dict)
+
+    def next(self) -> Batch:
+        """Another one of the same loop."""
+        return Batch(self.example, self.gradients, self.expected, self.noise, self.number, self.memory)
 
     def __getitem__(self, columns: Columns | Sequence[str]) -> SealedTensor:
         """The columns of this batch's patients."""
-        columns = columns if isinstance(columns, str) else list(columns)
-        key = repr(columns)
+        key = columns if isinstance(columns, str) else tuple(columns)
         if key not in self._seen:
             made = self.memory.leaves.get(key)
             if made is None:
+                columns = key if isinstance(key, str) else list(key)
                 made = Made(
                     columns=columns, values=self.example(columns), column=self.number(columns), lasting=True
                 )

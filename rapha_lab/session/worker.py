@@ -2,8 +2,8 @@
 
 Frames to the worker:   {"do": "run", ...}  {"do": "answer", "number", ...}
 Frames from the worker: {"say": "begun"}  {"say": "output", ...}  {"say": "ask", "number", ...}  {"say": "done", ...}
-The tensors of a loop's step, if they are large, are in memory that the curator shares: {"shared": bytes}.
-SIGINT interrupts the cell that has begun.
+The tensors of a loop's step, unless they are few, are in memory that the curator shares: {"shared": bytes}.
+SIGINT interrupts the cell that has begun; while it waits for the curator, once the answer is there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import queue
 import signal
 import sys
 import threading
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -28,6 +29,11 @@ from rapha_lab.session.patients import Patients
 
 __all__ = ["main"]
 
+T = TypeVar("T")
+_Frame = tuple[dict[str, Any], bytes]
+_Inbox = queue.SimpleQueue[_Frame | str | None]
+"""Frames that were read; "read" for who waits there to read further ones itself, None at the end of them."""
+
 
 def main(reader: BinaryIO, writer: BinaryIO, block: memoryview | None = None) -> None:
     """Serve cells until the pipe closes; `block` is memory that the curator shares."""
@@ -40,33 +46,62 @@ class Worker:
     def __init__(self, reader: BinaryIO, writer: BinaryIO, block: memoryview | None = None) -> None:
         self._reader, self._writer, self._block = reader, writer, block
         self._unanswered = 0
-        self._write_lock, self._ask_lock = threading.Lock(), threading.Lock()
-        self._cells: queue.SimpleQueue[tuple[dict[str, Any], bytes] | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[dict[str, Any], bytes]] = queue.SimpleQueue()
+        self._write_lock, self._ask_lock, self._reading = (threading.Lock() for _ in range(3))
+        self._cells, self._answers = _Inbox(), _Inbox()
         self._numbers = itertools.count(1)
-        self._busy = self._writing = self._late = False
+        self._busy = self._in_frame = self._late = False
         self.namespace: dict[str, Any] = {}
         self.screen = interpreter.Screen(lambda output: self._say({"say": "output", "output": output}))
 
     def serve(self) -> None:
         signal.signal(signal.SIGINT, self._interrupted)
         sys.unraisablehook = self._uncaught
-        threading.Thread(target=self._listen, daemon=True).start()
-        while (cell := self._cells.get()) is not None:
+        while (cell := self._next(self._cells)) is not None:
             self._run(*cell)
 
-    def _listen(self) -> None:
-        while (frame := messages.read_frame(self._reader)) is not None:
-            header, tensors = msgspec.json.decode(frame[0]), frame[1]
-            if header["do"] == "run":
-                self._cells.put((header, tensors))
-            elif header["do"] == "answer":
-                self._answers.put((header, tensors))
-        self._cells.put(None)
+    def _next(self, inbox: _Inbox) -> _Frame | None:
+        """The next frame for those who wait at an inbox, None if the pipe is closed.
+
+        One of those that wait reads for all, so that no thread is woken where only one waits: for a cell the main thread,
+        for an answer whichever has asked.
+        """
+        while True:
+            if inbox.empty() and self._reading.acquire(blocking=False):
+                try:
+                    while inbox.empty():
+                        self._read()
+                finally:
+                    self._reading.release()
+                    other = self._cells if inbox is self._answers else self._answers
+                    if other.empty():
+                        other.put("read")
+            if not isinstance(found := inbox.get(), str):
+                return found
+
+    def _read(self) -> None:
+        frame = messages.read_frame(self._reader)
+        if frame is None:
+            self._cells.put(None)
+            return self._answers.put(None)
+        header = msgspec.json.decode(frame[0])
+        (self._cells if header["do"] == "run" else self._answers).put((header, frame[1]))
+
+    def _wholly(self, work: Callable[[], T]) -> T:
+        """Write or read a whole frame: half a one would end the session, so that an interrupt waits for the rest."""
+        if threading.current_thread() is not threading.main_thread():
+            return work()
+        before, self._in_frame = self._in_frame, True
+        try:
+            return work()
+        finally:
+            self._in_frame = before
+            if self._late and not before:
+                self._late = False
+                raise KeyboardInterrupt
 
     def _interrupted(self, *_: Any) -> None:
-        self._late = self._busy and self._writing
-        if self._busy and not self._writing:
+        self._late = self._busy and self._in_frame
+        if self._busy and not self._in_frame:
             raise KeyboardInterrupt
 
     def _uncaught(self, told: Any) -> None:
@@ -82,16 +117,11 @@ class Worker:
             self._late = self._busy
 
     def _say(self, header: dict[str, Any], tensors: bytes = b"") -> None:
-        main = threading.current_thread() is threading.main_thread()
-        with self._write_lock:
-            self._writing = main  # half a frame would end the session: an interrupt waits for the rest
-            try:
+        def write() -> None:
+            with self._write_lock:
                 messages.write_frame(self._writer, messages.encode(header), tensors)
-            finally:
-                self._writing = False
-        if main and self._late:
-            self._late = False
-            raise KeyboardInterrupt
+
+        self._wholly(write)
 
     def ask(self, request: messages.ASKS, tensors: bytes = b"") -> tuple[dict[str, Any], bytes]:
         """Send one request to the curator and wait for its release.
@@ -117,17 +147,22 @@ class Worker:
                 blob = bytes(self._block[:there])
         return header["release"], blob
 
-    def _answered(self) -> tuple[dict[str, Any], bytes]:
-        header, blob = self._answers.get()
-        self._unanswered -= 1
-        return header, blob
+    def _answered(self) -> _Frame:
+        def receive() -> _Frame:
+            found = self._next(self._answers)
+            self._unanswered -= 1
+            if found is None:
+                raise EOFError("The site has closed the session.")
+            return found
+
+        return self._wholly(receive)
 
     def _shares(self, request: messages.ASKS, tensors: bytes) -> int:
         """How many bytes of a step's tensors were put into the shared memory.
 
         None where an answer to an earlier question may still come there, as after an interrupt.
         """
-        fits = messages.BUFFER < len(tensors) <= messages.BLOCK and isinstance(request, messages.Gradient)
+        fits = messages.PIPED < len(tensors) <= messages.BLOCK and isinstance(request, messages.Gradient)
         if self._block is None or not fits or self._unanswered:
             return 0
         self._block[: len(tensors)] = tensors
