@@ -5,11 +5,11 @@ A bar would come as an output for each of its states. `tqdm` itself need not be 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
+
+from rapha_lab.session.standins import standing_in
 
 __all__ = ["Bar", "undrawn"]
 
@@ -57,15 +57,6 @@ def undrawn(source: str) -> Iterator[None]:
     if "tqdm" not in source:
         yield
         return
-    before = {name: sys.modules.get(name) for name in _NAMES}
-    for name in _NAMES:
-        module = ModuleType(name)
-        module.tqdm, module.trange = Bar, lambda *args, **_: Bar(range(*args))  # type: ignore[attr-defined]
-        sys.modules[name] = module
-    try:
+    names = {"tqdm": Bar, "trange": lambda *args, **_: Bar(range(*args)), "tqdm_notebook": Bar}
+    with standing_in(dict.fromkeys(_NAMES, names)):
         yield
-    finally:
-        for name, module_before in before.items():
-            sys.modules.pop(name)
-            if module_before is not None:
-                sys.modules[name] = module_before

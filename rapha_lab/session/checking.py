@@ -15,7 +15,7 @@ from rapha_lab.protocol.program import Program
 from rapha_lab.protocol.program import within as in_bounds
 from rapha_lab.session import layers, losses, recipe, tracing
 
-__all__ = ["Finding", "Findings", "check", "fix", "within"]
+__all__ = ["Finding", "Findings", "check", "fix", "untrainable", "within"]
 
 LARGE = 1 << 14
 """Numbers from which on a copy of a parameter for each patient makes a step slow."""
@@ -177,16 +177,25 @@ def _group_norm(old: nn.modules.batchnorm._BatchNorm) -> nn.GroupNorm:
     return new.train(old.training)
 
 
-def _layers(model: nn.Module) -> list[Finding]:
-    """A finding for each layer that cannot be trained, the way out with its name."""
+def untrainable(model: nn.Module) -> list[ProgramError]:
+    """What each layer says that cannot be trained patient by patient."""
     found = []
     for name, module in model.named_modules():
         try:
             layers.refuse_layer(name, module)
         except ProgramError as error:
-            instead = f"{error.instead} rapha.fix(model) does it."
-            found.append(Finding(True, name or "model", error.what, error.why, instead))
+            found.append(error)
     return found
+
+
+def _layers(model: nn.Module) -> list[Finding]:
+    """A finding for each layer that cannot be trained, the way out with its name."""
+    return [
+        Finding(
+            True, error.field or "model", error.what, error.why, f"{error.instead} rapha.fix(model) does it."
+        )
+        for error in untrainable(model)
+    ]
 
 
 def _examples(

@@ -30,7 +30,7 @@ from rapha_lab.session import hints, pictures, tracing
 from rapha_lab.session.bars import undrawn
 from rapha_lab.session.counted import counted
 from rapha_lab.session.loops import close_open
-from rapha_lab.session.opacus import recognised
+from rapha_lab.session.opacus_names import recognised
 from rapha_lab.session.sealed import SealedTensor
 from rapha_lab.session.transforms import untransformed
 

@@ -204,24 +204,33 @@ class Patients(Questions):
                 self._given(wire)
 
     def loader(
-        self, inputs: Columns, target: str, *, batch_size: int | None = None, epochs: float = 1
+        self,
+        inputs: Columns,
+        target: str,
+        *,
+        batch_size: int | None = None,
+        epochs: float = 1,
+        epsilon: float | None = None,
+        clip: float | None = None,
     ) -> Loader:
-        """In place of a `DataLoader` in a script for Opacus: sealed `(inputs, target)`, see docs/methods.md.
+        """In place of a `DataLoader`, in a script for Opacus or any: sealed `(inputs, target)`, see docs/methods.md.
 
         Args:
             inputs, target: columns.
             batch_size: expected patients in a batch.
             epochs: how often it will be gone through.
+            epsilon: of all epochs, unless `make_private` says it.
+            clip: the most one patient's gradient may weigh.
         """
         size, steps = itemgetter("batch", "steps")(recipe.steps(self._expected(), epochs=1, batch=batch_size))
 
-        def opened(epochs: float, epsilon: float, clip: float) -> Batches:
+        def opened(epochs: float, epsilon: float | None, clip: float | None) -> Batches:
             passes = (math.ceil(epochs * steps) - 0.5) * size / self._expected()
             return self.batches(size, epochs=passes, epsilon=epsilon, clip=clip)
 
         self.schema.layout(inputs)
         self.schema.layout(target)
-        return Loader(opened, inputs, target, steps, epochs)
+        return Loader(opened, inputs, target, size, steps, epochs, epsilon, clip)
 
     def evaluate(
         self,

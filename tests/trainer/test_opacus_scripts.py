@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from house import House, numbers
 
-from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.errors import RequestError, SealedError
 from rapha_lab.session.interpreter import Screen, run
 from rapha_lab.session.opacus import PrivacyEngine
 
@@ -93,7 +94,7 @@ def test_a_noise_multiplier_is_had_at_the_epsilon_that_it_has(house: House) -> N
 def test_outside_of_cells_opacus_is_what_it_was(house: House) -> None:
     """The class is put in while a cell runs."""
     original = opacus.PrivacyEngine
-    told = cell(house, "make_private", "target_epsilon=3")
+    told = cell(house, "make_private", "target_epsilon=3, epochs=4")
     assert opacus.PrivacyEngine is original
     assert told["PrivacyEngine"] is PrivacyEngine
 
@@ -122,6 +123,113 @@ def test_what_would_change_the_mechanism_is_refused(
 
 
 def test_a_loader_without_a_price_is_not_gone_through(house: House) -> None:
-    """It names both ways to give it one."""
-    with pytest.raises(RequestError, match="make_private"):
+    """Neither make_private, nor the loader, nor the cell says an ε."""
+    with pytest.raises(RequestError, match="No ε was given") as caught:
         next(iter(house.patients.train.loader(["x0"], "y")))
+    assert caught.value.field == "epsilon"
+
+
+def test_more_epochs_than_were_paid_for_are_refused_and_not_empty(house: House) -> None:
+    """Once epochs were given, each further pass over no batch at all would have looked like training."""
+    with pytest.raises(RequestError, match="more than epochs=1 times"):
+        cell(house, "make_private", "target_epsilon=3")
+
+
+def test_a_loader_is_gone_through_at_its_own_price(house: House) -> None:
+    """As in any script with a DataLoader; a look at a first batch is one of those paid for."""
+    model = torch.nn.Linear(2, 1)
+    loader = house.patients.train.loader(["x0", "x1"], "y", batch_size=100, epochs=2, epsilon=1.0)
+    x, _ = next(iter(loader))
+    assert repr(x.shape[1]) == "2"
+    taken = 0
+    for _ in range(2):
+        for x, y in loader:
+            torch.nn.functional.binary_cross_entropy_with_logits(model(x).squeeze(1), y).backward()
+            taken += 1
+    assert taken == 2 * len(loader) - 1
+    assert [release.epsilon for release in house.releases] == [1.0]
+
+
+def test_judging_by_a_loader_says_what_to_ask(house: House) -> None:
+    """A script's test loop has no gradients, and would pay for nothing."""
+    loader = house.patients.test.loader(["x0", "x1"], "y", epsilon=1.0)
+    with torch.no_grad(), pytest.raises(RequestError, match=r"patients\.test\.evaluate"):
+        list(loader)
+    with pytest.raises(SealedError, match=r"loader\.batch_size"):
+        len(loader.dataset)
+
+
+AROUND = """
+import torch
+from opacus import GradSampleModule, PrivacyEngine
+from opacus.accountants import RDPAccountant
+from opacus.layers import DPLSTM
+from opacus.optimizers import DPOptimizer
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from opacus.validators import ModuleValidator
+from torch import nn
+from tqdm import tqdm
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.norm(self.first(x)))).squeeze(1)
+
+assert not ModuleValidator.is_valid(Net()) and len(ModuleValidator.validate(Net(), strict=False)) == 1
+model = ModuleValidator.fix_and_validate(Net())
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+engine = PrivacyEngine()
+model, optimizer, loader = engine.make_private_with_epsilon(
+    module=model, optimizer=optimizer, data_loader=patients.train.loader(["x0", "x1"], "y", batch_size=100),
+    target_epsilon=8, target_delta=1e-5, epochs=4, max_grad_norm=1.0)
+assert isinstance(model, GradSampleModule) and isinstance(optimizer, DPOptimizer) and DPLSTM is nn.LSTM
+noise, seen = optimizer.noise_multiplier, []
+for epoch in tqdm(range(4), desc="epochs"):
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=32, optimizer=optimizer) as safe:
+        for x, y in tqdm(safe):
+            optimizer.zero_grad()
+            nn.functional.binary_cross_entropy_with_logits(model(x), y).backward()
+            optimizer.step()
+    seen.append((engine.get_epsilon(1e-5), engine.accountant.get_epsilon(delta=1e-5)))
+names = list(model._module.state_dict())
+"""
+
+
+def test_what_scripts_have_around_their_loop_is_there(house: House) -> None:
+    """Validators, memory managers, wrappers, accountants and bars; the noise told is that of the release."""
+    told: dict[str, Any] = {"patients": house.patients}
+    run(AROUND, told, Screen(lambda output: None))
+    (release,) = house.releases
+    assert told["noise"] == pytest.approx(release.values["noise"])
+    assert told["seen"] == [(8.0, 8.0)] * 4
+    assert told["names"] == list(copy.deepcopy(told["model"]).state_dict())
+    assert told["names"][0] == "first.weight"
+    assert release.values["steps"] == 20
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "from opacus.accountants.utils import get_noise_multiplier as g; g(target_epsilon=1)",
+            "target_epsilon=3",
+        ),
+        ("from opacus.schedulers import ExponentialNoise", "clip_quantile"),
+        ("from opacus.optimizers import AdaClipDPOptimizer", "torch's own"),
+        ("from opacus.optimizers import DPOptimizer; DPOptimizer(1)", "torch's own"),
+        ("from opacus.data_loader import DPDataLoader", "patients.train.loader"),
+        ("import opacus; opacus.PrivacyEngine().save_checkpoint(path='a')", "-o"),
+        (
+            "import opacus, torch; opacus.PrivacyEngine(torch.nn.Linear(1, 1), sample_rate=0.1)",
+            "data_loader=",
+        ),
+    ],
+)
+def test_what_cannot_be_says_what_to_write(line: str, said: str) -> None:
+    """In words of a script for Opacus."""
+    with pytest.raises(RequestError) as caught:
+        run(line, {}, Screen(lambda output: None))
+    assert said in caught.value.instead

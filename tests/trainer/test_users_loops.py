@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import date
@@ -563,3 +565,18 @@ for batch in batches(0.1):
     model = ran(house, source)["model"]
     assert max(float(p.grad.abs().max()) for p in model.parameters()) > 1e-3
     assert torch.amp.GradScaler is scaler
+
+
+@pytest.mark.parametrize("named", ["tqdm", "tqdm.auto", "tqdm.notebook"])
+def test_an_optimizer_is_made_beside_a_bar_in_a_new_process(named: str) -> None:
+    """The first optimizer of a process looks for packages that are there, and asks the bar's module what it is."""
+    code = f"""
+from rapha_lab.session.interpreter import Screen, run
+run('''
+from {named} import tqdm, trange
+import torch
+torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+assert list(trange(2)) == list(tqdm([0, 1]))
+''', {{}}, Screen(lambda output: None))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
