@@ -10,7 +10,7 @@ from safetensors.torch import load
 
 from rapha_lab.curator.lift import lift
 from rapha_lab.protocol.errors import ProgramError
-from rapha_lab.protocol.tensors import Layout, pack
+from rapha_lab.protocol.tensors import Layout, header, pack
 from rapha_lab.session.tracing import loss_program
 
 SHAPES = st.dictionaries(
@@ -71,3 +71,17 @@ def test_a_parameter_that_is_no_number_is_refused_at_every_step(bad: float) -> N
         model.weight[0, :2] = 3e38  # finite, though their sum is not
     parameters, _ = lifted.tensors(traced.blob)
     assert any(bool((t == 3e38).any()) for t in parameters.values())
+
+
+@given(SHAPES, st.integers(0, 100))
+@settings(max_examples=60, deadline=None)
+def test_a_header_before_numbers_makes_them_tensors(shapes: dict[str, list[int]], seed: int) -> None:
+    """In the order given, which is not that of names: p10 comes before p2 there."""
+    generator = torch.Generator().manual_seed(seed)
+    told = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+    data = header(shapes) + b"".join(t.numpy().tobytes() for t in told.values())
+    found = load(data)
+    assert {n: t.tolist() for n, t in found.items()} == {n: t.tolist() for n, t in told.items()}
+    assert all(found[n].shape == t.shape for n, t in told.items())
+    if (layout := Layout(data)).uniform:
+        assert layout.pack(told) == data

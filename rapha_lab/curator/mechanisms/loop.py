@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.messages import Columns, Gradient, Open
 from rapha_lab.protocol.program import Program, digest
 from rapha_lab.protocol.schema import SPLITS, Schema
-from rapha_lab.protocol.tensors import Layout, pack
+from rapha_lab.protocol.tensors import header, pack
 
 __all__ = ["Loop", "plan"]
 
@@ -147,7 +148,12 @@ class _Known:
     slots: int
     total: Totals | None
     fit: set[str] = field(default_factory=set)
-    layout: Layout | None = None
+    header: bytes = b""
+
+    def __post_init__(self) -> None:
+        parameters = self.lifted.program.parameters
+        if all(s.dtype == "float32" for s in parameters):
+            self.header = header({s.name: s.shape for s in parameters})
 
     def columns(self, inputs: dict[str, Columns], schema: Schema) -> str:
         """What these columns are known by, once they fit.
@@ -163,12 +169,10 @@ class _Known:
 
     def packed(self, total: Totals) -> bytes:
         """The sums, by parameter, as they leave."""
-        told = total.cast({s.name: getattr(torch, s.dtype) for s in self.lifted.program.parameters})
-        if self.layout is not None and self.layout.uniform:
-            return self.layout.pack(told)
-        packed = pack(told)
-        self.layout = Layout(packed)
-        return packed
+        if self.header:
+            numbers: Any = total.flat.float().numpy()
+            return b"".join((self.header, numbers))
+        return pack(total.cast({s.name: getattr(torch, s.dtype) for s in self.lifted.program.parameters}))
 
 
 def plan(ask: Open, schema: Schema, delta: float, noise: Noise) -> Loop:
