@@ -65,8 +65,11 @@ class Layout:
         told.pop("__metadata__", None)
         self.uniform = len(like) > start and all(spec["dtype"] == "F32" for spec in told.values())
         self.names = sorted(told, key=lambda name: told[name]["data_offsets"])
-        self._shapes = [told[name]["shape"] for name in self.names]
-        self._sizes = [math.prod(shape) for shape in self._shapes]
+        self._parts, end = list[tuple[str, slice, tuple[int, ...]]](), 0
+        for name in self.names:
+            shape, start = tuple(told[name]["shape"]), end
+            end += math.prod(shape)
+            self._parts.append((name, slice(start, end), shape))
 
     def pack(self, tensors: Mapping[str, Any]) -> bytes:
         """The bytes of float32 tensors by name, in one copy."""
@@ -80,6 +83,5 @@ class Layout:
         return bytearray(memoryview(data)[len(self._header) :])
 
     def parts(self, flat: Any) -> dict[str, Any]:
-        """The tensors by name, as views of a flat one of all their numbers."""
-        views = zip(self.names, flat.split(self._sizes), self._shapes, strict=True)
-        return {name: part.view(shape) for name, part, shape in views}
+        """The arrays by name, as views of a flat one of all their numbers."""
+        return {name: flat[part].reshape(shape) for name, part, shape in self._parts}

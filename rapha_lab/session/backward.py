@@ -68,7 +68,8 @@ def backward(
     assert loss._batch is not None
     given = loss._batch.gradients(traced, found.columns, known.reduction)
     reached = [found.parameters[k] for k in known.reached]
-    grads = [given[f"p{k}"].to(p.dtype) for k, p in zip(known.reached, reached, strict=True)]
+    grads = [given[f"p{k}"] for k in known.reached]
+    grads = [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(grads, reached, strict=True)]
     # autograd takes them further: through hooks, and to what a parameter was itself computed from
     if inputs is not None:
         return torch.autograd.backward(reached, grads, retain_graph, inputs=inputs)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn, get_args
 
+import numpy as np
 import torch
 from safetensors.torch import load
 
@@ -537,8 +538,10 @@ class _Gradients:
             del self._sent[id(traced.program)]
             return self(traced, columns, reduction)
         self.taken += 1
-        numbers = back.unpack(given) if back.uniform else None
-        return load(given) if numbers is None else back.parts(torch.frombuffer(numbers, dtype=torch.float32))
+        if not back.uniform or (numbers := back.unpack(given)) is None:
+            return load(given)
+        parts = back.parts(np.frombuffer(numbers, np.float32))
+        return {name: torch.from_numpy(part) for name, part in parts.items()}
 
 
 _PROGRAMS = 64

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -149,9 +150,11 @@ class Lifted:
         """Other numbers of the very tensors that passed before, byte for byte described alike; None if they are not."""
         if self._layout is None or not self._layout.uniform or (flat := self._layout.unpack(blob)) is None:
             return None
-        numbers = torch.frombuffer(flat, dtype=torch.float32)
         # a sum that is finite has finite terms; one that overflowed says nothing
-        return self._named(self._layout.parts(numbers)) if math.isfinite(float(numbers.sum())) else None
+        if not math.isfinite(float(torch.frombuffer(flat, dtype=torch.float32).sum())):
+            return None
+        parts = self._layout.parts(np.frombuffer(flat, np.float32))
+        return self._named({name: torch.from_numpy(part) for name, part in parts.items()})
 
     def _named(self, held: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         parameters, constants = self.program.parameters, self.program.constants
