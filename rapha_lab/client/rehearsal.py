@@ -21,6 +21,7 @@ import polars
 import torch
 
 from rapha_lab.client.mock import mock, mock_tables
+from rapha_lab.client.nofiles import without_files
 from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.expressions import chosen
 from rapha_lab.curator.lift import lift
@@ -86,7 +87,8 @@ class Rehearsal:
             )
             screen = interpreter.Screen(show or (lambda output: None))
             self._ran += 1
-            interpreter.run(source, self.namespace, screen, f"<enclave cell {self._ran}>")
+            with without_files():
+                interpreter.run(source, self.namespace, screen, f"<enclave cell {self._ran}>")
             parcels.pack(self.namespace, outputs)
 
     @contextmanager

@@ -7,7 +7,23 @@ import re
 
 __all__ = ["of"]
 
-NO_FILES = "A cell at the site has no files and no network: -i sends values there, -o brings them back."
+NO_FILES = (
+    "A cell at the site has no files and no network. Its records are patients; -i sends what you have read here; "
+    "-o brings numbers, tables, figures and weights back, to be saved in a cell of the notebook's own."
+)
+_ASK = 'patients.validation.evaluate(model, ["logloss"], inputs=FEATURES, target="death", epsilon=0.1)'
+_LOGGERS = (
+    "A cell has no logger: leave it out. The job's card shows its steps, print(...) what is public (epochs, learning rates), "
+    f"and how a model does is asked for: {_ASK}."
+)
+_TRAINERS = (
+    "A cell has no trainer of another library. Write its loop: for x, y in patients.train.loader(FEATURES, target, epochs=10, "
+    "epsilon=1): loss = model.training_step(...); or patients.train.fit(model, loss, inputs=FEATURES, target=...)."
+)
+_LAYERS = (
+    "A cell has no torchvision and no zoo of models: write the layers in the cell; weights you have here are sent as a dict "
+    "by -i weights, for model.load_state_dict(weights)."
+)
 PLAIN = "A cell is plain Python: lines with ! or % belong in a cell of the notebook's own."
 
 _HINTS = {
@@ -17,9 +33,18 @@ _HINTS = {
     r"TypeError: LBFGS\.step\(\) missing": (
         "LBFGS decides by the value of the loss, which is not here: use torch.optim.SGD or AdamW."
     ),
-    r"\w*Error: .*(Operation not permitted|Permission denied|Read-only file system)": NO_FILES,
+    r"\w*Error: .*(Operation not permitted|Permission denied|Read-only file system|No such file or directory)": NO_FILES,
     r"(gaierror|URLError|ConnectionError): ": NO_FILES,
-    r"ModuleNotFoundError: ": "A cell has the packages that the site has, and installs none.",
+    r"ModuleNotFoundError: .*'(tensorboard|tensorboardX|wandb|mlflow|comet_ml|neptune|clearml|aim)\b": _LOGGERS,
+    r"ModuleNotFoundError: .*'(lightning|pytorch_lightning|ignite|accelerate|fastai|skorch|keras)\b": _TRAINERS,
+    r"ModuleNotFoundError: .*'(torchvision|timm|transformers|torchaudio|monai)\b": _LAYERS,
+    r"ModuleNotFoundError: .*'opacus": "docs/methods.md says what of Opacus a cell has; the rest is the curator's.",
+    r"ModuleNotFoundError: ": (
+        "A cell has the packages that the site has, and installs none; what a file of your own defines goes into a cell."
+    ),
+    r"AttributeError: .*'grad_sample'": (
+        "Each patient's gradient stays at the site: p.grad is the clipped, noised mean of a batch, after loss.backward()."
+    ),
 }
 
 
@@ -28,7 +53,8 @@ def of(error: BaseException) -> list[str]:
     if isinstance(error, SyntaxError):
         return [PLAIN] if (error.text or "").lstrip().startswith(("!", "%")) else []
     text = f"{type(error).__name__}: {error}"
-    return [*_takes(text), *(hint for pattern, hint in _HINTS.items() if re.match(pattern, text, re.S))]
+    found = next((hint for pattern, hint in _HINTS.items() if re.match(pattern, text, re.S)), None)
+    return [*_takes(text), *([found] if found else [])]
 
 
 def _takes(text: str) -> list[str]:

@@ -24,6 +24,7 @@ from rapha_lab.session import checking, losses, parcels, recipe, shard, tracing
 from rapha_lab.session.loops import Batches, refuse_other
 from rapha_lab.session.opacus import Loader
 from rapha_lab.session.questions import Ask, Questions, made
+from rapha_lab.session.refusals import ANSWERS, COUNT, LOAD, PANDAS, PUBLIC, ROWS
 from rapha_lab.session.sealed import PATIENTS, Batch
 
 __all__ = ["Patients"]
@@ -452,49 +453,49 @@ class Patients(Questions):
         )
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name in _ROWS:
-            instead = (
-                "Ask for an aggregate: patients.mean(column, epsilon=0.1), .histogram(...), .count(...)."
-            )
+        if name in ROWS:
+            instead = f"Ask for an aggregate: patients.mean(column, epsilon=0.1), .histogram(...), .count(...). {LOAD}"
             self._sealed(f"patients.{name}", instead)
-        hint = " The columns are public: cohort shows them." if name in _PUBLIC else _PANDAS.get(name, "")
+        hint = " The columns are public: cohort shows them." if name in PUBLIC else PANDAS.get(name, "")
         if name in {column.name for column in self.schema.columns}:
             hint = f' It is a column: pl.col("{name}") names it in where(...) and with_columns(...).'
-        raise AttributeError(f"patients has no {name!r}; it answers {_ANSWERS}.{hint}")
+        raise AttributeError(f"patients has no {name!r}; it answers {ANSWERS}.{hint}")
 
     def __iter__(self) -> NoReturn:
         self._sealed(
             "Going through patients one by one",
-            "Train with patients.train.fit(...), or ask for an aggregate.",
+            f"Ask for an aggregate. {LOAD}",
         )
 
     def __len__(self) -> NoReturn:
         self._sealed(
             "The exact number of patients",
-            "Ask patients.count(epsilon=0.1); in place of a DataLoader, patients.train.batches(size=512, ...).",
-            _COUNT,
+            f"Ask patients.count(epsilon=0.1). {LOAD}",
+            COUNT,
         )
 
     def __bool__(self) -> NoReturn:
-        self._sealed("Whether there are patients", "Ask patients.count(epsilon=0.1).", _COUNT)
+        self._sealed("Whether there are patients", "Ask patients.count(epsilon=0.1).", COUNT)
 
     def __getitem__(self, key: Any) -> NoReturn:
         known = isinstance(key, str) and key in {column.name for column in self.schema.columns}
         code = f'patients.histogram("{key}", epsilon=0.1)' if known else None
-        named = f' In where(...) and with_columns(...) it is pl.col("{key}").' if known else ""
+        named = f'In where(...) and with_columns(...) it is pl.col("{key}"). ' if known else ""
         self._sealed(
-            f"patients[{key!r}]", f"Ask patients.mean(...) or .histogram(...) of the column.{named}", code
+            f"patients[{key!r:.64}]",
+            f"Ask patients.mean(...) or .histogram(...) of a column. {named}{LOAD}",
+            code,
         )
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
-        self._sealed("An array of patients", "Train with patients.train.fit(...), or ask for an aggregate.")
+        self._sealed("An array of patients", f"Ask for an aggregate. {LOAD}")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         self._sealed("Pickling patients", "Bring back what was released with -o.")
 
     def __repr__(self) -> str:
         part = "" if self._split == "all" else f", {self._split}"
-        return f"<patients of {self.schema.name}{part}: sealed; ask for {_ANSWERS}>"
+        return f"<patients of {self.schema.name}{part}: sealed; ask for {ANSWERS}>"
 
 
 class _Gradients:
@@ -555,30 +556,6 @@ class _Sent(NamedTuple):
     digest: str
     there: Layout
     back: Layout
-
-
-_COUNT = "patients.count(epsilon=0.1)"
-_ANSWERS = (
-    "count, sum, mean, var, quantile, histogram, contingency, corr, survival, missing, describe, fit, batches, evaluate "
-    "and shards; where, with_columns, select, group_by, table and join choose who and what is meant"
-)
-_ROWS = frozenset(
-    """tail sample iloc loc values rows row collect show glimpse fetch limit slice first last item items data numpy
-    tolist to_list iterrows itertuples to_pandas to_numpy to_dict to_csv write_csv to_parquet write_parquet to_json
-    to_dicts""".split()
-)
-
-
-_PANDAS = {
-    "groupby": " Here it is group_by, as in polars.",
-    "query": ' Here it is where(pl.col("age") > 60), as in polars.',
-    "value_counts": ' Ask patients.group_by("sex").count(epsilon=0.1).',
-    "nunique": " Values are public: cohort shows those of each category.",
-    "isna": " Ask patients.missing(epsilon=0.1).",
-    "median": ' Ask patients.quantile("age", 0.5, epsilon=0.1).',
-    "assign": " Here it is with_columns, as in polars.",
-}
-_PUBLIC = frozenset("columns schema dtypes dtype info keys shape".split())
 
 
 def _module(model: Any) -> torch.nn.Module:

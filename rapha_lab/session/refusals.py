@@ -1,8 +1,19 @@
-"""What a sealed tensor refuses, by torch's name of it or by torch's own file that asks: what, why, and what to write instead."""
+"""What sealed tensors (by torch's name or its own file that asks) and `patients` refuse: what, why, what to write instead."""
 
 from __future__ import annotations
 
-__all__ = ["OF_TORCH", "PACKED", "REFUSALS", "TRANSFORMS"]
+__all__ = [
+    "ANSWERS",
+    "COUNT",
+    "LOAD",
+    "OF_TORCH",
+    "PACKED",
+    "PANDAS",
+    "PUBLIC",
+    "REFUSALS",
+    "ROWS",
+    "TRANSFORMS",
+]
 
 _MISSING = "A sealed tensor stands for patients at the site; no value of theirs is here."
 _ASK = 'patients.validation.evaluate(model, ["logloss"], inputs=FEATURES, target="death", epsilon=0.1)'
@@ -20,6 +31,11 @@ OF_TORCH: dict[str, tuple[str, str, str]] = {
     "torch/distributions/distribution.py": (
         "This distribution looks whether its arguments are valid.", _MISSING,
         "Make it without: torch.distributions.Normal(mean, scale, validate_args=False), say.",
+    ),
+    "torch/utils/data/": (
+        "A DataLoader would take patients one by one.", _MISSING,
+        "Patients come in batches already: for x, y in patients.train.loader(FEATURES, target, epochs=10, epsilon=1), "
+        "or for batch in patients.train.batches(...).",
     ),
     "torch/nn/utils/rnn.py": (
         "Packing needs the length of each patient's sequence, and shapes that depend on it.", _MISSING,
@@ -77,3 +93,30 @@ REFUSALS: dict[str, tuple[str, str, str]] = {
     "__getitem__": ("Single patients were asked for.", _MISSING, _INDEX),
     "grad": ("{name} of a loss on patients was asked for.", _MISSING, "loss.backward() fills p.grad."),
 }  # fmt: skip
+
+LOAD = (
+    "To train, in place of a DataLoader: for x, y in patients.train.loader(FEATURES, target, epochs=10, epsilon=1), "
+    "or patients.train.fit(model, inputs=FEATURES, target=...)."
+)
+COUNT = "patients.count(epsilon=0.1)"
+ANSWERS = (
+    "count, sum, mean, var, quantile, histogram, contingency, corr, survival, missing, describe, fit, batches, evaluate "
+    "and shards; where, with_columns, select, group_by, table and join choose who and what is meant"
+)
+ROWS = frozenset(
+    """tail sample iloc loc values rows row collect show glimpse fetch limit slice first last item items data numpy
+    tolist to_list iterrows itertuples to_pandas to_numpy to_dict to_csv write_csv to_parquet write_parquet to_json
+    to_dicts""".split()
+)
+
+
+PANDAS = {
+    "groupby": " Here it is group_by, as in polars.",
+    "query": ' Here it is where(pl.col("age") > 60), as in polars.',
+    "value_counts": ' Ask patients.group_by("sex").count(epsilon=0.1).',
+    "nunique": " Values are public: cohort shows those of each category.",
+    "isna": " Ask patients.missing(epsilon=0.1).",
+    "median": ' Ask patients.quantile("age", 0.5, epsilon=0.1).',
+    "assign": " Here it is with_columns, as in polars.",
+}
+PUBLIC = frozenset("columns schema dtypes dtype info keys shape".split())

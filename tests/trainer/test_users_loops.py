@@ -287,7 +287,7 @@ REFUSED = {
     ),
     "a number as a yes or no": ("logits(model(batch[X]).squeeze(-1), batch['t'])", 'pl.col("t") > 5'),
     "a file": ("torch.save(model.state_dict(), 'best.pt')", "-o best"),
-    "loader": ("torch.utils.data.DataLoader(patients.train, shuffle=True)", "patients.train.batches"),
+    "loader": ("torch.utils.data.DataLoader(patients.train, shuffle=True)", "patients.train.loader"),
 }
 
 
@@ -426,7 +426,7 @@ kept = [told < 9.0, told > 9.0, told <= told, told >= 9.0, 9.0 > told, min([told
         ),
         ("torch.optim.LBFGS(model.parameters()).step()", "use torch.optim.SGD"),
         ("model(torch.zeros(2, 4))", "patients.schema.layout(FEATURES)"),
-        ("raise PermissionError(1, 'Operation not permitted')", "-o brings them back"),
+        ("raise PermissionError(1, 'Operation not permitted')", "-o brings numbers"),
         ("import no_such_package", "installs none"),
         ("!pip install lifelines", "lines with ! or %"),
         ("model(", None),
