@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
@@ -45,7 +46,6 @@ class Worker:
 
     def __init__(self, reader: BinaryIO, writer: BinaryIO, block: memoryview | None = None) -> None:
         self._reader, self._writer, self._block = reader, writer, block
-        self._unanswered = 0
         self._write_lock, self._ask_lock, self._reading = (threading.Lock() for _ in range(3))
         self._cells, self._answers = _Inbox(), _Inbox()
         self._numbers = itertools.count(1)
@@ -87,7 +87,7 @@ class Worker:
         (self._cells if header["do"] == "run" else self._answers).put((header, frame[1]))
 
     def _wholly(self, work: Callable[[], T]) -> T:
-        """Write or read a whole frame: half a one would end the session, so that an interrupt waits for the rest."""
+        """Write or read whole frames: half a one would end the session, so that an interrupt waits for the rest."""
         if threading.current_thread() is not threading.main_thread():
             return work()
         before, self._in_frame = self._in_frame, True
@@ -117,11 +117,11 @@ class Worker:
             self._late = self._busy
 
     def _say(self, header: dict[str, Any], tensors: bytes = b"") -> None:
-        def write() -> None:
-            with self._write_lock:
-                messages.write_frame(self._writer, messages.encode(header), tensors)
+        self._wholly(partial(self._write, header, tensors))
 
-        self._wholly(write)
+    def _write(self, header: dict[str, Any], tensors: bytes) -> None:
+        with self._write_lock:
+            messages.write_frame(self._writer, messages.encode(header), tensors)
 
     def ask(self, request: messages.ASKS, tensors: bytes = b"") -> tuple[dict[str, Any], bytes]:
         """Send one request to the curator and wait for its release.
@@ -131,15 +131,14 @@ class Worker:
         """
         with self._ask_lock:
             self.screen.settle()
-            number = next(self._numbers)
-            asked = {"say": "ask", "number": number, "ask": msgspec.Raw(messages.encode(request))}
-            if shared := self._shares(request, tensors):
-                asked, tensors = asked | {"shared": shared}, b""
-            self._unanswered += 1
-            self._say(asked, tensors)
-            header, blob = self._answered()
-            while header["number"] != number:  # of a question whose cell was interrupted
-                header, blob = self._answered()
+            asked = {
+                "say": "ask",
+                "number": next(self._numbers),
+                "ask": msgspec.Raw(messages.encode(request)),
+            }
+            if self._shares(request, tensors):
+                asked, tensors = asked | {"shared": len(tensors)}, b""
+            header, blob = self._wholly(partial(self._answered, asked, tensors))
             if header.get("error") is not None:
                 raise from_wire(header["error"])
             if (there := header["release"].get("shared")) is not None:
@@ -147,26 +146,21 @@ class Worker:
                 blob = bytes(self._block[:there])
         return header["release"], blob
 
-    def _answered(self) -> _Frame:
-        def receive() -> _Frame:
-            found = self._next(self._answers)
-            self._unanswered -= 1
-            if found is None:
-                raise EOFError("The site has closed the session.")
-            return found
+    def _answered(self, asked: dict[str, Any], tensors: bytes) -> _Frame:
+        """What comes back for a question, which is waited for in any case: there is no other's answer on its way."""
+        self._write(asked, tensors)
+        while (found := self._next(self._answers)) is not None:
+            if found[0]["number"] == asked["number"]:
+                return found
+        raise EOFError("The site has closed the session.")
 
-        return self._wholly(receive)
-
-    def _shares(self, request: messages.ASKS, tensors: bytes) -> int:
-        """How many bytes of a step's tensors were put into the shared memory.
-
-        None where an answer to an earlier question may still come there, as after an interrupt.
-        """
+    def _shares(self, request: messages.ASKS, tensors: bytes) -> bool:
+        """Put a step's tensors into the shared memory; false if they are others, or too few or too many for it."""
         fits = messages.PIPED < len(tensors) <= messages.BLOCK and isinstance(request, messages.Gradient)
-        if self._block is None or not fits or self._unanswered:
-            return 0
+        if self._block is None or not fits:
+            return False
         self._block[: len(tensors)] = tensors
-        return len(tensors)
+        return True
 
     def _run(self, header: dict[str, Any], tensors: bytes) -> None:
         try:

@@ -224,7 +224,7 @@ SYSTEM = {
     "a warning": "import warnings\nwarnings.warn(str(patients))",
     "logging": "import logging\nlogging.error(patients)",
     "a forged request": "patients._ask.__self__._say({{'say': 'ask', 'ask': {{'op': 'rows', 'dataset': 'aviary'}}}})\n"
-    "print(patients._ask.__self__._answered())",
+    "it = patients._ask.__self__\nprint(it._next(it._answers))",
     "an error's message": "patients.histogram('note', bins=3, epsilon=1)['never']",
     "a raw bundle": "from IPython.display import display\ndisplay({{'text/plain': str(patients)}}, raw=True)",
 }
