@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+import msgspec
+
+from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.quote import Quote, Standing
 
 __all__ = ["BLOCKED", "JOB", "SAID", "blocked", "budget", "dataset", "gauge", "job", "jobs", "quote", "site"]
@@ -161,18 +164,7 @@ def _described(columns: list[dict[str, Any]], prefix: str = "") -> str:
 
 
 def _range(column: dict[str, Any]) -> str:
-    if column.get("tokens"):
-        return f"{column['tokens']} token ids below {column['vocabulary']}"
-    if column.get("shape"):
-        return " × ".join(map(str, column["shape"])) + " pixels"
-    if column.get("bounds"):
-        low, high = column["bounds"]
-        return f"{low:g} to {high:g} {column.get('unit', '')}".strip() + (
-            " (log)" if column.get("scale") == "log" else ""
-        )
-    if column.get("categories"):
-        return ", ".join(column["categories"][:12]) + ("…" if len(column["categories"]) > 12 else "")
-    return "yes or no"
+    return msgspec.convert(column, Column).values
 
 
 _STATES = {

@@ -241,9 +241,9 @@ class Site:
         )
 
     @property
-    def datasets(self) -> list[str]:
+    def datasets(self) -> Names:
         """The names of its datasets."""
-        return [told["name"] for told in self._card["datasets"]]
+        return Names(told["name"] for told in self._card["datasets"])
 
     def run(
         self,
@@ -329,6 +329,13 @@ class Site:
 
     def __repr__(self) -> str:
         return f"<site {self.name} at {self.url}{', SIMULATED' if self.simulated else ''}>"
+
+
+class Names(list[str]):
+    """A list of names, given by `site.datasets` and by `site.datasets()` as well."""
+
+    def __call__(self) -> Names:
+        return self
 
 
 class Dataset:

@@ -40,6 +40,9 @@ MISSING = ".missing"
 PRESENT, TIME = "present", "time"
 """`table.present` is 1 for a row and 0 for padding; `table.time` is the row's time before the patient's last."""
 
+SHOWN = 12
+"""Categories of a column that are shown to people."""
+
 LONGEST = 64
 """Characters of the longest name that a request may hold."""
 
@@ -90,6 +93,19 @@ class Column(Public, frozen=True):
     def numeric(self) -> bool:
         """Whether it is one number with bounds and a unit."""
         return self.type in ("number", "integer")
+
+    @property
+    def values(self) -> str:
+        """The values it may have, for people."""
+        if self.tokens:
+            return f"{self.tokens} token ids below {self.vocabulary}"
+        if self.shape:
+            return " × ".join(map(str, self.shape)) + " pixels"
+        if self.bounds:
+            low, high = self.bounds
+            return f"{low:g} to {high:g} {self.unit}".strip() + (" (log)" if self.scale == "log" else "")
+        more = ", …" if len(self.categories) > SHOWN else ""
+        return ", ".join(self.categories[:SHOWN]) + more or "yes or no"
 
     @property
     def width(self) -> int:

@@ -411,11 +411,24 @@ def malformed(error: Exception) -> RequestError:
     name = re.search(r"(?:unknown|required) field `([^`]*)`", text)
     field = ".".join(found[1] for found in (place, name) if found) or None
     return RequestError(
-        f"{field or 'The request'} is malformed: {text.split(' - at')[0]}.",
-        instead="The fields with their types and bounds are in rapha_lab/protocol/messages.py.",
+        f"{field or 'The request'} is malformed.",
+        f"{_in_words(text.split(' - at')[0])}.",
+        "Mend it, or leave it out for what is usual." if place else "docs/questions.md has the words.",
         field=field,
     )
 
+
+def _in_words(text: str) -> str:
+    """A decoder's complaint as a sentence: "Expected `float` < 1.0" is "It must be a number below 1"."""
+    found = re.fullmatch(r"Expected `(int|float)` (<=?|>=?) (\S+)", text)
+    if found is None:
+        return text
+    kind, bound, limit = found.groups()
+    number = "a whole number" if kind == "int" else "a number"
+    return f"It must be {number} {_BOUNDS[bound]} {limit.removesuffix('.0')}"
+
+
+_BOUNDS = {"<": "below", "<=": "of at most", ">": "above", ">=": "of at least"}
 
 BUFFER = 1 << 18
 """Bytes of the buffer at either end of a pipe: the message of a small step passes in one piece, and wakes its reader once."""

@@ -36,6 +36,9 @@ __all__ = ["MISSING", "SPLITS", "Column", "Dtype", "Schema", "Shares", "Table"]
 
 SPLITS = ("train", "validation", "test")
 
+_LINES = 60
+"""Columns that a schema shows of itself."""
+
 ROOM = 1 << 30
 """Numbers that the inputs of a question may have over all patients: 4 GiB."""
 
@@ -147,6 +150,18 @@ class Schema(Public, frozen=True):
                 raise RequestError(what, instead="Give every table its own name.", field=table.name)
             names.add(table.name)
             table.check()
+
+    def __repr__(self) -> str:
+        """A line for each column: its name, as cells call it, its type, its values and what it means."""
+        rows = [(c.name, c) for c in self.columns]
+        rows += [(f"{table.name}.{c.name}", c) for table in self.tables for c in table.columns]
+        wide = max(len(name) for name, _ in rows)
+        lines = [
+            f"  {name:<{wide}}  {c.type:<8}  {_short(c.values):<40}  {c.meaning}".rstrip()
+            for name, c in rows[:_LINES]
+        ]
+        more = [f"  … and {len(rows) - _LINES} more"] if len(rows) > _LINES else []
+        return "\n".join([f"{self.name}: {self.title}", *lines, *more])
 
     @property
     def _by_name(self) -> dict[str, Column]:
@@ -281,6 +296,10 @@ class Schema(Public, frozen=True):
 @lru_cache(maxsize=64)
 def _index(columns: tuple[Column, ...]) -> dict[str, Column]:
     return {column.name: column for column in columns}
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def _malformed(error: msgspec.ValidationError, fields: Any) -> RequestError:

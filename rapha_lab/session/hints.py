@@ -73,4 +73,16 @@ def _takes(text: str) -> list[str]:
         return [
             f"{found[1]} takes {', '.join(placed)}, and by name {', '.join(f'{name}=' for name in named)}."
         ]
-    return [f"{found[1]} takes {', '.join([*placed, *named])}."]
+    size = next((name for name in _SIZES if name in [*placed, *named]), None)
+    meant = f" It calls the expected patients of a batch {size}=." if size and _said(text) in _SIZES else ""
+    return [f"{found[1]} takes {', '.join([*placed, *named])}.{meant}"]
+
+
+_SIZES = ("size", "batch", "batch_size")
+"""What batches, fit and loader call the expected patients of a batch."""
+
+
+def _said(text: str) -> str:
+    """The argument that a call did not know."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", text)
+    return found[1] if found else ""

@@ -85,6 +85,25 @@ BROKEN = [
 ]
 
 
+class TestWords:
+    """What a schema shows of itself."""
+
+    def test_each_column_is_a_line_with_its_values(self):
+        """As cells call it; a long list of categories is cut."""
+        long = FIELDS["columns"][6] | {"name": "long", "categories": [f"category {n}" for n in range(40)]}
+        shown = repr(ward(columns=[FIELDS["columns"][0], long])).splitlines()
+        assert shown[0].startswith(f"{FIELDS['name']}: ")
+        assert FIELDS["columns"][0]["name"] in shown[1]
+        assert f"{FIELDS['columns'][0]['bounds'][0]:g} to " in shown[1]
+        assert "…" in shown[2]
+        assert "category 20" not in shown[2]
+
+    def test_of_many_columns_some_are_shown(self):
+        """A wall of text says nothing."""
+        many = [FIELDS["columns"][0] | {"name": f"c{n}"} for n in range(300)]
+        assert repr(ward(columns=many)).endswith("and 240 more")
+
+
 class TestErrors:
     @pytest.mark.parametrize(("field", "fix", "change"), BROKEN)
     def test_a_broken_column_is_named_with_the_way_out(self, field, fix, change):

@@ -424,6 +424,9 @@ kept = [told < 9.0, told > 9.0, told <= told, told >= 9.0, 9.0 > told, min([told
             'patients.train.fit(model, X, "y", epsilon=1)',
             "fit takes model, loss, and by name inputs=, target=",
         ),
+        ("patients.train.batches(batch_size=100, epochs=1, epsilon=1)", "of a batch size="),
+        ("patients.train.fit(model, inputs=X, target='y', epsilon=1, size=100)", "of a batch batch="),
+        ("patients.train.loader(X, 'y', batch=100, epsilon=1)", "of a batch batch_size="),
         ("torch.optim.LBFGS(model.parameters()).step()", "use torch.optim.SGD"),
         ("model(torch.zeros(2, 4))", "patients.schema.layout(FEATURES)"),
         ("raise PermissionError(1, 'Operation not permitted')", "-o brings numbers"),
@@ -580,3 +583,20 @@ assert list(trange(2)) == list(tqdm([0, 1]))
 ''', {{}}, Screen(lambda output: None))
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("average=1.5", "a number below 1"),
+        ("clip_quantile=-1", "of at least 0"),
+        ("bands=0", "whole number of at least 1"),
+    ],
+)
+def test_an_option_out_of_range_says_its_range(house: House, option: str, why: str) -> None:
+    """In words, naming the argument and the cell's line."""
+    with pytest.raises(RaphaError) as refused:
+        ran(house, f"patients.train.fit(model, inputs=X, target='y', epsilon=1, {option})")
+    assert refused.value.field == option.partition("=")[0]
+    assert why in refused.value.why
+    assert refused.value.line is not None
