@@ -222,10 +222,15 @@ def _first_mixing(together: list[_Step], alone: list[list[_Step]]) -> _Step | No
     of_all: dict[int, _Step] = {}  # values without a patient's dimension that differ, by what they began with
     odd = None
     for step, *ones in zip(together, *alone, strict=False):
-        if any(one.name != step.name or one.value.dim() != step.value.dim() for one in ones):
+        if any(one.name != step.name for one in ones):
             break
         begun = next((of_all[id(t)] for t in step.given if id(t) in of_all), step)
-        values = [one.value for one in ones]
+        # p.squeeze(-1) on one score each leaves nothing of one patient's dimension
+        values = [
+            v.unsqueeze(0) if v.dim() + 1 == step.value.dim() else v for v in (one.value for one in ones)
+        ]
+        if any(value.dim() != step.value.dim() for value in values):
+            break
         shape = values[0].shape
         grown = [d for d, n in enumerate(step.value.shape) if n != shape[d]]
         if not grown:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from rapha_lab.protocol.errors import RequestError
-from rapha_lab.protocol.release import Release
+from rapha_lab.protocol.release import Release, Row
 
 __all__ = ["pack", "unpack"]
 
@@ -66,6 +66,8 @@ def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int) -
     if isinstance(value, (list, tuple)):
         each = [_pack(v, f"{path}/{k}", tensors, depth + 1) for k, v in enumerate(value)]
         return {"kind": "tuple" if isinstance(value, tuple) else "list", "items": each}
+    if isinstance(value, Row):
+        value = float(value)
     if isinstance(value, float) and (not math.isfinite(value) or value == int(value)):
         # in what custodians are shown, and in what is signed, 1.0 were 1
         return {"kind": "float", "value": repr(value)}

@@ -343,7 +343,8 @@ def refuse_nan(losses: Tensor, line: int | None = None) -> None:
         raise ProgramError(
             "The loss of a made-up patient is NaN or infinite.",
             "A patient whose loss or gradient is no number adds nothing to the training.",
-            "Keep logarithms, roots and quotients in their domain, with clamp(min=1e-6) say.",
+            "Keep logarithms, roots and quotients in their domain, with clamp(min=1e-6) say. p[y > 0] selects nothing "
+            "of some patients, and the mean of nothing is none: write (p * (y > 0)).mean().",
             field="loss", line=line,
         )  # fmt: skip
 

@@ -134,6 +134,32 @@ def test_a_gradient_that_mixes_shows_though_no_value_does(trained: Any) -> None:
         trained(nn.Linear(8, 3), through)
 
 
+@pytest.mark.parametrize(
+    ("mixing", "operation"),
+    [
+        (lambda p: p.softmax(0), "softmax"),
+        (lambda p: p - p.mean(), "mean"),
+        (lambda p: p.sort().values, "sort"),
+    ],
+)
+def test_scores_squeezed_to_one_each_hide_no_operation(mixing: Way, operation: str) -> None:
+    """Of a patient alone p.squeeze(-1) leaves a number without a dimension, of several a row."""
+
+    def loss(p: Any, y: Any) -> Any:
+        return (mixing(p.squeeze(-1)) * y.float()).square().mean()
+
+    schema = Schema.from_dict(numbers("mixed", 8, 100))
+    (found,) = rapha.check(nn.Linear(8, 1), loss, [f"x{i}" for i in range(8)], "y", of=Of(schema))
+    assert found.what == f"{operation} mixes patients."
+
+
+class Of:
+    """A dataset's schema."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+
+
 def test_batch_norm_that_trains_is_named_by_its_layer() -> None:
     """Before anything is computed."""
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1), nn.Flatten(0))

@@ -19,7 +19,7 @@ from house import House, numbers
 
 from rapha_lab.protocol.columns import Column
 from rapha_lab.protocol.errors import CellError, ProgramError, RaphaError
-from rapha_lab.session import scaled
+from rapha_lab.session import parcels, scaled
 from rapha_lab.session.interpreter import Screen, run
 from rapha_lab.session.patients import Patients
 
@@ -415,6 +415,20 @@ kept = [told < 9.0, told > 9.0, told <= told, told >= 9.0, 9.0 > told, min([told
     )
     assert found["kept"] == [True, False, True, False, True, 0.0, True]
     assert re.fullmatch(r"0\.\d+ \(95 % [\d.e-]+ to [\d.e-]+\)", str(found["told"]))
+
+
+def test_figures_kept_by_epoch_come_back_as_numbers(house: House) -> None:
+    """A history is a list of them, and a list travels."""
+    found = ran(
+        house,
+        """
+told = patients.validation.evaluate(model, ["brier"], inputs=X, target="y", epsilon=1)
+history = {"brier": [told["brier"]]}
+""",
+    )
+    back = parcels.unpack(*parcels.pack(found, ["history"]))["history"]
+    assert back == {"brier": [found["told"]["brier"].value]}
+    assert type(back["brier"][0]) is float
 
 
 @pytest.mark.parametrize(
