@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_the_traced_step_gives_the_same_sums(name: str) -> None:
     assert torch.equal(fast.counted, eager.counted)
 
 
-@pytest.mark.parametrize("name", ["gru", "tied weights"])
+@pytest.mark.parametrize("name", ["gru", "lstm", "tied weights"])
 def test_machine_code_of_a_few_patients_at_a_time_gives_the_same_sums(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +84,20 @@ def test_machine_code_of_a_few_patients_at_a_time_gives_the_same_sums(
         torch.testing.assert_close(t, eager[parameter], rtol=1e-5, atol=1e-7)
     assert torch.equal(fast.counted, eager.counted)
     assert int(fast.counted[0]) == 9 - x.is_floating_point()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN multiplies")
+def test_a_factor_with_gaps_between_its_rows_is_copied_for_the_faster_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """oneDNN takes a thousand times as long for it."""
+    seen = list[torch.fx.GraphModule]()
+    monkeypatch.setattr(compiling, "_machine_code", lambda graph, example: seen.append(graph))
+    compiling.assembled(lambda a, b: (a @ b[:, :64],), [torch.ones(256, 192), torch.ones(192, 128)])
+    (product,) = (n for n in seen[0].graph.nodes if n.target is compiling._LINEAR)
+    assert product.args[1].args[0].target is KEPT
+    given = torch.rand(256, 192), torch.rand(192, 128)
+    torch.testing.assert_close(seen[0](*given)[0], given[0] @ given[1][:, :64])
 
 
 @pytest.mark.usefixtures("quick")
@@ -334,6 +349,7 @@ def test_norms_and_sums_read_the_same_memory(name: str, monkeypatch: pytest.Monk
     it, parameters, constants = lifted(model, loss, x, y)
     monkeypatch.setattr(lift_module, "AT_ONCE", 0)
     monkeypatch.setattr(lift_module, "STORED", 8 * it.written)
+    monkeypatch.setattr(compiling, "cells_by", lambda assemble: nullcontext())
     assert it.compile(parameters, constants) is not None
     assert len(seen) == (3 if it.written else 1)
     for graph in seen:

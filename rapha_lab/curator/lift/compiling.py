@@ -34,6 +34,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph_module import GraphModule
 
 from rapha_lab.curator.lift.draws import DRAWS
+from rapha_lab.curator.lift.fused import cells_by
 from rapha_lab.curator.lift.stored import KEPT
 
 __all__ = [
@@ -178,9 +179,10 @@ def _compile(make: Make, example: tuple[Any, ...], going: Going) -> Step:
         fast = assembled(by_position, _flat(arguments, names), going, due - time.monotonic())
         return lambda *arguments: fast(_flat(arguments, names))
 
-    run = make(assemble, example)
-    with DRAWS.drawn():
-        run(*example)
+    with cells_by(lambda function, tensors: assembled(function, tensors, going, due - time.monotonic())):
+        run = make(assemble, example)
+        with DRAWS.drawn():
+            run(*example)
     return run
 
 
@@ -393,6 +395,9 @@ def _faster_products(graph: GraphModule) -> None:
             if left.stride(1) != 1:  # oneDNN would turn it in a pass of its own
                 a = graph.graph.call_function(KEPT, (a,))
                 a.meta["val"] = left.contiguous()
+            if not (right.is_contiguous() or right.t().is_contiguous()):  # a thousand times slower
+                b = graph.graph.call_function(KEPT, (b,))
+                b.meta["val"] = right = right.contiguous()
             turned = graph.graph.call_function(aten.permute.default, (b, [1, 0]))
             turned.meta["val"] = right.t()
             product = graph.graph.call_function(_LINEAR, (a, turned, bias, "none", [], ""))

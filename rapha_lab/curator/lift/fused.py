@@ -1,23 +1,155 @@
-"""A GRU's and an LSTM's layer as one operation each: the gradients by both affine maps come at every step.
+"""A recurrent layer in one direction as one operation, whose gradient by both affine maps comes for all steps at once.
 
 Time comes first, `(time, rows, ...)`. `given` is the input's affine map, made before; `recalled` is zero and is
-added to the state's affine map: its gradient is what the state's weights are differentiated by. The states of
-all steps are returned stacked, an LSTM's cells after its outputs. To the compiler these are single operations.
+added to the state's affine map: its gradient is what the state's weights are differentiated by where that is not the
+gradient by `given`. States come with the first before them, an LSTM's cells after its outputs. Between two products
+a step is one function of rows, its cell, which a compiled step has in machine code. To the compiler a layer is a
+single operation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rapha_lab.curator.lift.even import tanh
+from rapha_lab.curator.lift import even
 
-__all__ = ["FUSED"]
+__all__ = ["CELLS", "FUSED", "Cell", "Layer", "cells_by"]
 
-Kept = tuple[Tensor, Tensor]
+Pieces = list[Tensor]
+"""Each `(rows, n)`."""
+
+
+class Cell(NamedTuple):
+    """What one step computes of rows.
+
+    Attributes:
+        gates: pieces that an affine map has.
+        kept: pieces that the gradient needs beside the states.
+        states: an LSTM's are two.
+        twice: whether the gradients by the two maps differ.
+        forward: `(given, recalled, states)`, the maps' pieces → new states, kept.
+        backward: `(gradients by the new states, kept, states, new states)` → gradients by `given`, by `recalled` where
+            they differ, and by the states but for the affine map; None is zero.
+    """
+
+    gates: int
+    kept: int
+    states: int
+    twice: bool
+    forward: Callable[[Pieces, Pieces, Pieces], tuple[Pieces, Pieces]]
+    backward: Callable[[Pieces, Pieces, Pieces, Pieces], tuple[Pieces, Pieces, list[Tensor | None]]]
+
+
+def tanh(x: Tensor) -> Tensor:
+    """To 1e-7, which is what the sums before it are exact to; machine code takes a third of the time for an exponential."""
+    if x.requires_grad:  # no layer in one operation: differentiated step by step
+        return torch.tanh(x)
+    return 2 * torch.sigmoid(2 * x) - 1 if even.tracing() else even.tanh(x)
+
+
+def gru(given: Pieces, recalled: Pieces, states: Pieces) -> tuple[Pieces, Pieces]:
+    """torch.nn.GRU's update; what the state's map adds to the new value is kept too."""
+    (h,), memory = states, recalled[2]
+    r, z = (torch.sigmoid(a + b) for a, b in zip(given[:2], recalled, strict=False))
+    new = tanh(given[2] + r * memory)
+    return [new + z * (h - new)], [r, z, new, memory]
+
+
+def gru_back(grads: Pieces, kept: Pieces, states: Pieces, ends: Pieces) -> Any:
+    """Its gradient."""
+    (dh,), (r, z, new, memory) = grads, kept
+    d_new = dh * (1 - z) * (1 - new * new)
+    both = [d_new * memory * r * (1 - r), dh * (states[0] - new) * z * (1 - z)]
+    return [*both, d_new], [*both, d_new * r], [dh * z]
+
+
+def lstm(given: Pieces, recalled: Pieces, states: Pieces) -> tuple[Pieces, Pieces]:
+    """torch.nn.LSTM's update."""
+    i, f, g, o = (a + b for a, b in zip(given, recalled, strict=True))
+    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), tanh(g), torch.sigmoid(o)
+    c = f * states[1] + i * g
+    return [o * tanh(c), c], [i, f, g, o]
+
+
+def lstm_back(grads: Pieces, kept: Pieces, states: Pieces, ends: Pieces) -> Any:
+    """Its gradient."""
+    (dh, dc), (i, f, g, o), far = grads, kept, tanh(ends[1])
+    dc = dc + dh * o * (1 - far * far)
+    ways = [
+        dc * g * i * (1 - i),
+        dc * states[1] * f * (1 - f),
+        dc * i * (1 - g * g),
+        dh * far * o * (1 - o),
+    ]
+    return ways, [], [None, dc * f]
+
+
+def rnn_tanh(given: Pieces, recalled: Pieces, states: Pieces) -> tuple[Pieces, Pieces]:
+    """torch.nn.RNN's update."""
+    return [tanh(given[0] + recalled[0])], []
+
+
+def rnn_tanh_back(grads: Pieces, kept: Pieces, states: Pieces, ends: Pieces) -> Any:
+    """Its gradient."""
+    return [grads[0] * (1 - ends[0] * ends[0])], [], [None]
+
+
+def rnn_relu(given: Pieces, recalled: Pieces, states: Pieces) -> tuple[Pieces, Pieces]:
+    """torch.nn.RNN's update with nonlinearity="relu"."""
+    return [torch.relu(given[0] + recalled[0])], []
+
+
+def rnn_relu_back(grads: Pieces, kept: Pieces, states: Pieces, ends: Pieces) -> Any:
+    """Its gradient."""
+    return [grads[0] * (ends[0] > 0)], [], [None]
+
+
+CELLS = {
+    "gru": Cell(3, 4, 1, True, gru, gru_back),
+    "lstm": Cell(4, 4, 2, False, lstm, lstm_back),
+    "rnn_tanh": Cell(1, 0, 1, False, rnn_tanh, rnn_tanh_back),
+    "rnn_relu": Cell(1, 0, 1, False, rnn_relu, rnn_relu_back),
+}
+
+# Machine code
+
+
+Run = Callable[[list[Tensor]], Any]
+Assemble = Callable[[Callable[..., Any], list[Tensor]], Run]
+_assemble: ContextVar[Assemble | None] = ContextVar("assemble", default=None)
+_fast: dict[Any, Run] = {}
+_KEPT = 128
+
+
+@contextmanager
+def cells_by(assemble: Assemble) -> Iterator[None]:
+    """Have cells of compiled steps made machine code of as they are first computed."""
+    token = _assemble.set(assemble)
+    try:
+        yield
+    finally:
+        _assemble.reset(token)
+
+
+def _machine_code(function: Callable[..., Any], tensors: list[Tensor], fast: bool) -> Run:
+    """The function, which writes into some of the tensors, for tensors like these."""
+    assemble, key = _assemble.get(), (function, *((t.shape, t.stride(), t.dtype) for t in tensors))
+    if fast and assemble is not None and key not in _fast:
+        while len(_fast) >= _KEPT:
+            del _fast[next(iter(_fast))]
+        _fast[key] = assemble(lambda *given: function(*given), tensors)
+    plain: Run = lambda tensors: function(*tensors)  # noqa: E731
+    return _fast.get(key, plain) if fast else plain
+
+
+# Layers
 
 
 def _affine(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,108 +159,119 @@ def _affine(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return h @ weight.T if bias is None else torch.addmm(bias, h, weight.T)
 
 
-def gru(given: Tensor, recalled: Tensor, first: Tensor, weight: Tensor, bias: Tensor | None) -> Kept:
-    """States `(1, time, rows, n)`, and what the gradient needs: gates r, z, n and the state's part of n."""
-    time, rows, n = len(given), first.shape[1], first.shape[2]
-    out, kept = given.new_empty(1, time, rows, n), given.new_empty(time, rows, 4 * n)
-    h = first[0]
-    for t in range(time):
-        mine, memory = kept[t], _affine(h, weight, bias)
-        rz = torch.add(given[t, :, : 2 * n], memory[:, : 2 * n], out=mine[:, : 2 * n]).sigmoid_()
-        mine[:, 3 * n :] = memory[:, 2 * n :]
-        new = tanh(torch.addcmul(given[t, :, 2 * n :], rz[:, :n], memory[:, 2 * n :]))
-        mine[:, 2 * n : 3 * n] = new
-        h = torch.lerp(new, h, rz[:, n:], out=out[0, t])
-    return out, kept
+def _pieces(t: Tensor, n: int) -> Pieces:
+    """Parts of the last dimension."""
+    return [t[..., k : k + n] for k in range(0, t.shape[-1], n)]
 
 
-def gru_back(grad: Tensor, first: Tensor, weight: Tensor, out: Tensor, kept: Tensor) -> list[Tensor]:
-    """Gradients by `given`, `recalled` and `first`."""
-    n = first.shape[2]
-    given, recalled = (out.new_empty(*kept.shape[:2], 3 * n) for _ in range(2))
-    dh = torch.zeros_like(first[0])
-    for t in reversed(range(len(kept))):
-        before = out[0, t - 1] if t else first[0]
-        r, z, new, memory = kept[t].chunk(4, 1)
-        dh = dh + grad[0, t]
-        d_new = dh * (1 - z) * (1 - new * new)
-        mine = given[t]
-        mine[:, :n] = d_new * memory * r * (1 - r)
-        mine[:, n : 2 * n] = dh * (before - new) * z * (1 - z)
-        mine[:, 2 * n :] = d_new
-        recalled[t, :, : 2 * n] = mine[:, : 2 * n]
-        recalled[t, :, 2 * n :] = d_new * r
-        dh = _affine(recalled[t], weight.T).addcmul_(dh, z)
-    return [given, recalled, dh.unsqueeze(0)]
+def _write(targets: Sequence[Tensor], pieces: Sequence[Tensor]) -> None:
+    for target, piece in zip(targets, pieces, strict=True):
+        target.copy_(piece)
 
 
-def lstm(given: Tensor, recalled: Tensor, first: Tensor, weight: Tensor, bias: Tensor | None) -> Kept:
-    """States `(2, time, rows, n)`, outputs before cells; and the gates i, f, g, o."""
-    time, rows, n = len(given), first.shape[1], first.shape[2]
-    out, kept = given.new_empty(2, time, rows, n), given.new_empty(time, rows, 4 * n)
-    h, c = first.unbind(0)
-    for t in range(time):
-        gates = torch.add(given[t], _affine(h, weight, bias), out=kept[t])
-        gates[:, : 2 * n].sigmoid_()
-        gates[:, 2 * n : 3 * n] = tanh(gates[:, 2 * n : 3 * n])
-        gates[:, 3 * n :].sigmoid_()
-        i, f, g, o = gates.chunk(4, 1)
-        c = torch.addcmul(f * c, i, g, out=out[1, t])
-        h = torch.mul(o, tanh(c), out=out[0, t])
-    return out, kept
+def _divided(tensors: Sequence[Tensor], *counts: int) -> Iterator[list[Tensor]]:
+    it = iter(tensors)
+    return (list(islice(it, count)) for count in counts)
 
 
-def lstm_back(grad: Tensor, first: Tensor, weight: Tensor, out: Tensor, kept: Tensor) -> list[Tensor]:
-    """Gradients by `given`, `recalled` and `first`."""
-    n = first.shape[2]
-    given = torch.empty_like(kept)
-    dh, dc = torch.zeros_like(first[0]), torch.zeros_like(first[1])
-    for t in reversed(range(len(kept))):
-        before = out[1, t - 1] if t else first[1]
-        i, f, g, o = kept[t].chunk(4, 1)
-        far = tanh(out[1, t])
-        dh = dh + grad[0, t]
-        dc = dc + grad[1, t] + dh * o * (1 - far * far)
-        mine = given[t]
-        mine[:, :n] = dc * g * i * (1 - i)
-        mine[:, n : 2 * n] = dc * before * f * (1 - f)
-        mine[:, 2 * n : 3 * n] = dc * i * (1 - g * g)
-        mine[:, 3 * n :] = dh * far * o * (1 - o)
-        dh, dc = _affine(mine, weight.T), dc * f
-    return [given, given.clone(), torch.stack([dh, dc])]
+class Layer:
+    """A kind's operation, forward and backward."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+
+    def forward(
+        self, given: Tensor, recalled: Tensor | None, first: Tensor, weight: Tensor, bias: Tensor | None, fast: bool
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """States `(states, 1 + time, rows, n)`, and what is kept for the gradient."""
+        (time, rows), n, cell = given.shape[:2], first.shape[2], self.cell
+        out, kept = (
+            given.new_empty(cell.states, 1 + time, rows, n),
+            given.new_empty(time, rows, cell.kept * n),
+        )
+        out[:, 0], run = first, None
+        steps = given, out[0], *out, *out[:, 1:], *_pieces(kept, n)
+        for mine, h, *more in zip(*steps, strict=False):
+            tensors = [mine, _affine(h, weight, bias), *more]
+            run = run or _machine_code(self.step, tensors, fast)
+            run(tensors)
+        return out, kept
+
+    def step(self, given: Tensor, memory: Tensor, *tensors: Tensor) -> tuple[()]:
+        """From the maps and the states to the states after them and what is kept, which are written."""
+        states, ends, kept = _divided(tensors, *[self.cell.states] * 2, self.cell.kept)
+        n = states[0].shape[1]
+        after, keep = self.cell.forward(_pieces(given, n), _pieces(memory, n), states)
+        _write(ends, after)
+        _write(kept, keep)
+        return ()
+
+    def backward(
+        self, grad: Tensor, first: Tensor, weight: Tensor, out: Tensor, kept: Tensor, fast: bool
+    ) -> list[Tensor]:
+        """Gradients by `given`, by `recalled` if that is another, and by `first`."""
+        (time, rows), n, cell = kept.shape[:2], first.shape[2], self.cell
+        ways = [kept.new_empty(time, rows, cell.gates * n) for _ in range(1 + cell.twice)]
+        now, through = torch.zeros_like(first), torch.zeros_like(first[0])
+        turned, run = weight.T.contiguous(), None
+        each = (p for t in (kept, *ways) for p in _pieces(t, n))
+        steps = ways[-1], *grad[:, 1:], *out, *out[:, 1:], *each
+        for mine, *more in reversed(list(zip(*steps, strict=False))):
+            tensors = [through, *now, *more]
+            run = run or _machine_code(self.step_back, tensors, fast)
+            run(tensors)
+            through = _affine(mine, turned)
+        now[0] += through
+        return [*ways, now + grad[:, 0]]
+
+    def step_back(self, through: Tensor, *tensors: Tensor) -> tuple[()]:
+        """From gradients by the states after a step, of which `through` came of the map, to those before it and by the maps."""
+        cell = self.cell
+        counts = *[cell.states] * 4, cell.kept, *[cell.gates] * (1 + cell.twice)
+        now, grads, states, ends, kept, *ways = _divided(tensors, *counts)
+        after = [a + b for a, b in zip(now, grads, strict=True)]
+        after[0] = after[0] + through
+        *found, before = cell.backward(after, kept, states, ends)
+        for targets, pieces in zip(ways, found, strict=False):
+            _write(targets, pieces)
+        _write(now, [torch.zeros_like(through) if t is None else t for t in before])
+        return ()
 
 
-FUSED: dict[str, Callable[..., Kept]] = {}
+FUSED: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
 """The operation of each kind of layer, differentiable by `given`, `recalled` and `first`."""
 
 
-def _enter(
-    name: str, states: int, forward: Callable[..., Kept], backward: Callable[..., list[Tensor]]
-) -> None:
-    schema = "(Tensor given, Tensor recalled, Tensor first, Tensor weight, Tensor? bias) -> (Tensor, Tensor)"
-    op = torch.library.custom_op(f"rapha::{name}", forward, mutates_args=(), schema=schema)
-    schema = "(Tensor grad, Tensor first, Tensor weight, Tensor out, Tensor kept) -> Tensor[]"
-    back = torch.library.custom_op(f"rapha::{name}_back", backward, mutates_args=(), schema=schema)
+def _enter(name: str, cell: Cell) -> None:
+    layer = Layer(cell)
+    schema = "(Tensor given, Tensor? recalled, Tensor first, Tensor weight, Tensor? bias, bool fast) -> (Tensor, Tensor)"
+    op = torch.library.custom_op(f"rapha::{name}", layer.forward, mutates_args=(), schema=schema)
+    schema = "(Tensor grad, Tensor first, Tensor weight, Tensor out, Tensor kept, bool fast) -> Tensor[]"
+    back = torch.library.custom_op(f"rapha::{name}_back", layer.backward, mutates_args=(), schema=schema)
 
     @op.register_fake
-    def _(given: Tensor, recalled: Tensor, first: Tensor, weight: Tensor, bias: Tensor | None) -> Kept:
-        lead, n = given.shape[:2], first.shape[2]
-        return given.new_empty(states, *lead, n), given.new_empty(*lead, 4 * n)
+    def _(
+        given: Tensor, recalled: Any, first: Tensor, weight: Tensor, bias: Any, fast: bool
+    ) -> tuple[Tensor, Tensor]:
+        (time, rows), n = given.shape[:2], first.shape[2]
+        return given.new_empty(cell.states, 1 + time, rows, n), given.new_empty(time, rows, cell.kept * n)
 
     @back.register_fake
-    def _(grad: Tensor, first: Tensor, weight: Tensor, out: Tensor, kept: Tensor) -> list[Tensor]:
-        gates = kept.new_empty(*kept.shape[:2], len(weight))
-        return [gates, torch.empty_like(gates), torch.empty_like(first)]
+    def _(grad: Tensor, first: Tensor, weight: Tensor, out: Tensor, kept: Tensor, fast: bool) -> list[Tensor]:
+        ways = [kept.new_empty(*kept.shape[:2], len(weight)) for _ in range(1 + cell.twice)]
+        return [*ways, torch.empty_like(first)]
 
     def keep(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(inputs[2], inputs[3], *output)
+        ctx.fast = inputs[5]
 
     def differentiate(ctx: Any, grad: Tensor, unused: Tensor) -> Any:
-        return (*back(grad, *ctx.saved_tensors), None, None)
+        *ways, first = back(grad, *ctx.saved_tensors, ctx.fast)
+        return ways[0], (ways[1] if cell.twice else None), first, None, None, None
 
     op.register_autograd(differentiate, setup_context=keep)
     FUSED[name] = op
 
 
-_enter("gru", 1, gru, gru_back)
-_enter("lstm", 2, lstm, lstm_back)
+for _name, _cell in CELLS.items():
+    _enter(_name, _cell)

@@ -189,15 +189,25 @@ class Apart(ABC):
 
 @dataclass(frozen=True)
 class Pairs(Apart):
-    """Of a weight at T positions: output gradients `(patients, T, out)` and inputs `(patients, T, in)`."""
+    """Of a weight `(out, in)` at T positions: output gradients `(patients, T, out)` and inputs `(patients, T, in)`."""
 
     name: str
     out: Tensor
     inp: Tensor
+    shape: torch.Size
 
     def rows(self) -> Tensor:
-        """Their products, added up over the positions."""
-        return products(kept(self.out).mT, kept(self.inp))
+        """Their products, added up over the positions, the longer rows last."""
+        g, a = kept(self.out), kept(self.inp)
+        return products(a.mT, g) if self._wide else products(g.mT, a)
+
+    @property
+    def _wide(self) -> bool:
+        return self.shape[1] < self.shape[0]
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        """By outputs, then inputs."""
+        return rows.reshape(-1, *self.shape[::-1]).mT if self._wide else rows.reshape(-1, *self.shape)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,19 @@
 """The table's rules for recurrent layers: PyTorch's equations, step by step.
 
-With weights that all patients share, a GRU's or LSTM's layer is one operation (`fused`) with its own backward
-pass, which gives the gradients by both affine maps at every step; otherwise autograd follows each step.
+With weights that all patients share, a layer is one operation (`fused`) with its own backward pass, which gives the
+gradients by both affine maps at every step; otherwise autograd follows each step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rapha_lab.curator.lift.fused import FUSED
+from rapha_lab.curator.lift.even import tracing
+from rapha_lab.curator.lift.fused import CELLS, FUSED, Cell
 from rapha_lab.curator.lift.layers import dropped, linear
 from rapha_lab.curator.lift.table import batch_of, rule
 from rapha_lab.curator.lift.taps import Product, Use, tap, watched
@@ -28,45 +27,14 @@ Affine = Callable[[int, Tensor], Tensor]
 """`(which weight, x)` → x W^T + b; weights of a layer are 0 for its input and 1 for its state."""
 
 
-def gru_cell(given: Tensor, recalled: Tensor, state: list[Tensor]) -> list[Tensor]:
-    """torch.nn.GRU's update."""
-    (h,) = state
-    (r, z, n), (hr, hz, hn) = given.chunk(3, -1), recalled.chunk(3, -1)
-    z = torch.sigmoid(z + hz)
-    n = torch.tanh(n + torch.sigmoid(r + hr) * hn)
-    return [n + z * (h - n)]
-
-
-def lstm_cell(given: Tensor, recalled: Tensor, state: list[Tensor]) -> list[Tensor]:
-    """torch.nn.LSTM's update."""
-    i, f, g, o = (given + recalled).chunk(4, -1)
-    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-    return [torch.sigmoid(o) * torch.tanh(c), c]
-
-
-def tanh_cell(given: Tensor, recalled: Tensor, state: list[Tensor]) -> list[Tensor]:
-    """torch.nn.RNN's update."""
-    return [torch.tanh(given + recalled)]
-
-
-def relu_cell(given: Tensor, recalled: Tensor, state: list[Tensor]) -> list[Tensor]:
-    """torch.nn.RNN's update with nonlinearity="relu"."""
-    return [torch.relu(given + recalled)]
-
-
-GATES = {"gru": 3, "lstm": 4, "rnn_tanh": 1, "rnn_relu": 1}
-CELLS = {"gru": gru_cell, "lstm": lstm_cell, "rnn_tanh": tanh_cell, "rnn_relu": relu_cell}
-
-
 def unrolled(
-    way: Any, affine: Callable[[int], Any], x: Tensor, state: Sequence[Tensor], *,
+    way: Any, x: Tensor, state: Sequence[Tensor], *,
     layers: int, dropout: float, both_ways: bool, time_first: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The layer's outputs and last states.
 
     Args:
-        way: computes one layer in one direction.
-        affine: by layer and direction, its two affine maps.
+        way: `(k, x, states, backwards)` → outputs, last states: computes one layer in one direction, the k-th.
         x: `(patients, batch, time, features)`, time and batch swapped if `time_first`.
         state: each `(patients, layers * directions, batch, features)`.
     """
@@ -84,7 +52,7 @@ def unrolled(
         outs = []
         for back in range(ways):
             k = layer * ways + back
-            out, end = way(affine(k), x, [s[:, k] for s in state], back == 1)
+            out, end = way(k, x, [s[:, k] for s in state], back == 1)
             outs.append(out)
             last.append(end)
         x = torch.cat(outs, -1) if both_ways else outs[0]
@@ -97,12 +65,13 @@ def unrolled(
 
 
 def _way(
-    cell: Any, affine: Affine, x: Tensor, state: list[Tensor], back: bool
+    cell: Cell, affine: Affine, x: Tensor, state: list[Tensor], back: bool
 ) -> tuple[Tensor, list[Tensor]]:
     given, outs = affine(0, x), []
     steps = range(x.shape[2])
     for t in reversed(steps) if back else steps:
-        state = cell(given[:, :, t], affine(1, state[0]), state)
+        maps = (list(m.chunk(cell.gates, -1)) for m in (given[:, :, t], affine(1, state[0])))
+        state, _ = cell.forward(next(maps), next(maps), state)
         outs.append(state[0])
     return torch.stack(outs[::-1] if back else outs, 2), state
 
@@ -118,7 +87,7 @@ def _arguments(name: str, x: Tensor, args: Sequence[Any]) -> tuple[list[Tensor],
         raise ValueError("another number of weights than expected; proj_size is not computed here")
     groups = [[*weights[i : i + per], *[None] * (4 - per)] for i in range(0, len(weights), per)]
     for group in groups:
-        _fit(group, GATES[name], states)
+        _fit(group, CELLS[name].gates, states)
     settings = {"layers": layers, "dropout": dropout if training else 0.0, "both_ways": both_ways}
     return states, groups, {**settings, "time_first": not batch_first}
 
@@ -133,32 +102,7 @@ def _fit(group: list[Any], gates: int, states: list[Tensor]) -> None:
         raise ValueError("weights, biases and states whose sizes do not go together")
 
 
-@dataclass
-class Affines:
-    """A layer's two maps with shared weights, remembering every use."""
-
-    names: list[str | None]
-    weights: list[Any]
-    size: int
-    seen: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
-    made: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
-
-    def __call__(self, which: int, x: Tensor) -> Tensor:
-        """The map, its output watched."""
-        y = watched(linear(x, self.weights[which], self.weights[2 + which]))
-        self.seen[which].append(x.detach().reshape(self.size, -1, x.shape[-1]))
-        self.made[which].append(y)
-        return y
-
-    def uses(self) -> list[Use]:
-        """Of the weight and bias of the input, then of the state."""
-        return [
-            Product(str(self.names[i]), self.names[2 + i], torch.cat(self.seen[i], 1), self.made[i])
-            for i in (0, 1)
-        ]
-
-
-def _enter(name: str, cell: Any) -> None:
+def _enter(name: str, cell: Cell) -> None:
     @rule(f"{name}.input")
     def apply(x: Tensor, *args: Any) -> Any:
         states, groups, settings = _arguments(name, x, args)
@@ -166,10 +110,10 @@ def _enter(name: str, cell: Any) -> None:
         states = [s.expand(size, *s.shape[1:]) for s in states]
         x = x.expand(size, *x.shape[1:])
 
-        def affine(k: int) -> Affine:
-            return lambda which, value: linear(value, groups[k][which], groups[k][2 + which])
+        def way(k: int, *given: Any) -> Any:
+            return _way(cell, lambda which, x: linear(x, groups[k][which], groups[k][2 + which]), *given)
 
-        return unrolled(partial(_way, cell), affine, x, states, **settings)
+        return unrolled(way, x, states, **settings)
 
     @tap(lambda args: args[2], f"{name}.input")
     def tapped(names: list[str | None], size: int, x: Tensor, *args: Any) -> Any:
@@ -177,31 +121,43 @@ def _enter(name: str, cell: Any) -> None:
         x, states = x.expand(size, *x.shape[1:]), [s.expand(size, *s.shape[1:]) for s in states]
         per = len(names) // len(groups)
         named = [[*names[i : i + per], *[None] * (4 - per)] for i in range(0, len(names), per)]
-        maps = [Affines(n, group, size) for n, group in zip(named, groups, strict=True)]
-        way = partial(_fused_way, name) if name in FUSED else partial(_way, cell)
-        out = unrolled(way, maps.__getitem__, x, states, **settings)
-        return out, [use for each in maps for use in each.uses()]
+        uses: list[Use] = []
+
+        def way(k: int, *given: Any) -> Any:
+            out, end, own = _fused(name, named[k], groups[k], *given)
+            uses.extend(own)
+            return out, end
+
+        return unrolled(way, x, states, **settings), uses
 
 
-def _fused_way(
-    name: str, maps: Affines, x: Tensor, state: list[Tensor], back: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """One layer in one direction by the fused operation; remembers its uses as if it had been step by step."""
-    x = x.flip(2) if back else x
-    given = maps(0, x)
-    weight, bias = maps.weights[1][0], maps.weights[3]
-    recalled = watched(torch.zeros_like(given, requires_grad=False))
-    # time first, the program's own batch folded with the patients
-    flat = [t.flatten(0, 1).transpose(0, 1) for t in (given, recalled)]
-    start = [s.flatten(0, 1) for s in state]
-    first = torch.stack(start)
-    out, _ = FUSED[name](*flat, first, weight, None if bias is None else bias[0])
-    ways = out.unflatten(2, x.shape[:2]).permute(0, 2, 3, 1, 4)  # (states, patients, batch, time, features)
-    before = torch.cat([start[0].unflatten(0, x.shape[:2]).unsqueeze(2), ways[0, :, :, :-1]], 2)
-    maps.seen[1].append(before.detach().reshape(maps.size, -1, weight.shape[1]))
-    maps.made[1].append(recalled)
-    y = ways[0].flip(2) if back else ways[0]
-    return y, [s[:, :, -1] for s in ways]
+def _fused(
+    name: str, names: list[Any], weights: list[Any], x: Tensor, state: list[Tensor], back: bool
+) -> tuple[Tensor, list[Tensor], list[Use]]:
+    """One layer in one direction, whose weights all patients share, and its uses: the input's map and the state's."""
+    x = x.permute(2, 0, 1, 3)  # time first: each step's rows lie together
+    x = x.flip(0) if back else x
+    given = watched(_patients_first(linear(x, weights[0], weights[2])))
+    recalled = None
+    if CELLS[name].twice:
+        recalled = watched(given.new_zeros((), requires_grad=False).expand(given.shape))
+    # the program's own batch folds with the patients
+    flat, added = (None if t is None else t.permute(2, 0, 1, 3).flatten(1, 2) for t in (given, recalled))
+    first = torch.stack([s.flatten(0, 1) for s in state])
+    bias = None if weights[3] is None else weights[3][0]
+    out, _ = FUSED[name](flat, added, first, weights[1][0], bias, tracing())
+    ways = out.unflatten(2, x.shape[1:3])  # (states, 1 + time, patients, batch, n)
+    uses: list[Use] = [
+        Product(str(names[which]), names[2 + which], _patients_first(value).detach().flatten(1, 2), [made])
+        for which, value, made in ((0, x, given), (1, ways[0, :-1], given if recalled is None else recalled))
+    ]
+    y = ways[0, 1:]
+    return _patients_first(y.flip(0) if back else y), list(ways[:, -1]), uses
+
+
+def _patients_first(x: Tensor) -> Tensor:
+    """`(time, patients, batch, ...)` as `(patients, batch, time, ...)`."""
+    return x.permute(1, 2, 0, 3)
 
 
 for _name, _cell in CELLS.items():

@@ -74,12 +74,12 @@ class Product:
     def parts(self, grads: Sequence[Tensor]) -> list[Part]:
         """An outer product at one position, to be written out at several."""
         a = self.inputs
-        g = torch.cat([g.reshape(len(a), -1, g.shape[-1]) for g in grads], dim=1)
+        g = grads[0].reshape(*a.shape[:2], grads[0].shape[-1])
         if a.shape[1] == 1:
             bias: list[Part] = [] if self.bias is None else [Stored(self.bias, g[:, 0])]
             return [Outer(self.weight, g[:, 0], a[:, 0]), *bias]
         bias = [] if self.bias is None else [Summed(self.bias, g.unsqueeze(-1))]
-        return [Pairs(self.weight, g, a), *bias]
+        return [Pairs(self.weight, g, a, torch.Size([g.shape[2], a.shape[2]])), *bias]
 
 
 @tap(lambda args: args[1:3], "linear.default")
