@@ -148,7 +148,7 @@ class Rehearsal:
             self._loop = loop.plan(small, self._cohort(schema, request).schema, DELTA, SystemNoise())
             return {"loop": "rehearsal", "noise": self._loop.sigma}, b""
         view = self._cohort(schema, self._loop.ask).view(self._loop.ask.split)
-        return {}, self._loop.gradient(request, tensors, view, lambda *_: None).tensors
+        return {}, self._loop.gradient(request, lambda most: tensors, view, lambda *_: None).tensors
 
     def _cohort(self, schema: Schema, ask: messages.Ask) -> Cohort:
         """A few made-up patients, and of them those that are asked about."""

@@ -26,12 +26,14 @@ class Blocks:
             self._mapped[number] = mmap.mmap(self._fds[number], BLOCK)
         return self._mapped[number]
 
-    def read(self, number: int, size: int) -> bytes:
+    def read(self, number: int, size: int, most: int = BLOCK) -> bytes:
         """A copy of the first `size` bytes; the session may write others meanwhile, and they count then.
 
         Raises:
-            RequestError: a block has not so many.
+            RequestError: a block has not so many, or they are more than `most`; nothing is copied.
         """
+        if size > most:
+            raise RequestError("The tensors do not fit the program.", "They are longer.", field="shared")
         if not 0 <= number < len(self._fds) or not 0 < size <= BLOCK:
             raise RequestError(
                 "The tensors are in no shared memory.", f"It has {BLOCK} bytes.", field="shared"

@@ -135,6 +135,7 @@ class Desk:
         tensors: bytes,
         on_step: OnStep,
         later: Callable[[Idle], None] = lambda work: None,
+        shared: loop.Read | None = None,
     ) -> tuple[Release | dict[str, Any], bytes]:
         """Answer one untrusted request.
 
@@ -142,6 +143,7 @@ class Desk:
             request, tensors: as a session sent them.
             on_step: told how far it is.
             later: given what may be done once the answer is on its way, while nobody needs the thread.
+            shared: gives the tensors of a loop's step that are in memory shared with its session.
 
         Raises:
             RequestError, ProgramError, PolicyError, BudgetError: nothing was touched, nothing spent.
@@ -152,7 +154,13 @@ class Desk:
         if isinstance(ask, messages.Review):
             ask = review.as_shown(ask)
         if isinstance(ask, messages.Gradient):
-            return self._gradient(caller, ask, tensors, on_step, later)
+            return self._gradient(caller, ask, shared or (lambda most: tensors), on_step, later)
+        if shared is not None:
+            raise RequestError(
+                "Only a step's tensors may be in shared memory.",
+                instead="Send these with the request.",
+                field="shared",
+            )
         if isinstance(ask, messages.Close):
             return self._close(caller, ask)
         policy = self._policy()
@@ -196,8 +204,15 @@ class Desk:
             caller.job, caller.project, ask.dataset, plan.touches, plan.loss, question, basis
         )
 
+        funded = policy
+
         def told(done: int, planned: int, ran: int, doing: str) -> None:
-            self._permit(self._policy(), caller, ask)  # a veto or a revocation holds from the next step on
+            nonlocal funded
+            now = self._policy()
+            self._permit(now, caller, ask)  # a veto or a revocation holds from the next step on
+            if now is not funded:  # and so does a smaller budget
+                fund(self._ledger, now, caller.project, ask.dataset, plan.touches)
+                funded = now
             on_step(done, planned, epsilon_of(plan.loss.part(ran), account.delta), doing)
 
         hold = self._hold(caller, ask, mode, account.delta)
@@ -234,7 +249,7 @@ class Desk:
         self,
         caller: Caller,
         ask: messages.Gradient,
-        tensors: bytes,
+        read: loop.Read,
         on_step: OnStep,
         later: Callable[[Idle], None],
     ) -> tuple[dict[str, Any], bytes]:
@@ -244,6 +259,8 @@ class Desk:
         if kept.policy is not policy or ask.program is not None:
             for program in [ask.program, *(found.programs if kept.policy is not policy else ())]:
                 _at_once(self._permit(policy, caller, found.ask, program=program))
+            if kept.policy is not policy:
+                fund(self._ledger, policy, caller.project, found.ask.dataset, found.touches)
             kept.policy = policy
 
         def progress(steps: int, doing: str = "") -> None:
@@ -254,7 +271,7 @@ class Desk:
             self._ledger.touch(ask.loop, steps)
 
         try:
-            given = found.gradient(ask, tensors, view, progress).tensors
+            given = found.gradient(ask, read, view, progress).tensors
         except RaphaError:
             raise
         except BaseException as error:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 
 from rapha_lab.curator.accounting import Gaussian, Loss, Pure
 from rapha_lab.curator.ledger import ALL, Ledger
 from rapha_lab.curator.watched import Watched
+from rapha_lab.protocol.errors import PolicyError
 from rapha_lab.protocol.policy import Policy
 from rapha_lab.protocol.schema import SPLITS
 from rapha_lab.protocol.spend import Spend, spends
@@ -33,6 +35,8 @@ def fund(ledger: Ledger, policy: Policy, project: str, dataset: str, splits: Ite
 def follow(ledger: Ledger, page: Callable[[], Policy], path: str | Path) -> Callable[[], Policy]:
     """Gives what gives the policy in force, once the ledger has its accounts and the spends signed beside it.
 
+    An account that has spent more than is signed now keeps its budget until `fund`, which refuses it, can lower it.
+
     Args:
         ledger: has the accounts.
         page: gives the policy in force, read anew each time.
@@ -45,16 +49,22 @@ def follow(ledger: Ledger, page: Callable[[], Policy], path: str | Path) -> Call
         nonlocal last
         policy, elsewhere = page(), stated()
         if (policy, elsewhere) != last:
+            short = False
             for project in policy.projects:
-                for dataset in project.datasets:
+                for dataset, split in product(project.datasets, SPLITS):
                     if project.name not in policy.revoked:
-                        fund(ledger, policy, project.name, dataset, SPLITS)
+                        try:
+                            fund(ledger, policy, project.name, dataset, [split])
+                        except (
+                            PolicyError
+                        ):  # whoever asks this account is told; nobody else's is a matter of it
+                            short = True
             for spend in elsewhere:
                 if not ledger.has(spend.name):
                     spend.check(policy)
                     where = spend.project, spend.dataset, [spend.split]
                     ledger.add(spend.name, *where, _loss(spend), spend.digest)
-            last = policy, elsewhere
+            last = None if short else (policy, elsewhere)
         return policy
 
     return in_force

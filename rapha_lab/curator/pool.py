@@ -20,10 +20,14 @@ class _Job(NamedTuple):
     owner: str
     name: str
     run: Callable[[], Idle | None]
+    long: bool
 
 
 class Pool:
     """Runs jobs in up to `size` threads; the others wait their turn, and one owner's never take the last thread.
+
+    Nor do the long ones of all owners together: one thread is left to short questions, and of the long ones' threads
+    one to other owners.
 
     A `concurrent.futures` pool gives each job to the thread that has rested longest, so that the steps of one
     training loop wander from processor to processor.
@@ -34,16 +38,23 @@ class Pool:
         self._idle: list[queue.SimpleQueue[_Job | None]] = []
         self._threads: list[threading.Thread] = []
         self._waiting: deque[_Job] = deque()
-        self._running: Counter[str] = Counter()
+        self._running, self._long = Counter[str](), Counter[str]()
         self._over = False
 
-    def submit(self, owner: str, function: Callable[..., Idle | None], *args: object, name: str = "") -> None:
+    def submit(
+        self,
+        owner: str,
+        function: Callable[..., Idle | None],
+        *args: object,
+        name: str = "",
+        long: bool = False,
+    ) -> None:
         """Run `function(*args)`, which raises nothing, once a thread is free and the owner leaves one to others.
 
         What it gives is done by the thread once it is free, until it gets another job.
         """
         with self._lock:
-            self._waiting.append(_Job(owner, name, partial(function, *args)))
+            self._waiting.append(_Job(owner, name, partial(function, *args), long))
             if (self._idle or self._one_more()) and (job := self._next()) is not None:
                 self._idle.pop().put(job)
 
@@ -84,11 +95,18 @@ class Pool:
     def _next(self) -> _Job | None:
         """The first that waits and may run now, counted as running."""
         for place, job in enumerate(self._waiting):
-            if self._running[job.owner] < max(1, self._size - 1):
+            if self._fits(job):
                 del self._waiting[place]
                 self._running[job.owner] += 1
+                self._long[job.owner] += job.long
                 return job
         return None
+
+    def _fits(self, job: _Job) -> bool:
+        most = max(1, self._size - 1)
+        if self._running[job.owner] >= most:
+            return False
+        return not job.long or (self._long.total() < most and self._long[job.owner] < max(1, most - 1))
 
     def _work(self, inbox: queue.SimpleQueue[_Job | None]) -> None:
         job = inbox.get()
@@ -96,6 +114,7 @@ class Pool:
             idle = self._safely(job.run)
             with self._lock:
                 self._running[job.owner] -= 1
+                self._long[job.owner] -= job.long
                 if self._over:
                     return
                 job = self._next()

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, BinaryIO
 
 import msgspec
@@ -28,6 +29,9 @@ from rapha_lab.protocol.release import Release
 __all__ = ["Server"]
 
 WORKERS = 4
+
+SHORT = 1 << 16
+"""Bytes of a request up to which it may be short: longer ones are not even looked at before their turn."""
 
 
 class Call(msgspec.Struct, forbid_unknown_fields=True):
@@ -92,7 +96,10 @@ class Server:
             elif call.do != "ask":
                 self._quick.submit(self._look_up, call)
             elif (request := messages.read_frame(self._reader)) is not None:
-                self._pool.submit(call.researcher, self._answer, call, *request, clock.now(), name=call.id)
+                long = _long(request[0])
+                self._pool.submit(
+                    call.researcher, self._answer, call, *request, clock.now(), name=call.id, long=long
+                )
                 if call.id in self._cancelled:
                     self._drop(call.id)
         self._cancelled.add("*")
@@ -134,8 +141,8 @@ class Server:
                 self._say({"id": call.id, **told})
 
         def answer(caller: Caller) -> tuple[Release | dict[str, Any], bytes]:
-            numbers = self._blocks.read(call.block, call.shared) if call.shared else tensors
-            return self._desk.answer(caller, request, numbers, on_step, later.append)
+            shared = partial(self._blocks.read, call.block, call.shared) if call.shared else None
+            return self._desk.answer(caller, request, tensors, on_step, later.append, shared)
 
         self._reply(call, answer, came)
         return later[0] if later else None
@@ -171,3 +178,16 @@ class Server:
             print(f"{call.do}: {type(error).__name__}", file=sys.stderr)
             refusal = RefusedError(f"{call.do} could not be answered.", "An internal error ended it.")
             self._say({"id": call.id, "error": refusal.to_wire()})
+
+
+def _long(request: bytes) -> bool:
+    """Whether it may take long: a training, an evaluation, functions, or the first step of a program, which is compiled."""
+    if len(request) > SHORT:
+        return True
+    try:
+        ask = messages.decode(request)
+    except RaphaError:
+        return False  # it is refused at once
+    if isinstance(ask, messages.Gradient):
+        return ask.program is not None
+    return isinstance(ask, messages.Fit | messages.Evaluate | messages.Shards | messages.Review)

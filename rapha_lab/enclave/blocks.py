@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from rapha_lab.protocol.messages import BLOCK
 
-__all__ = ["Block", "Blocks"]
+__all__ = ["Block", "Blocks", "affordable"]
 
 COUNT = 64
-"""Blocks of a site, each at most for one session at a time; one that gets none uses its pipes. Those unused take no memory."""
+"""Most blocks of a site, each at most for one session at a time; who gets none uses its pipes. Unused ones take no memory."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Blocks:
             self._taken.clear()
             while self.fds:
                 os.close(self.fds.pop())
+
+
+def affordable(memory: int) -> int:
+    """How many blocks a machine of so many bytes has: a sixteenth of it at most."""
+    return min(COUNT, memory // (16 * BLOCK))
 
 
 def _made() -> int:

@@ -121,7 +121,10 @@ class Cells:
             self._room(researcher)
         block = self._blocks.take()
         try:
-            return self._zygote.spawn(Limits(cores=SESSIONS), block)
+            memory = Limits.memory - (
+                0 if block is None else messages.BLOCK
+            )  # it counts as the session's own
+            return self._zygote.spawn(Limits(memory, cores=SESSIONS), block)
         except BaseException:
             self._blocks.give_back(block)
             raise

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from rapha_lab.enclave import cores
 from rapha_lab.enclave.attester import SimulatedAttester, attester
-from rapha_lab.enclave.blocks import Blocks
+from rapha_lab.enclave.blocks import Blocks, affordable
 from rapha_lab.enclave.cell import kept
 from rapha_lab.enclave.cells import Cells
 from rapha_lab.enclave.console import Console
@@ -143,7 +143,7 @@ class Site:
         self._build = _build(config.release, self._attester.measurement)
         self.simulated = isinstance(self._attester, SimulatedAttester)
         self._shards = ShardWorkers(lambda: self._zygote, config.tier)
-        self._blocks = Blocks()
+        self._blocks = Blocks(affordable(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
         self._curator = Curator(self._shards.connect, self._blocks.fds)
         try:
             self._zygote = Zygote("rapha_lab.session.worker:main", tier=config.tier)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rapha_lab.curator import blocks as curators
-from rapha_lab.enclave.blocks import Blocks
+from rapha_lab.enclave.blocks import Blocks, affordable
 from rapha_lab.enclave.sandbox import Worker, Zygote
 from rapha_lab.protocol.errors import RequestError
 from rapha_lab.protocol.messages import BLOCK
@@ -71,6 +71,16 @@ def test_the_next_session_gets_zeros_and_nobody_gets_anothers(zygote, blocks) ->
         )
     with mmap.mmap(first.fd, BLOCK) as memory:
         assert memory[:] == bytes(BLOCK)
+
+
+def test_more_than_the_reader_wants_is_not_copied(blocks) -> None:
+    with pytest.raises(RequestError, match="longer"):
+        curators.Blocks(blocks.fds).read(0, BLOCK, 1000)
+
+
+def test_all_blocks_together_are_a_small_part_of_the_machine() -> None:
+    """None on one that has no gigabyte: sessions use their pipes there."""
+    assert [affordable(gib << 30) for gib in (0, 1, 4, 24, 64, 1024)] == [0, 1, 4, 24, 64, 64]
 
 
 @pytest.mark.parametrize(("number", "size"), [(-1, 9), (2, 9), (0, 0), (0, -1), (0, BLOCK + 1), (0, 1 << 62)])

@@ -131,6 +131,22 @@ class TestCaps:
         follow(capped, signed(tmp_path, page(3.0, version=3)))()
         run(capped, "second", "care", 0.9)
 
+    def test_a_smaller_budget_that_cannot_be_yet_closes_its_own_account_alone(self, ledger, tmp_path):
+        """Others go on, and it is in force once what it lacks has come back."""
+        follow(ledger, signed(tmp_path, page()))()
+        ledger.reserve("open", "risk", "flchain", ["train"], answer(0.9), bytes(32))
+        smaller = page(version=2).replace("epsilon = 1.0", "epsilon = 0.5", 1)
+        in_force = follow(ledger, signed(tmp_path, smaller))
+        policy = in_force()
+        with pytest.raises(PolicyError, match="cannot become"):
+            fund(ledger, policy, "risk", "flchain", ["train"])
+        fund(ledger, policy, "care", "flchain", ["train"])
+        run(ledger, "other", "care", 0.5)
+        assert ledger.statement("risk", "flchain", "test").epsilon == 0.5
+        ledger.abandon("open", "cancelled")
+        in_force()
+        assert ledger.statement("risk", "flchain", "train").epsilon == 0.5
+
     def test_it_stands_on_the_page_in_words(self):
         """For those who sign it."""
         assert "All projects together: per patient epsilon 1.2 at most" in plain_english(

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from rapha_lab.curator.pool import Pool
+from rapha_lab.curator.server import SHORT, _long
 from rapha_lab.protocol import messages, policy
 from rapha_lab.protocol.errors import RequestError
 
@@ -145,6 +146,50 @@ def test_one_owner_never_takes_the_last_thread() -> None:
     assert ran.empty()
     go.release(2)
     pool.close()
+
+
+def test_long_jobs_of_all_together_leave_a_thread_to_short_ones_and_one_to_another_owners_long_one() -> None:
+    """The short ones of whoever trains too."""
+    pool, go, ran = Pool(4, "test"), threading.Semaphore(0), queue.SimpleQueue()
+    for number in range(4):
+        for owner in "abc":
+            pool.submit(owner, lambda job=(owner, number): ran.put(job) or (go.acquire() and None), long=True)
+    begun = [ran.get(timeout=5) for _ in range(3)]
+    assert {begun[0][0], begun[1][0], begun[2][0]} == {"a", "b", "c"}
+    for owner in "abcd":
+        pool.submit(owner, ran.put, owner)
+        assert ran.get(timeout=5) == owner
+    assert ran.empty()
+    go.release(20)
+    assert len([ran.get(timeout=5) for _ in range(9)]) == 9
+    for number in range(3):
+        pool.submit("a", lambda number=number: ran.put(number) or (go.acquire(timeout=5) and None), long=True)
+    pool.close()
+
+
+def test_one_owners_long_jobs_leave_a_thread_to_another_owners() -> None:
+    """Else one who trains three times would keep all others from training."""
+    pool, go, ran = Pool(4, "test"), threading.Semaphore(0), queue.SimpleQueue()
+    for owner in "aaab":
+        pool.submit(owner, lambda owner=owner: ran.put(owner) or (go.acquire() and None), long=True)
+    assert sorted(ran.get(timeout=5) for _ in range(3)) == ["a", "a", "b"]
+    assert ran.empty()
+    go.release(4)
+    assert ran.get(timeout=5) == "a"
+    pool.close()
+
+
+def test_a_job_is_long_by_what_it_asks() -> None:
+    """And by its length, which nobody reads before its turn; what does not read is refused at once."""
+    step = messages.Gradient(loop="l", inputs={"x": "x0"}, digest="")
+    shards = messages.Shards(
+        dataset="d", split="train", epsilon=1.0, source="s", name="f", columns=["x"], bounds=[(0, 1)]
+    )
+    assert not _long(messages.encode(step))
+    assert not _long(messages.encode(messages.Close(loop="l")))
+    assert not _long(b"{")
+    assert _long(bytes(SHORT + 1))
+    assert _long(messages.encode(shards))
 
 
 def test_no_thread_is_lost_where_the_machine_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:

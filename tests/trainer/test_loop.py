@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from house import House, numbers
 from torch import nn
 
+from rapha_lab.curator.desk import Caller
 from rapha_lab.curator.funds import follow
 from rapha_lab.curator.ledger import PATIENCE
 from rapha_lab.curator.lift import compiling
@@ -190,15 +191,54 @@ def test_a_fit_that_no_longer_fits_a_smaller_budget_ends_at_its_next_block(follo
 def test_an_idle_loop_keeps_a_smaller_budget_out_for_no_longer_than_its_hour(
     followed: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others are refused while it holds more than was signed, and no longer once it has timed out."""
+    """Others who ask this account are refused while it holds more than was signed, and no longer once it has timed out."""
     now = [0.0]
     monkeypatch.setattr(followed.ledger, "_clock", lambda: now[0])
     followed.ask(msgspec.structs.replace(OPEN, epsilon=4.4), b"")
     sign(followed, 4.0)
     with pytest.raises(PolicyError, match="held by a training"):
-        followed.patients.test.mean("x0", epsilon=0.01)
-    now[0] += PATIENCE + 1
+        followed.patients.train.mean("x0", epsilon=0.01)
     followed.patients.test.mean("x0", epsilon=0.01)
+    now[0] += PATIENCE + 1
+    followed.patients.train.mean("x0", epsilon=0.01)
+
+
+def test_a_steps_numbers_are_read_once_all_else_is_in_order(house: House) -> None:
+    """They may be 64 MB in shared memory, for a message of a hundred bytes; and no more than its program has."""
+    read, send = list[int](), house.desk.answer
+
+    def shared(caller: Any, request: bytes, tensors: bytes, *more: Any) -> Any:
+        asked = messages.decode(request)
+        if not isinstance(asked, messages.Gradient):
+            return send(caller, request, tensors, *more)
+
+        def numbers(most: int) -> bytes:
+            read.append(most)
+            return tensors
+
+        for wrong in ({"loop": "other"}, {"digest": "none", "program": None}, {"inputs": {"x": "gone"}}):
+            bad = msgspec.structs.replace(asked, **wrong)
+            if asked.program is None or "inputs" not in wrong:
+                with pytest.raises(RaphaError):
+                    send(caller, messages.encode(bad), b"", *more, numbers)
+        assert not read
+        answer = send(caller, request, b"", *more, numbers)
+        assert len(tensors) <= read.pop() < len(tensors) + 8192
+        return answer
+
+    house.desk.answer = shared  # type: ignore[method-assign]
+    model = nn.Linear(3, 1)
+    for batch in house.patients.train.batches(size=100, epochs=0.6, epsilon=1):
+        step(model, batch)
+    assert sum(house.steps) == 3
+
+
+def test_only_a_step_has_its_numbers_in_shared_memory(house: House) -> None:
+    caller = Caller(house.key, "p", "c-x")
+    with pytest.raises(RequestError, match="Only a step"):
+        house.desk.answer(
+            caller, messages.encode(OPEN), b"", lambda *_: None, shared=lambda most: bytes(most)
+        )
 
 
 def test_loops_opened_at_once_are_counted_each(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

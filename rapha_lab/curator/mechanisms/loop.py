@@ -9,6 +9,7 @@ may have been drawn while the session was busy since the step before, see `curat
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +30,10 @@ from rapha_lab.protocol.program import Program, digest
 from rapha_lab.protocol.schema import SPLITS, Schema
 from rapha_lab.protocol.tensors import header, pack
 
-__all__ = ["Loop", "plan"]
+__all__ = ["Loop", "Read", "plan"]
+
+Read = Callable[[int], bytes]
+"""Gives a step's tensors; where they are in shared memory, no more than so many bytes."""
 
 MOST = 16
 """Programs a loop remembers."""
@@ -76,14 +80,14 @@ class Loop:
         """Whether the steps of its latest program are compiled, and what that took."""
         return [*self._known.values()][-1].lifted.note
 
-    def gradient(self, ask: Gradient, tensors: bytes, view: View, progress: Progress) -> Answer:
-        """One private gradient by parameter.
+    def gradient(self, ask: Gradient, read: Read, view: View, progress: Progress) -> Answer:
+        """One private gradient by parameter; its tensors are read once all else of the step is seen to be in order.
 
         Raises:
             ProgramError, RequestError: the step is malformed; it was not taken.
         """
         with self._lock:  # one step at a time, however many sessions of its owner ask
-            return self._step(ask, tensors, view, progress)
+            return self._step(ask, read, view, progress)
 
     def work_ahead(self, wanted: Callable[[], bool]) -> None:
         """Draw what the next step will need, if there will be one, until the thread is `wanted`."""
@@ -94,11 +98,11 @@ class Loop:
             finally:
                 self._lock.release()
 
-    def _step(self, ask: Gradient, tensors: bytes, view: View, progress: Progress) -> Answer:
-        known = self._program(ask, tensors, progress)
+    def _step(self, ask: Gradient, read: Read, view: View, progress: Progress) -> Answer:
+        known, tensors = self._program(ask, read, progress)
         lifted, total = known.lifted, known.total or known.lifted.zeros()
-        parameters, constants = lifted.tensors(tensors)
         key = known.columns(ask.inputs, self.schema)
+        parameters, constants = lifted.tensors(tensors or read(_bytes(lifted.program)))
         self._announce(progress)
         rows = self._inputs(key, ask.inputs, view)
         self.noise.begin()
@@ -118,11 +122,14 @@ class Loop:
         self._ahead = ahead - 1
         self.done += 1
 
-    def _program(self, ask: Gradient, tensors: bytes, progress: Progress) -> _Known:
+    def _program(self, ask: Gradient, read: Read, progress: Progress) -> tuple[_Known, bytes]:
+        """The step's program, and its tensors if they had to be read for it."""
+        tensors = b""
         if ask.program is not None and ask.digest not in self._known:
             if digest(ask.program) != ask.digest:
                 raise ProgramError("The program is not the one its digest names.", field="digest")
             lifted = lift(ask.program)
+            tensors = read(_bytes(ask.program))
             most = train.most(self.ask.batch, self.rate, self.ask.split)
             parts = lifted.for_batches_of(train.capacity(most, 1))
             train.prepare(lifted, *lifted.tensors(tensors), self.ask.steps * parts, progress)
@@ -132,7 +139,7 @@ class Loop:
             self._known[ask.digest] = _Known(lifted, train.capacity(most, lifted.microbatch), total)
         if ask.digest not in self._known:
             raise ProgramError("The loop does not know this program.", "", "Send it once.", field="program")
-        return self._known[ask.digest]
+        return self._known[ask.digest], tensors
 
     def _inputs(self, key: str, inputs: dict[str, Columns], view: View) -> dict[str, Tensor]:
         if key not in self._rows:
@@ -173,6 +180,13 @@ class _Known:
             numbers: Any = total.flat.float().numpy()
             return b"".join((self.header, numbers))
         return pack(total.cast({s.name: getattr(torch, s.dtype) for s in self.lifted.program.parameters}))
+
+
+def _bytes(program: Program) -> int:
+    """What a program's tensors take at most, with what is said of them."""
+    specs = (*program.parameters, *program.constants)
+    numbers = sum(math.prod(s.shape) * getattr(torch, s.dtype).itemsize for s in specs)
+    return 4096 + numbers + sum(512 + 6 * len(s.name) for s in specs)
 
 
 def plan(ask: Open, schema: Schema, delta: float, noise: Noise) -> Loop:
