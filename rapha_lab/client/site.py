@@ -496,7 +496,7 @@ class Job:
         return self
 
     def bring(self, **into: Any) -> dict[str, Any]:
-        """The values that the cell's -o named; waits for the end.
+        """The values that the cell's -o named; waits for the end, and says how far the job is.
 
         Args:
             into: modules by those names, to load the weights into; else they come as dicts of tensors.
@@ -506,7 +506,12 @@ class Job:
         """
         from rapha_lab.client.rehearsal import Rehearsal
 
-        self.wait()
+        progress = Progress()
+        for _ in self.follow():
+            if self.state not in ENDED:
+                progress.say(self._repr_mimebundle_()["text/plain"])
+        progress.end(f"The job {self.id[:8]} was {self.state}")
+        self.raise_error()
         for name in into.keys() - self.values.get("values", {}).keys():
             brings = ", ".join(self.values.get("values", {})) or "nothing"
             raise RequestError(

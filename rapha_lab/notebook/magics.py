@@ -8,7 +8,7 @@ import re
 import shlex
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NoReturn
@@ -126,7 +126,7 @@ class EnclaveMagics(Magics):
                         largest_model=dataset.largest_model,
                     )
             except RaphaError as error:
-                self._explain(error)
+                self._explain(error, args.output)
                 self._said = _words(held)
                 card.give_way()
                 raise
@@ -178,8 +178,12 @@ class EnclaveMagics(Magics):
             raise
         return job
 
-    def _explain(self, error: RaphaError) -> None:
+    def _explain(self, error: RaphaError, outputs: Sequence[str] = ()) -> None:
         """Say why a cell lacks a name that is known elsewhere, and how it gets there."""
+        if any(error.what == f"{name} is not defined." for name in outputs):
+            error.instead += (
+                ' Of a job of an earlier kernel: site.attach(site.jobs()[-1]["id"]).bring(model=model).'
+            )
         lacks = re.match(r"NameError: name '(\w+)' is not defined", error.what)
         if not lacks or not isinstance(error, CellError):
             return

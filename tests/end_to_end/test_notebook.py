@@ -376,7 +376,9 @@ def test_what_cannot_come_back_is_found_before_anything_is_paid(
     """A slip in -o, or a value that does not travel, costs no ε."""
     before = notebook.value("len(site.jobs())")
     cell = f'%%enclave flchain -o deepness\n{line}\npatients.mean("age", epsilon=0.01)'
-    assert told in said(notebook.run(cell))
+    outputs = notebook.run(cell)
+    assert told in said(outputs)
+    assert ("Of a job of an earlier kernel" in str(bundles(outputs, "text/plain"))) == ("not defined" in told)
     assert notebook.value("len(site.jobs())") == before
 
 
