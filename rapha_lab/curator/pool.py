@@ -120,6 +120,8 @@ class Pool:
                 job = self._next()
                 if job is None:
                     self._idle.append(inbox)
+                while self._idle and job is not None and (other := self._next()) is not None:
+                    self._idle.pop().put(other)  # an end may make room for an owner's and for a long one
             if job is None and idle is not None:
                 self._safely(partial(idle, lambda: not inbox.empty()))
             idle = None  # else a loop that is closed would stay in memory until this thread's next job

@@ -179,6 +179,18 @@ def test_one_owners_long_jobs_leave_a_thread_to_another_owners() -> None:
     pool.close()
 
 
+def test_what_an_end_makes_room_for_begins_at_once() -> None:
+    """Its owner's next, and another owner's long one, which waited each for another reason."""
+    pool, go, ran = Pool(2, "test"), threading.Event(), queue.SimpleQueue()
+    both = threading.Barrier(2)
+    pool.submit("a", lambda: go.wait(5) and None, long=True)
+    pool.submit("a", lambda: (both.wait(5), ran.put("a"))[1])
+    pool.submit("b", lambda: (both.wait(5), ran.put("b"))[1], long=True)
+    go.set()
+    assert {ran.get(timeout=6), ran.get(timeout=6)} == {"a", "b"}
+    pool.close()
+
+
 def test_a_job_is_long_by_what_it_asks() -> None:
     """And by its length, which nobody reads before its turn; what does not read is refused at once."""
     step = messages.Gradient(loop="l", inputs={"x": "x0"}, digest="")
