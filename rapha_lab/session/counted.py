@@ -14,8 +14,11 @@ from unittest.mock import patch
 import torch
 from torch.utils._device import _device_constructors
 
+from rapha_lab.protocol.errors import SealedError
+from rapha_lab.session import tracing
+from rapha_lab.session.refusals import COPIES
 from rapha_lab.session.sealed import SealedTensor
-from rapha_lab.session.tape import Count
+from rapha_lab.session.tape import Count, mapped
 
 __all__ = ["counted"]
 
@@ -25,6 +28,7 @@ _FUNCTIONS = (
     "tensor", "zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm", "normal",
     "tile", "broadcast_to",
 )  # fmt: skip
+_SPARSE = [f"sparse_{kind}_tensor" for kind in ("coo", "csr", "csc", "bsr", "bsc", "compressed")]
 _device_constructors()  # which torch.device looks up once, by the functions that it finds then
 
 
@@ -41,6 +45,19 @@ def _sealing(function: Callable[..., Any]) -> Callable[..., Any]:
     return either
 
 
+def _refusing(function: Callable[..., Any], method: bool = False) -> Callable[..., Any]:
+    """The function, which takes no sealed tensor's numbers: torch would copy the made-up ones, which nothing tells apart."""
+
+    def either(*args: Any, **kwargs: Any) -> Any:
+        given: list[Any] = []
+        mapped((args[method:], kwargs), SealedTensor, given.append)
+        if given:
+            raise SealedError(*COPIES, line=tracing.cell_line())
+        return function(*args, **kwargs)
+
+    return either
+
+
 def _counts(value: Any) -> bool:
     kind = type(value)
     return kind is Count or (kind in (tuple, list, torch.Size) and any(type(n) is Count for n in value))
@@ -48,7 +65,11 @@ def _counts(value: Any) -> bool:
 
 _SEALING = [
     *((torch.Tensor, name, _sealing(getattr(torch.Tensor, name))) for name in _METHODS),
-    *((torch, name, _sealing(getattr(torch, name))) for name in _FUNCTIONS),
+    *((torch, name, _sealing(getattr(torch, name))) for name in _FUNCTIONS if name != "full"),
+    (torch, "full", _refusing(_sealing(torch.full))),
+    (torch.Tensor, "new_tensor", _refusing(torch.Tensor.new_tensor, method=True)),
+    (torch.nested, "nested_tensor", _refusing(torch.nested.nested_tensor)),
+    *((torch, name, _refusing(getattr(torch, name))) for name in _SPARSE),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ANSWERS",
+    "COPIES",
     "COUNT",
     "LOAD",
     "OF_TORCH",
@@ -46,6 +47,12 @@ OF_TORCH: dict[str, tuple[str, str, str]] = {
     ),
 }  # fmt: skip
 PACKED = OF_TORCH["torch/nn/utils/rnn.py"]
+COPIES = (
+    "A tensor is made of a sealed tensor's numbers.",
+    "torch would copy those of the made-up patients that are underneath.",
+    "Compute with x itself: x + torch.zeros(3) for torch.full((3,), x), torch.stack and scatter_add for what is sparse.",
+)
+
 TRANSFORMS = (
     "A transform of torch.func was given a sealed tensor.", _MISSING,
     "Write the sum over heads or experts with torch.einsum, and a derivative out in full; patients are computed together "

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rapha_lab.curator.lift import lift
-from rapha_lab.protocol.errors import ProgramError
+from rapha_lab.protocol.errors import ProgramError, SealedError
 from rapha_lab.session.counted import counted
 from rapha_lab.session.sealed import PATIENTS, Batch
 from rapha_lab.session.tracing import Traced, loss_program
@@ -324,3 +324,25 @@ def test_shapes_that_depend_on_values_are_told() -> None:
     with pytest.raises(ProgramError, match="makes shapes of a patient's values") as refused:
         asked(nn.Linear(D, 4), aligned)
     assert "F.cross_entropy" in refused.value.instead
+
+
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:The PyTorch API of nested", "ignore:To copy construct")
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda v: torch.sparse_coo_tensor(torch.arange(PATIENTS)[None], v, (PATIENTS,)),
+        lambda v: torch.sparse_csr_tensor(torch.arange(PATIENTS + 1), torch.zeros(PATIENTS).long(), v),
+        lambda v: torch.full((3,), v.sum()),
+        lambda v: torch.full((3,), fill_value=v.sum()),
+        lambda v: torch.ones(2).new_tensor(v),
+        lambda v: torch.nested.nested_tensor([v, v]),
+    ],
+    ids=["coo", "csr", "full", "fill_value", "new_tensor", "nested"],
+)
+def test_torch_copies_no_made_up_number_without_a_word(made: Callable[[Any], Any]) -> None:
+    """What is made like it of plain numbers is, also of as many as there are patients."""
+    x = Batch(ROWS.__getitem__, lambda *_: {}, expected=20)[next(iter(ROWS))]
+    with counted():
+        with pytest.raises(SealedError, match="made of a sealed tensor's numbers"):
+            made(x)
+        assert type(made(torch.rand(PATIENTS))) is torch.Tensor
