@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from test_models import MODELS
 from torch import Tensor, nn
 
 from rapha_lab.curator.lift import Lifted, clipping, lift
+from rapha_lab.curator.lift.parts import Pairs, Several, Stored
 from rapha_lab.curator.mechanisms import train
 from rapha_lab.protocol.program import Program
 from rapha_lab.session.tracing import trace
@@ -243,3 +245,29 @@ def test_broken_clipping_is_caught(mutant: Callable[..., Sums], monkeypatch: pyt
     monkeypatch.setattr(clipping, "clipped_sum", mutant)
     only = it.clipped_sum(parameters, constants, batch, torch.arange(8) == 0, CLIP / 100)
     assert norm(only) > CLIP / 100 * (1 + train.slack(8))
+
+
+@pytest.mark.parametrize("size", [1, 4, 12, 24])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e20, 1e38])
+def test_written_out_in_groups_a_patient_moves_the_sum_by_at_most_the_norm(size: int, scale: float) -> None:
+    """At either edge of a group, of a weight used twice whose gradients nearly cancel; one that is no number adds nothing."""
+    draw, patients = torch.Generator().manual_seed(0), 24
+    out, inp = (torch.randn(patients, 6, n, generator=draw) for n in (5, 7))
+    shape = torch.Size((5, 7))
+    for who in (0, 3, 4, 23):
+        for bad in (1.0, math.nan, math.inf, 1e30):
+            spoiled = out * scale
+            spoiled[who, 0] *= bad
+            uses = (Pairs("w", spoiled, inp, shape), Pairs("w", -spoiled * (1 + 2**-20), inp, shape))
+            found = {"w": Several("w", uses), "b": Stored("b", spoiled[:, 0])}
+            full = torch.ones(patients, dtype=torch.bool)
+            without = full.clone()
+            without[who] = False
+            (whole, counted), (rest, fewer) = (
+                clipping.clipped_sum(found, m, 1.0, size) for m in (full, without)
+            )
+            apart = torch.cat([(whole[n].double() - rest[n]).flatten() for n in whole]).norm()
+            assert float(apart) <= 1 + train.slack(patients)
+            if bad != 1.0 and not spoiled[who].isfinite().all():
+                assert float(apart) == 0
+                assert counted[0] == fewer[0]
