@@ -76,7 +76,6 @@ def test_machine_code_of_a_few_patients_at_a_time_gives_the_same_sums(
     mask = torch.arange(10) != 4
     eager = it.clipped_sum(parameters, constants, batch, mask, 0.3)
     monkeypatch.setattr(compiling, "_steps", {})
-    monkeypatch.setattr(lift_module, "AT_ONCE", 0)
     monkeypatch.setattr(lift_module, "STORED", 5 * it.written)
     assert it.compile(parameters, constants) is not None
     fast = it.clipped_sum(parameters, constants, batch, mask, 0.3)
@@ -347,7 +346,6 @@ def test_norms_and_sums_read_the_same_memory(name: str, monkeypatch: pytest.Monk
     model = make()
     model(x)
     it, parameters, constants = lifted(model, loss, x, y)
-    monkeypatch.setattr(lift_module, "AT_ONCE", 0)
     monkeypatch.setattr(lift_module, "STORED", 8 * it.written)
     monkeypatch.setattr(compiling, "cells_by", lambda assemble: nullcontext())
     assert it.compile(parameters, constants) is not None
@@ -386,7 +384,6 @@ def test_machine_code_holds_hostile_graphs_to_the_norm(seed: int, monkeypatch: p
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     it = lift(random_program([(rng.randrange(100), rng.randrange(2)) for _ in range(rng.randint(1, 8))]))
     it.microbatch = 8
-    monkeypatch.setattr(lift_module, "AT_ONCE", 0)  # a few patients' gradients at a time
     monkeypatch.setattr(lift_module, "STORED", 2 ** (seed % 3) * it.written)
     parameters = {s.name: torch.randn(s.shape, generator=generator) for s in it.program.parameters}
     assert it.compile(parameters, {}) is not None

@@ -41,10 +41,9 @@ SMALLEST, LARGEST = 8, 512
 CHUNK = 1 << 27
 """Bytes that a microbatch may allocate in all its operations together, if that is enough for the smallest one."""
 STORED, TOGETHER = 1 << 22, 32
-"""Bytes of written-out gradients that a microbatch may have, so that they and what they are made of stay in the
-processor's cache; so many patients in any case. Recurrent layers take more: their steps are many small operations."""
-AT_ONCE = 1 << 24
-"""Bytes of written-out gradients up to which a microbatch's are made in one piece; of more, `STORED` at a time."""
+"""Bytes of gradients that are written out at a time, so that they and what they are made of stay in the processor's
+cache; and patients that a microbatch holds in any case. It holds no more than that has room for, except of recurrent
+layers, whose steps are many small operations."""
 LARGE = 1 << 20
 """Parameters from which on a sum of one group's gradients is held at a time."""
 
@@ -233,7 +232,7 @@ class Lifted:
     @property
     def _together(self) -> int:
         """How many patients' gradients are written out at a time: a divisor of the microbatch."""
-        if not self.written or self.written * self.microbatch <= AT_ONCE:
+        if not self.written or self.written * self.microbatch <= STORED:
             return self.microbatch
         most = max(1, STORED // self.written)
         return next(n for n in range(min(most, self.microbatch), 0, -1) if self.microbatch % n == 0)
