@@ -106,7 +106,7 @@ CELLS: dict[str, tuple[str, str | None, str]] = {
     "fit(batch=10**9)": ("RequestError", "batch", "between"),
     "fit(batch='all')": ("RequestError", "batch", "between"),
     "fit(clip=0)": ("RequestError", "clip", "between"),
-    "fit(clip_quantile=90)": ("RequestError", "clip_quantile", "< 1.0"),
+    "fit(clip_quantile=90)": ("RequestError", "clip_quantile", "below 1"),
     'patients.test.evaluate(m, ["auc"], inputs=F, target="died", epsilon=1)': (
         "RequestError",
         "metrics",
