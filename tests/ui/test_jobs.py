@@ -11,7 +11,7 @@ import pytest
 from lab import CONNECT, FIT, Lab
 from playwright.sync_api import Locator, expect
 
-LONG = FIT.format(epochs=1000)
+LONG = FIT.format(epochs=3000)
 
 
 @pytest.fixture
