@@ -40,12 +40,12 @@ not run here.
 
 **Where it costs more.** On models that this table does not have, tried compiled on a busy machine: 0.7 to 0.75 for a vision
 transformer and an MLP-Mixer; 0.9 to 1.2 for U-Nets, an ECG network, 3-D convolutions, RETAIN and MLPs for survival and many
-tasks; 1.2 to 1.3 for a dilated 1-D CNN. But 1.5 for ResNet-18 and 2.3 to 2.6 for an LSTM, at twice and up to three times plain
-training's memory: a weight that is used at few places of a patient has a gradient larger than all that it is made of, and it
-is written out for each patient, since the norm must be that of the very numbers added. (PyTorch's own LSTM is one operation of
-oneDNN, besides, and ours some dozens a step.) A matrix used again, transposed, as in a tied autoencoder, is copied for each
-patient (2.0). Steps below half a millisecond (1.4 for a small autoencoder, 1.8 to 2.0 for a logistic regression) pay for noise,
-the draw and the look at each patient's norm.
+tasks; 0.7 to 1.0 for GRUs and plain RNNs; 1.2 to 1.3 for a dilated 1-D CNN. But 1.5 to 1.6 for ResNet-18 and for visits of a
+dozen codes each, 1.3 to 1.6 for an LSTM, 2.8 for one at a batch of 32: a weight that is used at few places of a patient has a
+gradient larger than all that it is made of, and it is written out for each patient, since the norm must be that of the very
+numbers added. (PyTorch's own LSTM is one operation of oneDNN, besides, and ours one product and one loop a step.) A matrix used
+again, transposed, as in a tied autoencoder, is copied for each patient (2 to 3). Steps below half a millisecond (1.4 to 1.6 for
+a small autoencoder, 1.8 to 2.0 for a logistic regression) pay for noise, the draw and the look at each patient's norm.
 
 ## Memory, and what is left to say
 
