@@ -223,6 +223,18 @@ def test_the_compilers_processes_end_with_the_job(tmp_path: Path) -> None:
     assert_gone(tmp_path)
 
 
+@pytest.mark.parametrize(("seconds", "looks"), [(0.5, 100), (100, 1)])
+def test_nothing_is_left_of_what_a_compiler_wrote_by_half(seconds: float, looks: int, tmp_path: Path) -> None:
+    """By its time or with the job: the next job that needs the same code would find it there and load it."""
+    written, look = tmp_path / "half.so", going(looks)
+    with (
+        compiling._bounded(seconds, lambda: look() if written.exists() else None),
+        pytest.raises((CppCompileError, EndedError)),
+    ):
+        cpp_builder.run_compile_cmd(f"sh -c 'echo half > $1; sleep 60' -o {written}", str(tmp_path))
+    assert not written.exists()
+
+
 def test_another_process_under_the_compilers_number_is_left_alone() -> None:
     """It began at another time."""
     with subprocess.Popen(["/bin/sleep", "60"]) as other:

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -266,7 +267,11 @@ def _bounded(seconds: float, going: Going = _unasked) -> Iterator[None]:
 
         def timed(command: str, folder: str) -> None:
             left = max(due - time.monotonic(), 0.01)
-            _watched(run, f"{left:.2f} {command}", folder, going)  # which ends what a driver starts too
+            try:
+                _watched(run, f"{left:.2f} {command}", folder, going)  # which ends what a driver starts too
+            except BaseException:
+                _forget(command, folder)
+                raise
 
         patches.enter_context(patch.object(builder, "_run_compile_cmd", timed))
         yield
@@ -290,6 +295,13 @@ def _watched(run: Callable[[str, str], None], command: str, folder: str, going: 
         finally:
             number.unlink(missing_ok=True)
     running.result()
+
+
+def _forget(command: str, folder: str) -> None:
+    """Remove what a compiler that was ended has written by half: a later job would take it for whole, and load it."""
+    for option, path in pairwise(shlex.split(command)):
+        if option == "-o":
+            Path(folder, path).unlink(missing_ok=True)
 
 
 def _end(told: str) -> None:
