@@ -28,6 +28,7 @@ CHOSEN = [
     "depthwise convolutions",
     "embedding and mlp",
     "codes of visits",
+    "codes of a large table",
     "tied weights",
     "text transformer",
     "gru",

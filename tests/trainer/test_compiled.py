@@ -289,7 +289,7 @@ def assert_gone(folder: Path) -> None:
     pytest.fail("the compiler's child is still there")
 
 
-@pytest.mark.parametrize("name", ["mlp"])
+@pytest.mark.parametrize("name", ["mlp", "codes of visits", "codes of a large table"])
 def test_machine_code_gives_the_same_sums(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real compiler; matrices large enough for the faster product among them."""
     monkeypatch.setattr(compiling, "_steps", {})
@@ -343,7 +343,9 @@ def test_machine_code_drops_out_the_same_on_the_way_back(monkeypatch: pytest.Mon
         torch.testing.assert_close(t, eager[name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["mlp", "1-d cnn", "embedding and mlp", "attention", "gru", "tied weights"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "1-d cnn", "codes of a large table", "attention", "gru", "tied weights"]
+)
 def test_norms_and_sums_read_the_same_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler may compute a number twice, rounded otherwise; what it keeps in memory it must not."""
     seen = []

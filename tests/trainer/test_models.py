@@ -130,9 +130,9 @@ def depthwise() -> nn.Module:
 class Codes(nn.Module):
     """Each visit's codes added up, many of them again and again."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int = 5) -> None:
         super().__init__()
-        self.words, self.head = nn.Embedding(5, 6, padding_idx=0), nn.Linear(6, 3)
+        self.words, self.head = nn.Embedding(length, 6, padding_idx=0), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.words(x).sum(2)).mean(1))
@@ -170,6 +170,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], Callable
     "u-net": (UNet, bce, numbers(2, 8, 8), yes),
     "depthwise convolutions": (depthwise, nn.CrossEntropyLoss(), numbers(3, 8, 8), kinds),
     "codes of visits": (Codes, nn.CrossEntropyLoss(), lambda: torch.randint(5, (5, 4, 6)), kinds),
+    "codes of a large table": (lambda: Codes(60), nn.CrossEntropyLoss(), lambda: torch.randint(5, (5, 4, 6)), kinds),
     "embedding and mlp": (bag, nn.CrossEntropyLoss(label_smoothing=0.1), words, kinds),
     "tied weights": (Tied, nn.CrossEntropyLoss(), lambda: torch.randint(9, (5, 4)), kinds),
     "bare parameters": (Scaled, nn.HuberLoss(), numbers(8), yes),

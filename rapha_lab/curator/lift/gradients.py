@@ -4,8 +4,9 @@ A parameter's gradients take a path chosen from the program alone:
 
 - outer: the weight of a linear layer, used once at one position. A patient's gradient is the outer product
   of the stored output gradient and input, its norm the product of theirs; it is never materialised.
-- rows: an embedding used once. A patient's gradient is kept for the rows the patient uses.
-- stored: linear layers at several positions, convolutions, recurrent layers, layers that share a parameter.
+- rows: an embedding used once, if its table is more than twice as long as the places it is used at. A patient's
+  gradient is kept for the rows the patient uses.
+- stored: linear layers at several positions, convolutions, recurrent layers, smaller tables, layers that share a parameter.
   A patient's gradient is written out, added up over the uses, measured and summed.
 - copy: any other use. Each patient gets an own copy of the parameter, which autograd differentiates.
 

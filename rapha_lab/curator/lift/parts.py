@@ -31,6 +31,7 @@ __all__ = [
     "Several",
     "Stored",
     "Summed",
+    "Table",
     "Whole",
     "Windows",
     "counting",
@@ -158,15 +159,21 @@ class Rows:
 
     def total(self, scale: Tensor, counts: Tensor) -> Tensor:
         """Scaled rows added to their places."""
-        rows = (counting(self.rows, counts) * scale.to(self.rows.dtype)[:, None, None]).double()
+        rows = counting(self.rows, counts) * scale.to(self.rows.dtype)[:, None, None]
+        rows = rows if len(rows) <= GROUP else rows.double()
         table = rows.new_zeros(self.length, rows.shape[-1])
         return table.index_add(0, self.index.flatten(), rows.flatten(0, 1))
 
     def dense(self) -> Tensor:
         """The whole table for each patient."""
-        size, _, width = self.rows.shape
-        place = self.index.unsqueeze(-1).expand_as(self.rows)
-        return self.rows.new_zeros(size, self.length, width).scatter_add(1, place, self.rows)
+        return _tables(self.index, self.rows, self.length)
+
+
+def _tables(index: Tensor, rows: Tensor, length: int) -> Tensor:
+    """For each patient a table with rows added to their places; one patient after the other, so that threads do not
+    share one's numbers and add them in any order."""
+    size, _, width = rows.shape
+    return rows.new_zeros(size, length, width).scatter_add(1, index.unsqueeze(-1).expand_as(rows), rows)
 
 
 class Apart(ABC):
@@ -185,6 +192,20 @@ class Apart(ABC):
     def dense(self) -> Tensor:
         """The rows in the parameter's order."""
         return self.ordered(self.rows())
+
+
+@dataclass(frozen=True)
+class Table(Apart):
+    """Of a table no longer than twice the places: `index` (patients, t), output gradients `out` (patients, t, width)."""
+
+    name: str
+    index: Tensor
+    out: Tensor
+    length: int
+
+    def rows(self) -> Tensor:
+        """The whole table."""
+        return _tables(self.index, self.out, self.length)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapha_lab.curator.lift.layers import folded
-from rapha_lab.curator.lift.parts import Beside, Outer, Pairs, Part, Rows, Stored, Summed, Windows
+from rapha_lab.curator.lift.parts import Beside, Outer, Pairs, Part, Rows, Stored, Summed, Table, Windows
 from rapha_lab.curator.lift.shapes import clamped
+from rapha_lab.curator.lift.stored import kept
 from rapha_lab.protocol.program import Ref
 
 __all__ = ["TAPS", "Use", "names_of", "tap", "watched"]
@@ -183,19 +184,34 @@ class Lookup:
     outputs: list[Tensor]
 
     def parts(self, grads: Sequence[Tensor]) -> list[Part]:
-        """Each used row's gradient, added up where the row was last used."""
+        """The table's, if it is small beside what is picked; else each used row's, added up where it was last used."""
         g = grads[0].reshape(*self.index.shape, -1)
         if self.padding >= 0:
             g = torch.where((self.index == self.padding).unsqueeze(-1), 0, g)
-        return [Rows(self.weight, self.index, g if g.shape[1] == 1 else self._added_up(g), self.length)]
+        if g.shape[1] > 1 and 2 * g.shape[1] >= self.length:
+            return [Table(self.weight, self.index, g, self.length)]
+        rows = g if g.shape[1] == 1 else _added_up(self.index, g, self.length)
+        return [Rows(self.weight, self.index, rows, self.length)]
 
-    def _added_up(self, g: Tensor) -> Tensor:
-        size, places = self.index.shape
-        place = torch.arange(places, dtype=torch.int32, device=g.device).expand(size, places)
-        last = place.new_zeros(size, self.length).scatter_reduce(1, self.index, place, "amax")
-        row = last.gather(1, self.index).long().unsqueeze(-1)
-        # patient by patient, so that threads do not share one's rows and add them in any order
-        return torch.zeros_like(g).scatter_add(1, row.expand_as(g), g)
+
+CACHED = 1 << 20
+"""Bytes of rows and of places that are worked on at a time, so that they stay in the processor's cache."""
+
+
+@torch.library.custom_op("rapha::added_up", mutates_args=())
+def _added_up(index: Tensor, rows: Tensor, length: int) -> Tensor:
+    """A patient's rows of the same index, added up at the last of their places; zeros at the others."""
+    out, one = torch.zeros_like(rows), max(rows[0].numel(), length) * rows.element_size()
+    for own, given, into in zip(*(t.split(max(1, CACHED // one)) for t in (index, rows, out)), strict=True):
+        places = torch.arange(own.shape[1], dtype=torch.int32).expand(own.shape)
+        last = places.new_zeros(len(own), length).scatter_reduce_(1, own, places, "amax")
+        into.scatter_add_(1, last.gather(1, own).long().unsqueeze(-1).expand_as(given), given)
+    return out
+
+
+@_added_up.register_fake
+def _(index: Tensor, rows: Tensor, length: int) -> Tensor:
+    return torch.empty_like(rows)
 
 
 @tap(lambda args: ["scaled by frequency" if args[3] else args[0]], "embedding.default")
@@ -204,5 +220,6 @@ def embedding(
 ) -> Any:
     """An embedding; indices out of range are clamped."""
     index = clamped(index, weight.shape[1]).expand(size, *index.shape[1:])
-    y = watched(F.embedding(index, weight[0]))
+    # a compiler that sums rows as it picks them does so number by number
+    y = watched(kept(F.embedding(index, weight[0])))
     return y, [Lookup(str(names[0]), index.reshape(size, -1), padding, weight.shape[1], [y])]
