@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import lifted
+from conftest import lifted, node, program
 from test_clipping import CLIP, norm, random_program
 from test_models import MODELS
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from rapha_lab.curator import lift as lift_module
 from rapha_lab.curator import noise
-from rapha_lab.curator.lift import Totals, compiling, lift
+from rapha_lab.curator.lift import Totals, clipping, compiling, gradients, lift
 from rapha_lab.curator.lift.stored import KEPT
 from rapha_lab.curator.mechanisms import train
 
@@ -83,6 +84,21 @@ def test_machine_code_of_a_few_patients_at_a_time_gives_the_same_sums(
         torch.testing.assert_close(t, eager[parameter], rtol=1e-5, atol=1e-7)
     assert torch.equal(fast.counted, eager.counted)
     assert int(fast.counted[0]) == 9 - x.is_floating_point()
+
+
+def test_sums_over_groups_are_as_exact_as_the_gradients() -> None:
+    """In float64 they were added up in float32."""
+    nodes = [node("l", "linear.default", "@x", "@w"), node("y", "sum.default", "@l")]
+    it = lift(program({"x": [3, 5]}, {"w": [4, 5]}, nodes))
+    draw = torch.Generator().manual_seed(0)
+    w, x = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((4, 5), (12, 3, 5)))
+    totals, mask, clip = it.zeros(), torch.ones(12, dtype=torch.bool), torch.tensor(1.0, dtype=torch.float64)
+    parts = partial(gradients.parts, it.graph, it.routes)
+    given = {"w": w}, {}, {"x": x}, mask, clip
+    step = clipping.in_pieces(lambda f, *_: f, parts, it._into, 4, (totals, *given, totals.counted))
+    step(totals, *given, totals.counted)
+    expected = it.clipped_sum({"w": w}, {}, {"x": x}, mask, 1.0)
+    torch.testing.assert_close(totals["w"], expected["w"], rtol=1e-14, atol=0)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN multiplies")

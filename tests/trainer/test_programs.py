@@ -162,6 +162,17 @@ def test_too_many_nodes_do_not_decode() -> None:
         msgspec.json.decode(text, type=Program)
 
 
+@pytest.mark.parametrize(("shape", "dtype"), [([4, 3], "float64"), ([0, 3], "float32")])
+def test_what_shapes_do_not_tell_is_found_on_made_up_patients(shape: list[int], dtype: str) -> None:
+    """A product of two dtypes, or with a dimension of nothing, was the site's own failure."""
+    made = program({"x": [5, 3]}, {"w": shape}, [node("y", "linear.default", "@x", "@w"), SUM], "float32")
+    (weight,) = made.parameters
+    it = lift(msgspec.structs.replace(made, parameters=[msgspec.structs.replace(weight, dtype=dtype)]))
+    with pytest.raises(ProgramError, match="cannot be computed") as caught:
+        it.selftest({"w": torch.ones(shape, dtype=getattr(torch, dtype))}, {})
+    assert caught.value.field == "program"
+
+
 def test_a_model_beyond_the_limits_is_refused_by_field() -> None:
     """Parameters, memory and work are bounded, and the error says by how much."""
     traced = loss_program(nn.Linear(8, 1), nn.MSELoss(), {"x": torch.zeros(8)}, torch.tensor(0.0))

@@ -312,7 +312,7 @@ class Lifted:
                 with DRAWS.alone():
                     torch.manual_seed(0)
                     began = time.perf_counter()
-                    seen.append(compute(rows, only))
+                    seen.append(self._tried(compute, rows, only))
                 took.append(time.perf_counter() - began)
             # a score that is no number is none in any company
             if not all(
@@ -326,6 +326,18 @@ class Lifted:
                     "Tell the site's custodian.",
                 )
         return min(took)
+
+    @staticmethod
+    def _tried(
+        compute: Callable[[Tensors, Tensor], list[Tensor]], rows: Tensors, only: Tensor
+    ) -> list[Tensor]:
+        """What is computed of made-up patients; what shapes alone did not tell, as of dtypes, is found here."""
+        try:
+            return compute(rows, only)
+        except Exception as error:
+            why = f"On made-up patients: {str(error).partition(chr(10))[0].rstrip('.')}."
+            instead = "Give its tensors one dtype, and none of them a dimension of nothing."
+            raise ProgramError("The program cannot be computed.", why, instead, field="program") from None
 
 
 def _draws(program: Program) -> bool:

@@ -84,15 +84,24 @@ def clipped_sum(
         size: how many patients' are written out at a time, a divisor of their number; all if it is 0.
     """
     whole, apart = divided(found)
-    form = Form(apart)
-    sums: list[Tensor] = []
-    done: list[list[Tensor]] = []
-    for square, there, *own in _groups(size or len(mask), measured(whole, len(mask)), mask, *form.tensors):
-        more, *how = add_group(form.parts(own), square, there, clip)
-        sums = [into.add_(t) for into, t in zip(sums, more, strict=True)] if done else more
-        done.append(how)
-    # of one group they are read from where they are kept
-    scale, counts = done[0] if len(done) == 1 else (torch.cat(parts) for parts in zip(*done, strict=True))
+    square = measured(whole, len(mask))
+    if size in (0, len(mask)):
+        sums, scale, counts = add_group(apart, square, mask, clip)
+        return total(whole, apart, sums, scale, counts)
+    form, sums = Form(apart), list[Tensor]()
+    scale, counts = torch.empty_like(square), torch.empty_like(mask)
+
+    def add(scales: Tensor, counting: Tensor, square: Tensor, mask: Tensor, *own: Tensor) -> None:
+        more, scale, counts = add_group(form.parts(own), square, mask, clip)
+        # in places made before: what a group leaves between large rows keeps the C library from using their room again
+        scales.copy_(scale)
+        counting.copy_(counts)
+        for into, t in zip(sums, more, strict=False):
+            into.add_(t)
+        sums.extend(more[len(sums) :])
+
+    for own in _groups(size, scale, counts, square, mask, *form.tensors):
+        add(*own)
     return total(whole, apart, sums, scale, counts)
 
 
@@ -167,12 +176,12 @@ def in_pieces(
     first, nothing = len(forms[0].tensors), [None] * len(forms[1].tensors)
     names = list(forms[1].parts(nothing))
     lengths = [totals[name].numel() for name in names]
+    dtype = reduce(torch.promote_types, (parameters[name].dtype for name in names))
 
-    scale, counts, sums = (
-        torch.empty_like(square),
-        torch.empty_like(mask),
-        torch.zeros(sum(lengths)).split(lengths),
-    )
+    def zeros() -> tuple[Tensor, ...]:
+        return torch.zeros(sum(lengths), dtype=dtype).split(lengths)
+
+    scale, counts, sums = torch.empty_like(square), torch.empty_like(mask), zeros()
     grouped = assemble(
         group, clip, *next(_groups(size, square, mask, scale, counts, *tensors[first:])), *sums
     )
@@ -186,7 +195,7 @@ def in_pieces(
     ) -> None:  # fmt: skip
         square, *tensors = stored(parameters, constants, inputs)
         scale, counts = torch.empty_like(square), torch.empty_like(mask)
-        sums = torch.zeros(sum(lengths)).split(lengths)
+        sums = zeros()
         for own in _groups(size, square, mask, scale, counts, *tensors[first:]):
             grouped(clip, *own, *sums)
         finished(totals, counted, scale, counts, *tensors[:first], *sums)

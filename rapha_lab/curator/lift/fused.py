@@ -125,7 +125,8 @@ Run = Callable[[list[Tensor]], Any]
 Assemble = Callable[[Callable[..., Any], list[Tensor]], Run]
 _assemble: ContextVar[Assemble | None] = ContextVar("assemble", default=None)
 _fast: dict[Any, Run] = {}
-_KEPT = 128
+_KEPT = 2048
+"""As many as all steps that are kept can have: a step whose cells went would take longer, and round otherwise, for good."""
 
 
 @contextmanager
