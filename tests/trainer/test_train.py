@@ -281,6 +281,10 @@ WRONG: dict[str, Callable[[], Fit]] = {
     "batch": lambda: ask(batch=N + 1),
     "optimizer.settings.hook": lambda: ask(optimizer=Optimizer(name="sgd", settings={"hook": 1.0})),
     "optimizer.settings.lr": lambda: ask(optimizer=Optimizer(name="sgd", settings={"lr": 1e9})),
+    "optimizer.settings.betas": lambda: ask(optimizer=Optimizer(name="adamax", settings={"betas": []})),
+    "optimizer.settings.dampening": lambda: ask(
+        optimizer=Optimizer(name="sgd", settings={"dampening": [0.1, 0.1]})
+    ),
     "optimizer": lambda: ask(optimizer=Optimizer(name="adam", settings={"momentum": 0.9})),
     "x": lambda: ask(inputs={"x": ["a"]}),
     "y": lambda: ask(inputs={"x": ["a", "b", "c", "d"], "y": ["a"]}),

@@ -406,8 +406,10 @@ def optimizer_for(settings: Optimizer, weights: list[Tensor]) -> torch.optim.Opt
         RequestError: naming the setting that is unknown or out of range.
     """
     for key, value in settings.settings.items():
+        several = isinstance(value, list)
         numbers = value if isinstance(value, list) else [value]
-        if key not in _SETTINGS or len(numbers) > 2 or not all(abs(x) <= 1e6 for x in numbers):
+        as_many = several == (key == "betas") and len(numbers) == 1 + several
+        if key not in _SETTINGS or not as_many or not all(abs(x) <= 1e6 for x in numbers):
             raise RequestError(
                 f"The optimiser's setting {key} is unknown or out of range.",
                 field=f"optimizer.settings.{key}",
