@@ -252,6 +252,11 @@ class View:
         found = {name: self._with_nobody(columns) for name, columns in inputs.items()}
         return OnDisk(found) if any(self._large(columns) for columns in inputs.values()) else found
 
+    def held(self, inputs: Mapping[str, str | Iterable[str]]) -> int:
+        """How many of the rows' numbers are held in memory, by the declared number of patients."""
+        shapes = (self.schema.layout(columns)[0] for columns in inputs.values() if not self._large(columns))
+        return math.ceil(sum(map(math.prod, shapes)) * _most(self.schema, self.split))
+
     def _with_nobody(self, columns: str | Iterable[str]) -> Tensor:
         if not self._large(columns):
             return with_nobody(self.tensor(columns))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,6 +99,24 @@ def test_an_open_loop_keeps_no_room_for_large_sums(house: House, monkeypatch: py
             assert sum(known.total is not None for known in opened.loop._known.values()) == kept
             assert model.weight.grad is not None
             model.weight.grad = None
+
+
+@pytest.mark.parametrize(("room", "kept"), [(1500, 1), (5000, 3)])
+def test_open_loops_together_keep_no_more_rows_than_a_question_may_have(
+    house: House, monkeypatch: pytest.MonkeyPatch, room: int, kept: int
+) -> None:
+    """Each has up to 4 GiB, and eight of them would fill the curator's memory; who was used longest ago makes them anew."""
+    monkeypatch.setattr(loop, "ROWS", room)
+    monkeypatch.setattr(loop, "_keeping", weakref.WeakKeyDictionary())
+    several = [house.patients.train.batches(size=100, epochs=0.5, epsilon=0.5) for _ in range(3)]
+    for batches in zip(*several, strict=True):
+        for model, batch in ((nn.Linear(3, 1), batch) for batch in batches):
+            step(model, batch)
+            assert model.weight.grad is not None
+            opened = [each.loop for each in house.desk._loops.values()]
+            assert len(opened) == 3
+            assert sum(bool(found._rows) for found in opened) <= kept
+    assert len(house.releases) == 3
 
 
 def test_accumulated_gradients_are_paid_each(house: House) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from rapha_lab.curator.noise import Noise
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.messages import Columns, Gradient, Open
 from rapha_lab.protocol.program import Program, digest
+from rapha_lab.protocol.schema import ROOM as ROWS
 from rapha_lab.protocol.schema import SPLITS, Schema
 from rapha_lab.protocol.tensors import header, pack
 
@@ -41,7 +43,7 @@ ROOM = 1 << 20
 """Numbers of a program up to which a loop keeps room for its sums: all of its programs' large ones would fill the memory."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Loop:
     """An open loop.
 
@@ -63,7 +65,7 @@ class Loop:
     _ahead: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _known: dict[str, _Known] = field(default_factory=dict)
-    _rows: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _rows: dict[str, tuple[dict[str, Tensor], int]] = field(default_factory=dict)
 
     @property
     def loss(self) -> SampledGaussian:
@@ -142,9 +144,30 @@ class Loop:
         return self._known[ask.digest], tensors
 
     def _inputs(self, key: str, inputs: dict[str, Columns], view: View) -> dict[str, Tensor]:
-        if key not in self._rows:
-            self._rows = {key: view.rows(inputs)}
-        return self._rows[key]
+        kept = self._rows.get(key)
+        if kept is None:
+            self._rows = {}  # not beside the new ones
+            kept = self._rows[key] = view.rows(inputs), view.held(inputs)
+        rows, numbers = kept
+        _make_room(self, numbers)
+        return rows
+
+
+_keeping: weakref.WeakKeyDictionary[Loop, int] = weakref.WeakKeyDictionary()
+_looking = threading.Lock()
+
+
+def _make_room(used: Loop, numbers: int) -> None:
+    """Have loops that were used longest ago make their rows anew, where all hold more than one question's inputs may have."""
+    with _looking:
+        _keeping.pop(used, None)
+        _keeping[used] = numbers
+        total = sum(_keeping.values())
+        for other in list(_keeping)[:-1]:
+            if total <= ROWS:
+                return
+            total -= _keeping.pop(other, 0)
+            other._rows = {}
 
 
 @dataclass
