@@ -44,6 +44,7 @@ LIBRARIES = """
     torch.autograd.profiler torch.autograd.gradcheck torch.optim.swa_utils torch.testing
     polars polars.selectors polars.dataframe._html polars.testing polars.sql
     IPython.core.formatters IPython.core.display IPython.core.ultratb IPython.lib.pretty IPython.display
+    pandas pandas.core.methods pandas.plotting
     safetensors.torch safetensors.numpy msgspec.json msgspec.msgpack msgspec.inspect
     PIL.Image PIL.ImageDraw PIL.ImageFont PIL.PngImagePlugin PIL.JpegImagePlugin
     matplotlib.style matplotlib.animation matplotlib.gridspec matplotlib.dates matplotlib.patheffects
@@ -54,6 +55,7 @@ LIBRARIES = """
 
 WALKED = """
     torch.nn torch.fx torch._export torch.export torch._higher_order_ops torch.utils polars pygments.styles
+    pandas.io.formats pandas.core.methods pandas.plotting
 """.split()
 """Packages that import their own parts at first use: all of these are loaded."""
 

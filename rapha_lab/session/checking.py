@@ -191,9 +191,7 @@ def untrainable(model: nn.Module) -> list[ProgramError]:
 def _layers(model: nn.Module) -> list[Finding]:
     """A finding for each layer that cannot be trained, the way out with its name."""
     return [
-        Finding(
-            True, error.field or "model", error.what, error.why, f"{error.instead} rapha.fix(model) does it."
-        )
+        Finding(True, error.field or "model", error.what, error.why, error.instead)
         for error in untrainable(model)
     ]
 

@@ -28,6 +28,8 @@ _FUNCTIONS = (
     "tensor", "zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm", "normal",
     "tile", "broadcast_to",
 )  # fmt: skip
+_LEGACY = [f"{kind}Tensor" for kind in "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()]
+_TYPE = torch.Tensor.type
 _SPARSE = [f"sparse_{kind}_tensor" for kind in ("coo", "csr", "csc", "bsr", "bsc", "compressed")]
 _device_constructors()  # which torch.device looks up once, by the functions that it finds then
 
@@ -45,17 +47,42 @@ def _sealing(function: Callable[..., Any]) -> Callable[..., Any]:
     return either
 
 
-def _refusing(function: Callable[..., Any], method: bool = False) -> Callable[..., Any]:
+def _refusing(function: Callable[..., Any], method: bool = False, counts: bool = False) -> Callable[..., Any]:
     """The function, which takes no sealed tensor's numbers: torch would copy the made-up ones, which nothing tells apart."""
 
     def either(*args: Any, **kwargs: Any) -> Any:
         given: list[Any] = []
         mapped((args[method:], kwargs), SealedTensor, given.append)
-        if given:
+        if given or (counts and any(map(_counts, args[method:]))):
             raise SealedError(*COPIES, line=tracing.cell_line())
         return function(*args, **kwargs)
 
     return either
+
+
+class _Legacy:
+    """One of torch's older types, such as `torch.FloatTensor`: a type for `isinstance` and `x.type(...)`, that copies nothing."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _refusing(self.kind, counts=True)(*args, **kwargs)
+
+    def __instancecheck__(self, value: Any) -> bool:
+        return isinstance(value, self.kind)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kind, name)
+
+
+def _typed(value: Any, *args: Any, **kwargs: Any) -> Any:
+    """`torch.Tensor.type`, which knows the older types as they are in a cell."""
+    return _TYPE(value, *mapped(args, _Legacy, _kind), **mapped(kwargs, _Legacy, _kind))
+
+
+def _kind(legacy: _Legacy) -> Any:
+    return legacy.kind
 
 
 def _counts(value: Any) -> bool:
@@ -70,6 +97,10 @@ _SEALING = [
     (torch.Tensor, "new_tensor", _refusing(torch.Tensor.new_tensor, method=True)),
     (torch.nested, "nested_tensor", _refusing(torch.nested.nested_tensor)),
     *((torch, name, _refusing(getattr(torch, name))) for name in _SPARSE),
+    (torch.Tensor, "__init__", _refusing(lambda *args, **kwargs: None, method=True, counts=True)),
+    (torch.Tensor, "as_subclass", _refusing(torch.Tensor.as_subclass)),
+    (torch.Tensor, "type", _typed),
+    *((torch, name, _Legacy(getattr(torch, name))) for name in _LEGACY),
 ]
 
 

@@ -14,6 +14,10 @@ HOOK = (
     "Leave it out. In a loop of your own a hook of a parameter is called with its private gradient: p.register_hook(...).",
 )
 
+_FIX = (
+    "or write model = rapha.fix(model) before (import rapha_lab as rapha), which does it for the whole model."
+)
+
 
 def refuse_modules(model: nn.Module, training: bool = True) -> None:
     """Raise ProgramError if `model` holds a layer whose training looks across patients."""
@@ -29,19 +33,20 @@ def refuse_layer(name: str, module: nn.Module, training: bool = True) -> None:
         raise ProgramError(
             f"{it}, which mixes patients.",
             "It normalises each patient by the others of the batch, so no gradient is one patient's own.",
-            f"Replace it by nn.GroupNorm({groups(channels)}, {channels}) or nn.LayerNorm.", field=name or "model",
+            f"Replace it by nn.GroupNorm({groups(channels)}, {channels}) or nn.LayerNorm, {_FIX}", field=name or "model",
         )  # fmt: skip
     if training and _spectral(module):
         raise ProgramError(
             f"{it} with spectral_norm, which changes vectors of its own while it computes.",
             "A patient's program changes nothing.",
-            "Use nn.utils.parametrizations.weight_norm, or no norm: clipped gradients move the weights little.",
+            "Use nn.utils.parametrizations.weight_norm, or no norm (clipped gradients move the weights little), "
+            f"{_FIX}",
             field=name or "model",
         )  # fmt: skip
     if isinstance(module, nn.modules.instancenorm._InstanceNorm) and training and module.track_running_stats:
         raise ProgramError(
             f"{it} with running statistics, which mix patients.", "It keeps means over all that it has seen.",
-            "Make it with track_running_stats=False.", field=name or "model",
+            f"Make it with track_running_stats=False, {_FIX}", field=name or "model",
         )  # fmt: skip
 
 

@@ -50,7 +50,8 @@ PACKED = OF_TORCH["torch/nn/utils/rnn.py"]
 COPIES = (
     "A tensor is made of a sealed tensor's numbers.",
     "torch would copy those of the made-up patients that are underneath.",
-    "Compute with x itself: x + torch.zeros(3) for torch.full((3,), x), torch.stack and scatter_add for what is sparse.",
+    "Compute with x itself: x.float() for torch.FloatTensor(x), x + torch.zeros(3) for torch.full((3,), x), torch.stack and "
+    "scatter_add for what is sparse; torch.zeros(x.shape[0], 3) makes a number for each patient.",
 )
 
 TRANSFORMS = (

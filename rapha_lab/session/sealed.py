@@ -30,6 +30,8 @@ from rapha_lab.session.tracing import Traced
 
 __all__ = ["PATIENTS", "Batch", "Gradients", "SealedTensor"]
 
+_AS_SUBCLASS = Tensor.as_subclass  # which cells may not call on a sealed tensor
+
 Gradients = Callable[[Traced, dict[str, Columns], str], dict[str, Tensor]]
 """`(traced, columns by input, "mean" or "sum")` → a private gradient by parameter of the program."""
 
@@ -243,7 +245,7 @@ def _mark(it: SealedTensor) -> SealedTensor:
 
 
 def _plain(it: SealedTensor) -> Tensor:
-    return it.as_subclass(Tensor)
+    return _AS_SUBCLASS(it, Tensor)
 
 
 def _use(it: SealedTensor) -> Use:
@@ -281,7 +283,8 @@ def _refuse_parts(it: SealedTensor, name: str) -> None:
         which = "a part of another sealed tensor" if part else "a sealed tensor of which there is a view"
         raise ProgramError(
             f"{name} changes {which} in place.", "Programs only make new tensors.",
-            f"Use {name.strip('_')} without an underscore or inplace=True.", line=tracing.cell_line(),
+            f"Use {name.strip('_')} without an underscore or inplace=True; model = rapha.fix(model) does that for its layers.",
+            line=tracing.cell_line(),
         )  # fmt: skip
 
 
@@ -312,7 +315,8 @@ def _refuse_changed(it: SealedTensor) -> None:
         raise ProgramError(
             "A tensor is used of which a part, or another view, was changed in place.",
             "Programs only make new tensors, so that this one would not have changed.",
-            "Change nothing in place there: use functions without an underscore, h = h + 1 and no inplace=True.",
+            "Change nothing in place there: use functions without an underscore, h = h + 1 and no inplace=True, "
+            "which model = rapha.fix(model) takes out of its layers.",
             line=tracing.cell_line(),
         )  # fmt: skip
 
@@ -390,7 +394,8 @@ def _refuse_norms(name: str, kwargs: dict[str, Any]) -> None:
     if name == "batch_norm" or kwargs.get("running_mean") is not None:
         raise ProgramError(
             f"{name} mixes patients.", "It keeps statistics over the patients of a batch.",
-            "Use nn.GroupNorm or nn.LayerNorm, which rapha.fix(model) puts in for BatchNorm, or model.eval().",
+            "Write model = rapha.fix(model) where the model is made (import rapha_lab as rapha), which puts nn.GroupNorm in for "
+            "BatchNorm; or use nn.LayerNorm, or model.eval().",
             line=tracing.cell_line(),
         )  # fmt: skip
 

@@ -158,6 +158,19 @@ result = load(save({"a": torch.ones(3)}))["a"].tolist()
 """) == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("asked", "part"),
+    [("to_csv", "0,1.5"), ("to_string", "1.5"), ("to_html", "<td>1.5"), ("to_dict", "1.5"), ("plot", "Axes")],
+)
+def test_frames_become_texts_and_pictures(cell, asked, part):
+    """What pandas imports only when it is asked for it."""
+    given = cell.run(f"""
+import pandas
+result = str(pandas.DataFrame({{"a": [1.5, 2.5]}}).{asked}())
+""")
+    assert part in given
+
+
 def test_threads_and_the_standard_library_are_there(cell):
     """Thread pools, dates, decimals, JSON, regular expressions."""
     assert cell.run("""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import rapha_lab as rapha
 from rapha_lab.client.rehearsal import Rehearsal
-from rapha_lab.protocol.errors import PolicyError, RequestError
+from rapha_lab.protocol.errors import PolicyError, ProgramError, RequestError
 from rapha_lab.protocol.schema import Schema
 from rapha_lab.session import tracing
 
@@ -34,6 +34,8 @@ def test_every_layer_that_mixes_patients_is_named_with_its_way_out() -> None:
     assert [f.where for f in found if f.stops] == ["1", "3.2"]
     assert all("nn.GroupNorm" in f.instead and "rapha.fix(model)" in f.instead for f in found)
     assert "does not train yet" in repr(found)
+    with pytest.raises(ProgramError, match=r"model = rapha\.fix\(model\)"):  # as fit says it
+        tracing.loss_program(images(), nn.BCEWithLogitsLoss(), {"x": X[0]}, Y[0])
 
 
 def test_a_fixed_model_trains_and_keeps_what_it_can() -> None:

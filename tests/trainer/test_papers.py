@@ -336,8 +336,11 @@ def test_shapes_that_depend_on_values_are_told() -> None:
         lambda v: torch.full((3,), fill_value=v.sum()),
         lambda v: torch.ones(2).new_tensor(v),
         lambda v: torch.nested.nested_tensor([v, v]),
+        lambda v: torch.FloatTensor(v),
+        lambda v: torch.Tensor(v),
+        lambda v: v.as_subclass(Tensor),
     ],
-    ids=["coo", "csr", "full", "fill_value", "new_tensor", "nested"],
+    ids=["coo", "csr", "full", "fill_value", "new_tensor", "nested", "FloatTensor", "Tensor", "as_subclass"],
 )
 def test_torch_copies_no_made_up_number_without_a_word(made: Callable[[Any], Any]) -> None:
     """What is made like it of plain numbers is, also of as many as there are patients."""
@@ -346,3 +349,22 @@ def test_torch_copies_no_made_up_number_without_a_word(made: Callable[[Any], Any
         with pytest.raises(SealedError, match="made of a sealed tensor's numbers"):
             made(x)
         assert type(made(torch.rand(PATIENTS))) is torch.Tensor
+
+
+def test_the_older_types_of_torch_are_types_and_make_tensors_of_plain_numbers() -> None:
+    """A script's x.type(torch.FloatTensor) is a step of the program; a tensor of as many numbers as patients is refused."""
+    x = Batch(ROWS.__getitem__, lambda *_: {}, expected=20)[next(iter(ROWS))]
+    with counted():
+        assert x.type(torch.DoubleTensor).dtype == torch.float64
+        assert type(x.type("torch.LongTensor")) is type(x)
+        assert isinstance(torch.zeros(2), torch.FloatTensor)
+        assert not isinstance(torch.zeros(2), torch.LongTensor)
+        assert torch.equal(torch.FloatTensor([1, 2]), torch.Tensor([1, 2]))
+        assert torch.Tensor(2, 3).shape == (
+            2,
+            3,
+        )
+        assert nn.Parameter(torch.zeros(2)).type(dtype=torch.HalfTensor).dtype == torch.float16
+        for made in (torch.Tensor, torch.FloatTensor):
+            with pytest.raises(SealedError, match="made of a sealed tensor's numbers"):
+                made(x.shape[0], 3)
