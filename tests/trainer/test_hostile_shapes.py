@@ -240,3 +240,23 @@ def test_a_clip_too_small_for_that_is_refused() -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(1e-7, Clip)
     assert 1e3 * torch.finfo(torch.float32).tiny < 1e-6 / HUGE
+
+
+@pytest.mark.parametrize("other", ["x", "h", "wi", "wh", "bh"])
+def test_a_recurrent_layer_of_two_dtypes_is_refused(other: str) -> None:
+    """Machine code took a float64 gradient for float32: each number was two, half of them another patient's."""
+    weights = {"wi": [12, 3], "wh": [12, 4], "bi": [12], "bh": [12]}
+    nodes = [
+        node("g", "gru.input", "@x", "@h", ["@wi", "@wh", "@bi", "@bh"], True, 1, 0.0, False, False, True),
+        Node("y", "getitem", [Ref("g"), 0], line=7),
+        node("loss", "sum.default", "@y"),
+    ]
+    made = program({"x": [5, 3]}, weights | {"h": [1, 1, 4]}, nodes, "float32")
+    lift(made)
+
+    def mixed(specs: list[Any]) -> list[Any]:
+        return [msgspec.structs.replace(s, dtype="float64") if s.name == other else s for s in specs]
+
+    mixture = msgspec.structs.replace(made, inputs=mixed(made.inputs), parameters=mixed(made.parameters))
+    with pytest.raises(ProgramError, match="one dtype"):
+        lift(mixture)

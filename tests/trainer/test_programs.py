@@ -173,6 +173,17 @@ def test_what_shapes_do_not_tell_is_found_on_made_up_patients(shape: list[int], 
     assert caught.value.field == "program"
 
 
+def test_gradients_that_cannot_be_written_out_are_refused() -> None:
+    """A linear layer whose bias is of another dtype was the site's own failure."""
+    nodes = [node("y", "linear.default", "@x", "@w", "@b"), SUM]
+    made = program({"x": [5, 3]}, {"w": [4, 3], "b": [4]}, nodes, "float32")
+    lift(made)
+    weight, bias = made.parameters
+    mixed = [weight, msgspec.structs.replace(bias, dtype="float64")]
+    with pytest.raises(ProgramError, match="cannot be differentiated"):
+        lift(msgspec.structs.replace(made, parameters=mixed))
+
+
 def test_a_model_beyond_the_limits_is_refused_by_field() -> None:
     """Parameters, memory and work are bounded, and the error says by how much."""
     traced = loss_program(nn.Linear(8, 1), nn.MSELoss(), {"x": torch.zeros(8)}, torch.tensor(0.0))

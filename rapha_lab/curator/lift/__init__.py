@@ -440,9 +440,7 @@ def _dry_run(
     written = 0
     with Meter() as meter, torch.device("meta"):
         if loss:
-            found = _loss(differentiate, graph, made)
-            bytes, written = meter.bytes, clipping.written(found) // SMALLEST
-            meter.bytes = bytes  # what is written out is forgotten
+            found, written = _loss(differentiate, meter, graph, made)
         else:
             with evenly:
                 gradients.forward(graph, {**parameters, **constants}, inputs, checked)
@@ -561,13 +559,15 @@ def _meta(spec: TensorSpec, *size: int, trained: bool = False) -> Tensor:
 
 
 def _loss(
-    differentiate: Callable[[], gradients.Found], graph: Graph, made: dict[str, Any]
-) -> gradients.Found:
-    """Differentiate once, for the errors it gives."""
-    why = ""
+    differentiate: Callable[[], gradients.Found], meter: Meter, graph: Graph, made: dict[str, Any]
+) -> tuple[gradients.Found, int]:
+    """Differentiate once, for the errors it gives; and bytes of one patient's gradients that are written out."""
+    why, written = "", 0
     try:
         found = differentiate()
         clipping.measured(clipping.divided(found)[0], SMALLEST)
+        bytes, written = meter.bytes, clipping.written(found) // SMALLEST
+        meter.bytes = bytes  # what is written out is forgotten
     except ProgramError:
         raise
     except Exception as error:
@@ -583,4 +583,4 @@ def _loss(
             "The loss cannot be differentiated by any parameter.", why, "Check requires_grad and detach().",
             field="parameters",
         )  # fmt: skip
-    return found
+    return found, written
