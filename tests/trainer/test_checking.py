@@ -131,23 +131,25 @@ def test_what_will_not_move_is_noted() -> None:
 
 
 def test_what_trains_slowly_is_noted_with_what_would_not() -> None:
-    """A large weight that is no layer's own; each way that a parameter takes is explained below."""
+    """A large parameter that is no layer's weight; each way that a parameter takes is explained below."""
 
-    class Tied(nn.Module):
+    class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.enter, self.scale = nn.Linear(200, 100), nn.Parameter(torch.ones(200))
+            self.enter, self.gates = nn.Linear(200, 100), nn.Parameter(torch.ones(100, 200))
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(torch.tanh(self.enter(x * self.scale)), self.enter.weight.T)
+            return (torch.tanh(self.enter(x)).unsqueeze(2) * torch.sigmoid(x.unsqueeze(1) * self.gates)).sum(
+                1
+            )
 
-    found = rapha.check(Tied(), nn.MSELoss(), torch.randn(5, 200), torch.randn(5, 200))
+    found = rapha.check(Gated(), nn.MSELoss(), torch.randn(5, 200), torch.randn(5, 200))
     assert found
     (note,) = found
-    assert (note.where, note.stops) == ("enter.weight", False)
+    assert (note.where, note.stops) == ("gates", False)
     assert "20,000" in note.why
     assert "each patient gets a copy of the parameter" in repr(found)
-    assert "outer:" not in repr(found)
+    assert "rows:" not in repr(found)
 
 
 def test_parameters_that_go_the_same_way_are_named_together() -> None:

@@ -33,6 +33,9 @@ CHOSEN = [
     "codes of a large table",
     "tied weights",
     "text transformer",
+    "products",
+    "weights made of others",
+    "weight norm and cross-attention",
     "gru",
 ]
 
@@ -160,6 +163,8 @@ OPERATIONS: list[Callable[[str, str], tuple[str, list]]] = [
     lambda a, w: ("linear.default", [f"@{a}", "@square"]),
     lambda a, w: ("linear.default", [f"@{a}", "@square", f"@{w}"]),
     lambda a, w: ("matmul.default", [f"@{a}", "@square"]),
+    lambda a, w: ("linear.default", [f"@{a}", "@made"]),
+    lambda a, w: ("matmul.default", [f"@{a}", "@added"]),
     lambda a, w: ("exp.default", [f"@{a}"]),
     lambda a, w: ("reciprocal.default", [f"@{a}"]),
     lambda a, w: ("mul.Scalar", [f"@{a}", 1e18]),
@@ -182,6 +187,13 @@ OPERATIONS: list[Callable[[str, str], tuple[str, list]]] = [
 def random_program(picks: list[tuple[int, int]]) -> Program:
     """A chain of hostile operations on one patient's three numbers."""
     nodes, last = [node("places", "zeros.default", [2], dtype="int64")], "x"
+    nodes += [
+        node("turned", "t.default", "@square"),
+        node("product", "mm.default", "@square", "@turned"),
+        node("large", "mul.Tensor", "@product", 1e9),
+        node("added", "add.Tensor", "@large", "@square"),
+        node("made", "exp.default", "@added"),
+    ]
     for k, (which, weight) in enumerate(picks):
         op, args = OPERATIONS[which % len(OPERATIONS)](last, ("v", "w")[weight % 2])
         nodes.append(node(f"n{k}", op, *args))

@@ -41,7 +41,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("name", ["cnn with group norm", "embedding and mlp", "attention", "gru"])
+@pytest.mark.parametrize("name", ["cnn with group norm", "embedding and mlp", "attention", "gru", "products"])
 def test_the_traced_step_gives_the_same_sums(name: str) -> None:
     """Traced with its backward pass into one graph, to the last digits."""
     make, loss, xs, ys = MODELS[name]
@@ -60,7 +60,9 @@ def test_the_traced_step_gives_the_same_sums(name: str) -> None:
     assert torch.equal(fast.counted, eager.counted)
 
 
-@pytest.mark.parametrize("name", ["gru", "lstm", "tied weights"])
+@pytest.mark.parametrize(
+    "name", ["gru", "lstm", "tied weights", "weights made of others", "weight norm and cross-attention"]
+)
 def test_machine_code_of_a_few_patients_at_a_time_gives_the_same_sums(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,7 +362,16 @@ def test_machine_code_drops_out_the_same_on_the_way_back(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", "1-d cnn", "codes of a large table", "attention", "gru", "tied weights"]
+    "name",
+    [
+        "mlp",
+        "1-d cnn",
+        "codes of a large table",
+        "attention",
+        "gru",
+        "tied weights",
+        "weights made of others",
+    ],
 )
 def test_norms_and_sums_read_the_same_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler may compute a number twice, rounded otherwise; what it keeps in memory it must not."""

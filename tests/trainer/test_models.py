@@ -96,6 +96,95 @@ class LowRank(nn.Module):
         return self.head(torch.relu(self.base(x) + self.b(self.a(x))))
 
 
+class Products(nn.Module):
+    """Layers written as products, at one position and at several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Parameter(torch.randn(8, n) / 3) for n in (6, 6, 6))
+        self.mix, self.shift = nn.Parameter(torch.randn(6, 3)), nn.Parameter(torch.randn(6))
+        self.left, self.last = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(torch.einsum("ntd,df->ntf", x, self.second) + x @ self.first)
+        h = self.left @ torch.cat([h[:, :3], h[:, :1] * h[:, 1:2]], 1)
+        h = torch.tanh((h.transpose(1, 2) @ self.mix.T.tanh()[:, :3]).mean(1))
+        h = torch.addmm(self.shift, h, self.mix.T)
+        h = h + torch.mm(x[:, 0], self.third)
+        return torch.einsum("bd,kd->bk", torch.tanh(h), self.last).sum(1)
+
+
+class Adapted(nn.Module):
+    """A low rank added to a frozen weight, with a frozen bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.head = nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 1)
+        self.a, self.b = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(F.linear(x, self.base.weight + self.b @ self.a * 3 / 2, self.base.bias)))
+
+
+class Turned(nn.Module):
+    """An autoencoder whose decoder is its encoder's transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.relu(F.linear(x, self.weight, self.bias)), self.weight.t())
+
+
+class Masked(nn.Module):
+    """Weights made by other operations: masked, cut out, exponentials, added to themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(6, 8).tril())
+        self.weight, self.other = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(9, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(F.linear(x, self.weight * self.mask))
+        twice = self.other + self.other
+        return F.linear(h, torch.softmax(self.other, 1)[:3] + twice[3:6]).sum(1)
+
+
+class Series(nn.Module):
+    """Weight-normed convolutions over time, then attention of learned queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        normed = nn.utils.parametrizations.weight_norm
+        self.one, self.two = normed(nn.Conv1d(5, 8, 3)), normed(nn.Conv1d(8, 8, 2, dilation=2))
+        self.queries, self.attend = (
+            nn.Parameter(torch.randn(3, 8)),
+            nn.MultiheadAttention(8, 2, batch_first=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.two(torch.relu(self.one(x))).transpose(1, 2)
+        return self.attend(self.queries.expand(len(x), 3, 8), h, h)[0].mean((1, 2))
+
+
+class Biases(nn.Module):
+    """Nothing but biases is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.states, self.head = (
+            nn.Conv1d(5, 6, 3),
+            nn.GRU(6, 4, batch_first=True),
+            nn.Linear(4, 1),
+        )
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("bias" in name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.states(self.conv(x).transpose(1, 2))[0][:, -1])
+
+
 def conv1d() -> nn.Module:
     return nn.Sequential(
         nn.Conv1d(5, 6, 3, padding="same", dilation=2), nn.GELU(), nn.Conv1d(6, 6, 2, stride=2, groups=3),
@@ -179,6 +268,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], Callable
         lambda: nn.Sequential(attention(), nn.Flatten(), nn.Linear(32, 1)), bce, numbers(4, 8), yes,
     ),
     "low rank on a frozen layer": (LowRank, bce, numbers(8), yes),
+    "products": (Products, bce, numbers(4, 8), yes),
+    "low rank added to a frozen weight": (Adapted, bce, numbers(8), yes),
+    "transposed weight": (Turned, nn.MSELoss(), numbers(8), numbers(8)),
+    "weights made of others": (Masked, bce, numbers(8), yes),
+    "weight norm and cross-attention": (Series, bce, numbers(5, 12), yes),
+    "biases alone": (Biases, bce, numbers(5, 12), yes),
     "gru": (lambda: Recurrent(nn.GRU, num_layers=2), bce, numbers(4, 5), yes),
     "gru both ways": (lambda: Recurrent(nn.GRU, bidirectional=True), bce, numbers(4, 5), yes),
     "lstm": (lambda: Recurrent(nn.LSTM, num_layers=2), bce, numbers(4, 5), yes),

@@ -26,8 +26,9 @@ from rapha_lab.curator.lift import clipping, gradients, layers, losses, pools, r
 from rapha_lab.curator.lift.compiling import Step, compiled, is_kept
 from rapha_lab.curator.lift.draws import DRAWS
 from rapha_lab.curator.lift.even import Evenly
-from rapha_lab.curator.lift.graph import Graph, refused
+from rapha_lab.curator.lift.graph import Graph, draws, refused
 from rapha_lab.curator.lift.parts import GROUP
+from rapha_lab.curator.lift.routes import Routes
 from rapha_lab.curator.lift.table import DRAWN, TABLE
 from rapha_lab.protocol.errors import ProgramError, RefusedError
 from rapha_lab.protocol.program import DTYPES, Node, Program, TensorSpec, at, check, refs, structure
@@ -102,7 +103,7 @@ class Lifted:
     def __init__(
         self,
         graph: Graph,
-        routes: gradients.Routes,
+        routes: Routes,
         microbatch: int,
         output: tuple[int, ...],
         written: int,
@@ -112,7 +113,7 @@ class Lifted:
         self.written, self.paths, self.note = written, paths, "not compiled: too short a run to gain by it"
         self.program = graph.program
         self._step: Step = self._add
-        self._drawn = DRAWS.drawn if _draws(graph.program) else nullcontext
+        self._drawn = DRAWS.drawn if any(map(draws, graph.program.nodes)) else nullcontext
         self._layout: Layout | None = None
 
     def tensors(self, blob: bytes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -340,15 +341,6 @@ class Lifted:
             raise ProgramError("The program cannot be computed.", why, instead, field="program") from None
 
 
-def _draws(program: Program) -> bool:
-    """Whether it may draw random numbers, as dropout does by itself, in attention and between recurrent layers."""
-    return any(
-        name in node.op
-        for node in program.nodes
-        for name in ("dropout", "attention", "gru", "lstm", "rnn", "rand")
-    )
-
-
 def _beside(rows: Tensor, only: Tensor, company: float) -> Tensor:
     """The rows with all but one multiplied by `company`."""
     mine = only.reshape(-1, *[1] * (rows.dim() - 1))
@@ -386,7 +378,7 @@ def lift(program: Program, *, loss: bool = True, limits: Limits = Limits()) -> L
         why = f"It has {program.size:,} parameters; this site trains up to {limits.parameters:,}."
         raise ProgramError("The model is too large.", why, "Make it smaller.", field="parameters")
     graph = Graph(program)
-    routes = gradients.Routes(graph)
+    routes = Routes(graph)
     cost, output, found, written = _dry_run(graph, routes, loss, limits)
     # rows, those that count, their sum and all sums
     if cost * SMALLEST + 4 * written > limits.memory:
@@ -404,7 +396,7 @@ def lift(program: Program, *, loss: bool = True, limits: Limits = Limits()) -> L
 
 
 def _dry_run(
-    graph: Graph, routes: gradients.Routes, loss: bool, limits: Limits
+    graph: Graph, routes: Routes, loss: bool, limits: Limits
 ) -> tuple[int, tuple[int, ...], gradients.Found, int]:
     """Bytes that one patient adds, the output's shape, the gradients and bytes of them written out, on no values."""
     program = graph.program
@@ -566,7 +558,7 @@ def _loss(
     try:
         found = differentiate()
         clipping.measured(clipping.divided(found)[0], SMALLEST)
-        bytes, written = meter.bytes, clipping.written(found) // SMALLEST
+        bytes, written = meter.bytes, clipping.written(found, lambda: meter.bytes) // SMALLEST
         meter.bytes = bytes  # what is written out is forgotten
     except ProgramError:
         raise

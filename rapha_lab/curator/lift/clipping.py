@@ -8,8 +8,9 @@ the same three functions: `measured`, `add_group` for each group of patients, `t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,7 +18,18 @@ from torch import Tensor
 
 from rapha_lab.curator.lift.compiling import Step
 from rapha_lab.curator.lift.draws import DRAWS
-from rapha_lab.curator.lift.parts import HUGE, Apart, Part, Whole, counting, flat, squared
+from rapha_lab.curator.lift.parts import (
+    HUGE,
+    SHARED,
+    Apart,
+    Origin,
+    Part,
+    Through,
+    Whole,
+    counting,
+    flat,
+    squared,
+)
 from rapha_lab.curator.lift.stored import in_memory, kept, weighted
 
 __all__ = ["clipped_sum", "divided", "in_pieces", "measured", "written"]
@@ -34,10 +46,26 @@ def divided(found: Mapping[str, Part]) -> tuple[Wholes, Aparts]:
     return whole, apart
 
 
-def written(found: Mapping[str, Part]) -> int:
-    """Bytes of what is written out of all patients' gradients."""
+def written(found: Mapping[str, Part], allocated: Callable[[], int]) -> int:
+    """Bytes of what is written out of all patients' gradients, and of what that takes on its way through a weight.
+
+    `allocated` counts them all.
+    """
+    before, _ = allocated(), [origin.rows for origin in origins(found.values())]
+    through = allocated() - before
     rows = [part.rows() for part in divided(found)[1].values()]
-    return sum(t.numel() * t.element_size() for t in rows)
+    return through + sum(t.numel() * t.element_size() for t in rows)
+
+
+def origins(parts: Iterable[Any]) -> list[Origin]:
+    """Of what they are, or of what is added up to them, each once."""
+    found = {}
+    for part in parts:
+        if isinstance(part, Through):
+            found[id(part.origin)] = part.origin
+        for one in origins(getattr(part, "uses", ())):
+            found[id(one)] = one
+    return [*found.values()]
 
 
 def measured(whole: Wholes, patients: int) -> Tensor:
@@ -55,7 +83,7 @@ def add_group(
     Returns:
         The sums, flat, in the rows' own order; each patient's scale; and whether the patient counts.
     """
-    rows = [kept(flat(part.rows())) for part in apart.values()]
+    rows = [flat(kept(part.rows())) for part in apart.values()]
     square = reduce(torch.add, map(squared, rows), square)
     counts = kept(mask & (square <= HUGE**2))
     # the root of what is no number would take longer
@@ -92,7 +120,7 @@ def clipped_sum(
     scale, counts = torch.empty_like(square), torch.empty_like(mask)
 
     def add(scales: Tensor, counting: Tensor, square: Tensor, mask: Tensor, *own: Tensor) -> None:
-        more, scale, counts = add_group(form.parts(own), square, mask, clip)
+        more, scale, counts = add_group(form.parts(own, form.shared), square, mask, clip)
         # in places made before: what a group leaves between large rows keeps the C library from using their room again
         scales.copy_(scale)
         counting.copy_(counts)
@@ -110,30 +138,55 @@ def _groups(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 class Form:
-    """What parts are made of besides their tensors, to make such parts of other tensors."""
+    """What parts are made of besides their tensors, to make such parts of other tensors.
+
+    Attributes:
+        tensors: with the patients in front.
+        shared: the same for all patients.
+    """
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
         self.tensors: list[Tensor] = []
-        self._makers = {name: self._maker(part) for name, part in parts.items()}
+        self.shared: list[Tensor] = []
+        self._records: list[Any] = []
+        self._makers = {name: self._maker(part, self.tensors) for name, part in parts.items()}
 
-    def parts(self, tensors: Sequence[Any]) -> dict[str, Any]:
-        """Parts of these tensors, which are in the order of `tensors`."""
-        return {name: make(tensors) for name, make in self._makers.items()}
+    def parts(self, tensors: Sequence[Any], shared: Sequence[Any]) -> dict[str, Any]:
+        """Parts of these tensors, which are in the order of `tensors` and of `shared`."""
+        given = {id(self.tensors): tensors, id(self.shared): shared}
+        records: dict[int, Any] = {}
+        return {name: make(given, records) for name, make in self._makers.items()}
 
-    def _maker(self, value: Any) -> Callable[[Sequence[Any]], Any]:
+    def clear(self) -> None:
+        """Forget the tensors it was made of."""
+        for some in (self.tensors, self.shared, self._records):
+            some.clear()
+
+    def _maker(self, value: Any, tensors: list[Tensor]) -> Callable[[Any, dict[int, Any]], Any]:
         if isinstance(value, Tensor):
             # two parts may share one
-            place = next((n for n, t in enumerate(self.tensors) if t is value), len(self.tensors))
-            self.tensors[place:] = self.tensors[place:] or [value]
-            return lambda tensors: tensors[place]
+            place = next((n for n, t in enumerate(tensors) if t is value), len(tensors))
+            tensors[place:] = tensors[place:] or [value]
+            return lambda given, records: given[id(tensors)][place]
         if isinstance(value, tuple) and not isinstance(value, torch.Size):
-            several = [self._maker(v) for v in value]
-            return lambda tensors: tuple(make(tensors) for make in several)
+            several = [self._maker(v, tensors) for v in value]
+            return lambda given, records: tuple(make(given, records) for make in several)
         if not dataclasses.is_dataclass(value):
-            return lambda tensors: value
+            return lambda given, records: value
         kind: Any = type(value)
-        fields = {f.name: self._maker(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return lambda tensors: kind(**{name: make(tensors) for name, make in fields.items()})
+        number = next((n for n, one in enumerate(self._records) if one is value), len(self._records))
+        self._records[number:] = self._records[number:] or [value]
+        fields = {
+            f.name: self._maker(getattr(value, f.name), self.shared if f.metadata == SHARED else tensors)
+            for f in dataclasses.fields(value)
+        }
+
+        def make(given: Any, records: dict[int, Any]) -> Any:
+            if number not in records:
+                records[number] = kind(**{name: one(given, records) for name, one in fields.items()})
+            return records[number]
+
+        return make
 
 
 def in_pieces(
@@ -155,26 +208,29 @@ def in_pieces(
     def store(*given: Any) -> list[Tensor]:
         both = divided(parts(*given))
         forms[:] = [Form(some) for some in both]
-        return [measured(both[0], len(mask)), *forms[0].tensors, *forms[1].tensors]
+        square = measured(both[0], len(mask))
+        return [square, *forms[0].tensors, *forms[1].tensors, *forms[1].shared]
 
     def group(
         clip: Tensor, square: Tensor, mask: Tensor, scale: Tensor, counts: Tensor, *rest: Tensor
     ) -> None:
-        more, scales, counting = add_group(forms[1].parts(rest), square, mask, clip)
+        tensors, shared, sums = _split(rest, own, common)
+        more, scales, counting = add_group(forms[1].parts(tensors, shared), square, mask, clip)
         scale.copy_(scales)
         counts.copy_(counting)
-        for into, t in zip(rest[-len(more) :], more, strict=True):
+        for into, t in zip(sums, more, strict=True):
             into.add_(t)
 
     def finish(totals: Any, counted: Tensor, scale: Tensor, counts: Tensor, *rest: Tensor) -> None:
-        whole, apart = forms[0].parts(rest), forms[1].parts(nothing)
-        add(totals, counted, *total(whole, apart, rest[len(rest) - len(apart) :], scale, counts))
+        tensors, sums = _split(rest, first)
+        whole, apart = forms[0].parts(tensors, ()), forms[1].parts([None] * own, [None] * common)
+        add(totals, counted, *total(whole, apart, sums, scale, counts))
 
     stored = assemble(store, parameters, constants, inputs)
     with DRAWS.drawn():
         square, *tensors = stored(parameters, constants, inputs)
-    first, nothing = len(forms[0].tensors), [None] * len(forms[1].tensors)
-    names = list(forms[1].parts(nothing))
+    first, own, common = len(forms[0].tensors), len(forms[1].tensors), len(forms[1].shared)
+    names = list(forms[1].parts([None] * own, [None] * common))
     lengths = [totals[name].numel() for name in names]
     dtype = reduce(torch.promote_types, (parameters[name].dtype for name in names))
 
@@ -182,12 +238,12 @@ def in_pieces(
         return torch.zeros(sum(lengths), dtype=dtype).split(lengths)
 
     scale, counts, sums = torch.empty_like(square), torch.empty_like(mask), zeros()
-    grouped = assemble(
-        group, clip, *next(_groups(size, square, mask, scale, counts, *tensors[first:])), *sums
-    )
-    finished = assemble(finish, totals, counted, scale, counts, *tensors[:first], *sums)
+    whole, apart, shared = _split(tensors, first, own)
+    example = next(_groups(size, square, mask, scale, counts, *apart))
+    grouped = assemble(group, clip, *example, *shared, *sums)
+    finished = assemble(finish, totals, counted, scale, counts, *whole, *sums)
     for form in forms:
-        form.tensors.clear()
+        form.clear()
 
     def step(
         totals: Tensors, parameters: Tensors, constants: Tensors, inputs: Tensors,
@@ -196,8 +252,15 @@ def in_pieces(
         square, *tensors = stored(parameters, constants, inputs)
         scale, counts = torch.empty_like(square), torch.empty_like(mask)
         sums = zeros()
-        for own in _groups(size, square, mask, scale, counts, *tensors[first:]):
-            grouped(clip, *own, *sums)
-        finished(totals, counted, scale, counts, *tensors[:first], *sums)
+        whole, apart, shared = _split(tensors, first, own)
+        for some in _groups(size, square, mask, scale, counts, *apart):
+            grouped(clip, *some, *shared, *sums)
+        finished(totals, counted, scale, counts, *whole, *sums)
 
     return step
+
+
+def _split(tensors: Sequence[Tensor], *counts: int) -> Iterator[list[Tensor]]:
+    """The first so many, and so on, and the rest."""
+    it = iter(tensors)
+    return (list(islice(it, count)) for count in (*counts, None))

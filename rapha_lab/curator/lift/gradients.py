@@ -8,6 +8,7 @@ A parameter's gradients take a path chosen from the program alone:
   gradient is kept for the rows the patient uses.
 - stored: linear layers at several positions, convolutions, recurrent layers, smaller tables, layers that share a parameter.
   A patient's gradient is written out, added up over the uses, measured and summed.
+  So is that of parameters that a layer's weight is made of: the gradient by the weight is taken on to copies of them.
 - copy: any other use. Each patient gets an own copy of the parameter, which autograd differentiates.
 
 No Gram matrices: norms from them cancel in floating point, and the author of the program is the adversary.
@@ -15,76 +16,24 @@ No Gram matrices: norms from them cancel in floating point, and the author of th
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rapha_lab.curator.lift.graph import Checked, Graph
-from rapha_lab.curator.lift.parts import Apart, Part, Several, Stored
-from rapha_lab.curator.lift.taps import TAPS, Use, names_of
+from rapha_lab.curator.lift.graph import Checked, Graph, Step, run_steps
+from rapha_lab.curator.lift.parts import Origin, Outer, Pairs, Part, Several, Stored, Through
+from rapha_lab.curator.lift.routes import Made, Routes, is_turn
+from rapha_lab.curator.lift.taps import TAPS, Use
 from rapha_lab.protocol.program import Node, Ref
 
-__all__ = ["Found", "Routes", "forward", "parts", "per_patient"]
+__all__ = ["Found", "forward", "parts", "per_patient"]
 
 Tensors = Mapping[str, Tensor]
 Found = dict[str, Part]
-
-
-class Routes:
-    """How each parameter of a program is differentiated.
-
-    Attributes:
-        tapped: the weights' names by node, where they all are parameters that only such nodes use.
-        copied: parameters with any other use, with a node that makes it so.
-        uses: the operations that use each parameter, in order.
-    """
-
-    def __init__(self, graph: Graph) -> None:
-        names = {spec.name for spec in graph.program.parameters}
-        uses = {node.id: [name for name in _read(args) if name in names] for node, _, args in graph.steps}
-        self.tapped: dict[str, list[str | None]] = {}
-        for node, _, args in graph.steps:
-            found = names_of(TAPS[node.op][0](args), names) if node.op in TAPS else None
-            if found is not None and Counter(uses[node.id]) == Counter(n for n in found if n):
-                self.tapped[node.id] = found
-        self.uses = {name: [n.op for n, _, _ in graph.steps if name in uses[n.id]] for name in names}
-        self.copied: dict[str, str] = {}
-        while more := self._others(graph, uses):
-            self.copied |= more
-            kept = {id for id, found in self.tapped.items() if not set(found) & set(self.copied)}
-            self.tapped = {id: self.tapped[id] for id in kept}
-
-    def explain(self, found: Mapping[str, Part]) -> dict[str, str]:
-        """Which path each parameter takes, and why, in words for the model's author."""
-        return {name: self._why(name, found.get(name)) for name in sorted(self.uses)}
-
-    def _why(self, name: str, part: Part | None) -> str:
-        if part is None:
-            return "none: the loss does not depend on it"
-        ops = list(dict.fromkeys(op.removeprefix("aten.").split(".")[0] for op in self.uses[name]))
-        if name in self.copied:
-            other = self.copied[name].removeprefix("aten.").split(".")[0]
-            return f"copy: {other} is no layer with a rule of its own, so each patient gets a copy of it"
-        times = f"{' and '.join(ops)}" + (f", {n} times" if (n := len(self.uses[name])) > 1 else "")
-        kind = "stored" if isinstance(part, Apart) else type(part).__name__.lower()
-        return f"{kind}: {times}"
-
-    def _others(self, graph: Graph, uses: dict[str, list[str]]) -> dict[str, str]:
-        return {
-            name: node.op
-            for node, _, _ in graph.steps
-            if node.id not in self.tapped
-            for name in uses[node.id]
-            if name not in self.copied
-        }
-
-
-def _read(args: list[Any]) -> list[str]:
-    flat = [a for arg in args for a in (arg if isinstance(arg, list) else [arg])]
-    return [a.ref for a in flat if isinstance(a, Ref)]
 
 
 def parts(
@@ -133,6 +82,9 @@ def parts(
         for use in uses:
             for part in _parts(use, [next(grads) for _ in use.outputs]):
                 found.setdefault(part.name, []).append(part)
+    for name in [name for name in found if name not in parameters]:
+        for part in _through(name, _one(found.pop(name)), routes, {**parameters, **constants}):
+            found.setdefault(part.name, []).append(part)
     for name, gradient in zip(own, grads, strict=True):
         if gradient is not None:
             found[name] = [Stored(name, gradient)]
@@ -147,8 +99,69 @@ def _parts(use: Use, grads: list[Tensor | None]) -> list[Part]:
     )
 
 
+def _through(root: str, by: Part, routes: Routes, values: Tensors) -> list[Part]:
+    """The gradients by what a weight is made of, from those by the weight.
+
+    Those in factors go on in factors through sums, products and transposes; all else by copies.
+    """
+    lifted = shared({name: t.detach() for name, t in values.items()})
+    steps = routes.made[root].steps
+    env, got, found = run_steps(steps.values(), lifted), {root: [by]}, list[Part]()
+    for name in reversed([n for n in steps if routes.made[n].parameters]):
+        if not (several := got.pop(name, [])):
+            continue
+        by = _one([_named(part, name) for part in several])
+        on = _factors(steps[name], by, env) if isinstance(by, Outer | Pairs) and len(several) == 1 else None
+        if on is None:
+            found += _copies(name, by, routes.made[name], lifted)
+        for of, part in on or ():
+            got.setdefault(of, []).append(part)
+    return found + [_named(part, of) for of, parts in got.items() if of in routes.uses for part in parts]
+
+
+def _named(part: Any, name: str) -> Part:
+    return replace(part, name=name)
+
+
+def _factors(step: Step, by: Outer | Pairs, env: Mapping[str, Any]) -> list[tuple[str, Part]] | None:
+    """By what a step's result is made of, from those by the result; None if not in factors."""
+    node, _, (first, *rest) = step
+    second = rest[0] if rest else None
+    if not isinstance(first, Ref):
+        return None
+    if is_turn(step):
+        return [(first.ref, by.turned())]
+    if isinstance(second, int | float) and node.op in ("aten.mul.Tensor", "aten.div.Tensor"):
+        scaled = by.out * second if "mul" in node.op else by.out / second
+        return [(first.ref, replace(by, out=scaled))]
+    if not isinstance(second, Ref) or not env[first.ref].dim() == env[second.ref].dim() == 3:
+        return None
+    a, b = env[first.ref], env[second.ref]
+    if node.op == "aten.add.Tensor" and a.shape == b.shape and rest[1:] == [1]:
+        return [(first.ref, by), (second.ref, by)]
+    if node.op in ("aten.matmul.default", "aten.mm.default"):
+        return [(first.ref, by.of(by.out, by.inp @ b[0].mT)), (second.ref, by.of(by.out @ a[0], by.inp))]
+    return None
+
+
+def _copies(name: str, by: Part, made: Made, lifted: Tensors) -> list[Part]:
+    names = (*made.parameters, *made.constants)
+    make = partial(_make, made, name, names)
+    origin = Origin(by, tuple(lifted[n] for n in names), make, len(made.parameters))
+    return [Through(of, origin, place) for place, of in enumerate(made.parameters)]
+
+
+def _make(made: Made, name: str, names: Sequence[str], values: Sequence[Tensor]) -> Tensor:
+    return run_steps(made.steps.values(), dict(zip(names, values, strict=True)))[name]
+
+
 def _one(several: list[Part]) -> Part:
-    return several[0] if len(several) == 1 else Several(several[0].name, tuple(several))
+    name = several[0].name
+    outer = [part for part in several if isinstance(part, Outer)]
+    if len(several) == len(outer) > 1:
+        out, inp = (torch.stack(ts, 1) for ts in zip(*((p.out, p.inp) for p in outer), strict=True))
+        return Pairs(name, out, inp, torch.Size([out.shape[2], inp.shape[2]]))
+    return several[0] if len(several) == 1 else Several(name, tuple(several))
 
 
 def per_patient(found: Mapping[str, Part]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,11 +14,13 @@ from rapha_lab.curator.lift.table import DRAWN, INSTEAD, TABLE, batch_of
 from rapha_lab.protocol.errors import ProgramError
 from rapha_lab.protocol.program import DTYPES, Node, Program, Ref, at
 
-__all__ = ["Checked", "Graph", "refused"]
+__all__ = ["Checked", "Graph", "Step", "draws", "refused", "run_steps"]
 
 _STORAGE = {"layout", "device", "pin_memory", "memory_format", "generator", "out"}
 Hook = Callable[[Node, list[Any]], Any]
 Checked = Callable[[Node, Callable[[], Any]], Any]
+Step = tuple[Node, Callable[..., Any], list[Any]]
+"""A node, its rule and its arguments."""
 
 
 class Graph:
@@ -33,7 +35,7 @@ class Graph:
 
     def __init__(self, program: Program) -> None:
         self.program, self.uneven = program, 0
-        self.steps = [(node, *self._bound(node)) for node in program.nodes]
+        self.steps: list[Step] = [(node, *self._bound(node)) for node in program.nodes]
 
     def _bound(self, node: Node) -> tuple[Any, list[Any]]:
         if node.op == "getitem":
@@ -82,6 +84,19 @@ class Graph:
 
             env[node.id] = compute() if checked is None else checked(node, compute)
         return env[self.program.output]
+
+
+def run_steps(steps: Iterable[Step], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values and what steps that draw nothing make of them."""
+    env = {**values}
+    for node, function, args in steps:
+        env[node.id] = function(*(_resolved(a, env) for a in args))
+    return env
+
+
+def draws(node: Node) -> bool:
+    """Whether it may draw random numbers, as dropout does by itself, in attention and between recurrent layers."""
+    return any(name in node.op for name in ("dropout", "attention", "gru", "lstm", "rnn", "rand"))
 
 
 def refused(node: Node, why: str) -> ProgramError:

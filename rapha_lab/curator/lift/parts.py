@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapha_lab.curator.lift.even import Evenly
 from rapha_lab.curator.lift.stored import kept, products, weighted
 
 __all__ = [
     "GROUP",
     "HUGE",
+    "SHARED",
     "Apart",
     "Beside",
+    "Origin",
     "Outer",
     "Pairs",
     "Part",
@@ -32,12 +35,17 @@ __all__ = [
     "Stored",
     "Summed",
     "Table",
+    "Through",
     "Whole",
     "Windows",
     "counting",
     "flat",
     "squared",
 ]
+
+
+SHARED = {"shared": True}
+"""Says of a record's field that its tensors are the same for all patients."""
 
 
 class Part(Protocol):
@@ -140,6 +148,14 @@ class Outer:
         """The products."""
         return self.out.unsqueeze(2) * self.inp.unsqueeze(1)
 
+    def of(self, out: Tensor, inp: Tensor) -> Outer:
+        """Of another weight, in these factors."""
+        return Outer(self.name, out, inp)
+
+    def turned(self) -> Outer:
+        """Of the weight's transpose."""
+        return self.of(self.inp, self.out)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -230,6 +246,14 @@ class Pairs(Apart):
         """By outputs, then inputs."""
         return rows.reshape(-1, *self.shape[::-1]).mT if self._wide else rows.reshape(-1, *self.shape)
 
+    def of(self, out: Tensor, inp: Tensor) -> Pairs:
+        """Of another weight, in these factors."""
+        return Pairs(self.name, out, inp, torch.Size([out.shape[2], inp.shape[2]]))
+
+    def turned(self) -> Pairs:
+        """Of the weight's transpose."""
+        return self.of(self.inp, self.out)
+
 
 @dataclass(frozen=True)
 class Summed(Apart):
@@ -318,3 +342,42 @@ class Several(Apart):
     def rows(self) -> Tensor:
         """All uses' gradients added up."""
         return reduce(torch.add, (use.dense() for use in self.uses))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a layer's weight was made of, and its gradients.
+
+    Attributes:
+        by: the gradients by the weight.
+        values: the parameters, then the constants, each with a 1 in front; the same for all patients.
+        make: makes the weight of them, each patient's of its own.
+        count: how many are parameters.
+    """
+
+    by: Part
+    values: tuple[Tensor, ...] = field(metadata=SHARED)
+    make: Callable[[Sequence[Tensor]], Tensor]
+    count: int
+
+    @cached_property
+    def rows(self) -> list[Tensor]:
+        """Each patient's gradients by each parameter: autograd differentiates copies."""
+        g = kept(self.by.dense())
+        with Evenly(), torch.enable_grad():
+            own = [t.expand(len(g), *t.shape[1:]).requires_grad_() for t in self.values[: self.count]]
+            weight = self.make([*own, *self.values[self.count :]])
+            return [*torch.autograd.grad(weight, own, g, materialize_grads=True)]
+
+
+@dataclass(frozen=True)
+class Through(Apart):
+    """Of a parameter that a layer's weight is made of."""
+
+    name: str
+    origin: Origin
+    place: int
+
+    def rows(self) -> Tensor:
+        """The gradients by the weight, taken on to the parameter."""
+        return self.origin.rows[self.place]

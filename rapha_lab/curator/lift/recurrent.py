@@ -119,7 +119,7 @@ def _enter(name: str, cell: Cell) -> None:
 
         return unrolled(way, x, states, **settings)
 
-    @tap(lambda args: args[2], f"{name}.input")
+    @tap(lambda args, ranks: args[2], f"{name}.input")
     def tapped(names: list[str | None], size: int, x: Tensor, *args: Any) -> Any:
         states, groups, settings = _arguments(name, x, args)
         x, states = x.expand(size, *x.shape[1:]), [s.expand(size, *s.shape[1:]) for s in states]
@@ -152,7 +152,7 @@ def _fused(
     out, _ = FUSED[name](flat, added, first, weights[1][0], bias, tracing())
     ways = out.unflatten(2, x.shape[1:3])  # (states, 1 + time, patients, batch, n)
     uses: list[Use] = [
-        Product(str(names[which]), names[2 + which], _patients_first(value).detach().flatten(1, 2), [made])
+        Product(names[which], names[2 + which], _patients_first(value).detach().flatten(1, 2), [made])
         for which, value, made in ((0, x, given), (1, ways[0, :-1], given if recalled is None else recalled))
     ]
     y = ways[0, 1:]

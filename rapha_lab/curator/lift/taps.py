@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from rapha_lab.curator.lift.shapes import clamped
 from rapha_lab.curator.lift.stored import kept
 from rapha_lab.protocol.program import Ref
 
-__all__ = ["TAPS", "Use", "names_of", "tap", "watched"]
+__all__ = ["PRODUCTS", "TAPS", "Use", "tap", "watched"]
 
 
 class Use(Protocol):
@@ -34,14 +34,18 @@ class Use(Protocol):
 
 
 Run = Callable[..., tuple[Any, list[Use]]]
-TAPS: dict[str, tuple[Callable[[list[Any]], list[Any]], Run]] = {}
+Weights = Callable[[list[Any], Mapping[str, int]], list[Any] | None]
+TAPS: dict[str, tuple[Weights, Run]] = {}
 """Operation → (which of its arguments are weights; the layer, giving its output and uses).
 
-Weights that a layer does without are None. The layer is called with the weights' names, the number of
-patients and the operation's arguments."""
+The first is told the number of dimensions of all values that are the same for all patients; None is no layer.
+Weights that a layer does without are None, and so is the name of one that is not trained. The layer is called with
+the weights' names, the number of patients and the operation's arguments."""
+PRODUCTS: set[str] = set()
+"""Operations that are a layer only where one factor depends on the patient."""
 
 
-def tap(weights: Callable[[list[Any]], list[Any]], *names: str) -> Callable[[Run], Run]:
+def tap(weights: Weights, *names: str) -> Callable[[Run], Run]:
     """Enter a layer."""
 
     def enter(function: Run) -> Run:
@@ -51,13 +55,6 @@ def tap(weights: Callable[[list[Any]], list[Any]], *names: str) -> Callable[[Run
     return enter
 
 
-def names_of(weights: list[Any], parameters: set[str]) -> list[str | None] | None:
-    """The parameters a layer's weights are; None if one is anything else, so that it must be copied."""
-    if not all(w is None or (isinstance(w, Ref) and w.ref in parameters) for w in weights):
-        return None
-    return [None if w is None else w.ref for w in weights]
-
-
 def watched(y: Tensor) -> Tensor:
     """A layer's output as something the loss can be differentiated by."""
     return y if y.requires_grad else y.requires_grad_()
@@ -65,37 +62,126 @@ def watched(y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Product:
-    """`y = a W^T + b` at each of T positions: inputs `(patients, T, in)`."""
+    """`y = a W^T + b` at each of T positions, or `y = a W + b`: inputs `(patients, T, in)`."""
 
-    weight: str
+    weight: str | None
     bias: str | None
     inputs: Tensor
     outputs: list[Tensor]
+    turned: bool = False
 
     def parts(self, grads: Sequence[Tensor]) -> list[Part]:
         """An outer product at one position, to be written out at several."""
         a = self.inputs
         g = grads[0].reshape(*a.shape[:2], grads[0].shape[-1])
-        if a.shape[1] == 1:
-            bias: list[Part] = [] if self.bias is None else [Stored(self.bias, g[:, 0])]
-            return [Outer(self.weight, g[:, 0], a[:, 0]), *bias]
-        bias = [] if self.bias is None else [Summed(self.bias, g.unsqueeze(-1))]
-        return [Pairs(self.weight, g, a, torch.Size([g.shape[2], a.shape[2]])), *bias]
+        alone, (one, other) = a.shape[1] == 1, (a, g) if self.turned else (g, a)
+        made: list[Part] = []
+        if self.weight is not None and alone:
+            made.append(Outer(self.weight, one[:, 0], other[:, 0]))
+        elif self.weight is not None:
+            made.append(Pairs(self.weight, one, other, torch.Size([one.shape[2], other.shape[2]])))
+        if self.bias is not None:
+            made.append(Stored(self.bias, g[:, 0]) if alone else Summed(self.bias, g.unsqueeze(-1)))
+        return made
 
 
-@tap(lambda args: args[1:3], "linear.default")
+@tap(lambda args, ranks: args[1:3] if _matrix(args[1], ranks) else None, "linear.default")
 def linear(names: list[str | None], size: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     """A linear layer."""
-    x = x.expand(size, *x.shape[1:])
-    y = watched(folded(x, weight[0], None if bias is None else bias[0]))
-    return y, [Product(str(names[0]), names[1], x.detach().reshape(size, -1, x.shape[-1]), [y])]
+    return _times(names, size, x, weight, bias)
+
+
+def _times(
+    names: list[str | None], size: int, x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = False
+) -> Any:
+    x, weight = x.expand(size, *x.shape[1:]), weight[0].mT if turned else weight[0]
+    if bias is not None and bias.shape[1:] != weight.shape[:1]:
+        raise ValueError("a bias has one number for each output")
+    y = watched(folded(x, weight, None if bias is None else bias[0]))
+    name, other = names
+    return y, [Product(name, other, x.detach().reshape(size, -1, x.shape[-1]), [y], turned)]
+
+
+def _matrix(arg: Any, ranks: Mapping[str, int]) -> bool:
+    return isinstance(arg, Ref) and ranks.get(arg.ref) == 2
+
+
+def product(weights: Weights, *names: str) -> Callable[[Run], Run]:
+    """Enter a layer written as a product."""
+    PRODUCTS.update(f"aten.{name}" for name in names)
+    return tap(weights, *names)
+
+
+def _factors(args: list[Any], ranks: Mapping[str, int]) -> list[Any] | None:
+    if _matrix(args[1], ranks):
+        return [None, args[1]]
+    return [args[0], None] if _matrix(args[0], ranks) else None
+
+
+@product(_factors, "matmul.default", "mm.default", "mv.default")
+def matmul(names: list[str | None], size: int, a: Tensor, b: Tensor) -> Any:
+    """A product with a matrix of parameters on the right, or on the left."""
+    first, second = names
+    if second is not None:
+        return _times([second, None], size, a, b, None, turned=True)
+    if b.dim() == 2:
+        return _times([first, None], size, b, a, None)
+    y, uses = _times([first, None], size, b.mT, a, None)
+    return y.mT, uses
+
+
+@product(
+    lambda args, ranks: (
+        [args[0], args[2]]
+        if _matrix(args[2], ranks)
+        and isinstance(args[0], Ref)
+        and ranks.get(args[0].ref) == 1
+        and args[3:] == [1, 1]
+        else None
+    ),
+    "addmm.default",
+)
+def addmm(
+    names: list[str | None], size: int, bias: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float
+) -> Any:
+    """A linear layer whose weight comes with the inputs first."""
+    return _times(names[::-1], size, a, b, bias, turned=True)
+
+
+def _contracted(equation: str, tensors: list[Any], ranks: Mapping[str, int]) -> tuple[int, bool] | None:
+    """Which factor of a sum of products is a layer's matrix, and whether its inputs come first."""
+    left, _, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if len(terms) != 2 or len(tensors) != 2:
+        return None
+    for place, (matrix, x) in enumerate(zip(terms, terms[::-1], strict=True)):
+        c = x[-1:]
+        out = matrix.replace(c, "", 1) if c else ""
+        named = [letter for letter in x + out if letter.isalpha()]
+        fits = len(out) == 1 and len(matrix) == 2 and len({*named}) == len(named)
+        if fits and c.isalpha() and right == x[:-1] + out and _matrix(tensors[place], ranks):
+            return place, matrix == c + out
+    return None
+
+
+def _of_einsum(args: list[Any], ranks: Mapping[str, int]) -> list[Any] | None:
+    found = _contracted(args[0], args[1], ranks)
+    return None if found is None else [args[1][found[0]]]
+
+
+@product(_of_einsum, "einsum.default")
+def einsum(names: list[str | None], size: int, equation: str, tensors: list[Tensor], path: Any) -> Any:
+    """A sum of products over the last dimension of what is multiplied by a matrix."""
+    ranks = {str(n): t.dim() - 1 for n, t in enumerate(tensors)}
+    place, turned = _contracted(equation, [Ref(n) for n in ranks], ranks) or (0, False)
+    return _times([names[0], None], size, tensors[1 - place], tensors[place], None, turned)
 
 
 @dataclass(frozen=True)
 class Convolution:
     """A convolution of images `(patients, images, channels, ...)`, or a transposed one."""
 
-    weight: str
+    weight: str | None
     bias: str | None
     inputs: Tensor
     outputs: list[Tensor]
@@ -106,6 +192,8 @@ class Convolution:
         """To be written out."""
         (g,) = grads
         bias: list[Part] = [] if self.bias is None else [Summed(self.bias, g.flatten(3))]
+        if self.weight is None:
+            return bias
         *_, transposed, _, groups = self.setting
         # windows are copies of the input: worth it where they are fewer numbers than the gradient
         beside = transposed or groups > 1 or math.prod(g.shape[3:]) >= self.shape[0]
@@ -121,7 +209,9 @@ def _images(x: Tensor, size: int, rank: int) -> Tensor:
     return x if x.dim() == rank + 3 else x.unsqueeze(1)
 
 
-@tap(lambda args: args[1:3], *(f"conv{n}d.{kind}" for n in (1, 2, 3) for kind in ("default", "padding")))
+@tap(
+    lambda args, ranks: args[1:3], *(f"conv{n}d.{kind}" for n in (1, 2, 3) for kind in ("default", "padding"))
+)
 def convolution(
     names: list[str | None], size: int, x: Tensor, weight: Tensor, bias: Tensor | None,
     stride: list[int], padding: Any, dilation: list[int], groups: int,
@@ -137,7 +227,7 @@ def convolution(
 
 
 @tap(
-    lambda args: args[1:3],
+    lambda args, ranks: args[1:3],
     "conv_transpose1d.default",
     "conv_transpose2d.input",
     "conv_transpose3d.input",
@@ -161,7 +251,7 @@ def _convolved(
 ) -> Any:
     y = torch.convolution(images.flatten(0, 1), weight[0], None if bias is None else bias[0], *setting)
     y = watched(y.unflatten(0, (len(images), -1)))
-    use = Convolution(str(names[0]), names[1], images.detach(), [y], weight.shape[1:], setting)
+    use = Convolution(names[0], names[1], images.detach(), [y], weight.shape[1:], setting)
     return (y if x.dim() == images.dim() else y.squeeze(1)), [use]
 
 
@@ -214,7 +304,7 @@ def _(index: Tensor, rows: Tensor, length: int) -> Tensor:
     return torch.empty_like(rows)
 
 
-@tap(lambda args: ["scaled by frequency" if args[3] else args[0]], "embedding.default")
+@tap(lambda args, ranks: None if args[3] else args[:1], "embedding.default")
 def embedding(
     names: list[str | None], size: int, weight: Tensor, index: Tensor, padding: int, scale: bool, sparse: bool
 ) -> Any:
