@@ -187,7 +187,7 @@ def job(card: dict[str, Any]) -> dict[str, Any]:
     left = card.get("seconds_left")
     name = f"job {escape(card['id'][:8])}" if card["id"] else "no job yet"
     words = [f"<b>{escape(state)}</b>"]
-    doing = str(card.get("doing") or "") if card["state"] == "running" else ""
+    doing = str(card.get("doing") or "") if card["state"] in ("running", "rehearsing") else ""
     if doing:
         words.append(escape(doing))
     if steps:

@@ -25,7 +25,7 @@ from rapha_lab.client.nofiles import without_files
 from rapha_lab.curator.cohort import Cohort
 from rapha_lab.curator.expressions import chosen
 from rapha_lab.curator.lift import lift
-from rapha_lab.curator.mechanisms import Plan, aggregate, loop, shards
+from rapha_lab.curator.mechanisms import Plan, Progress, aggregate, loop, shards
 from rapha_lab.curator.noise import SystemNoise
 from rapha_lab.curator.plans import plan_of, words
 from rapha_lab.protocol import messages
@@ -43,6 +43,12 @@ __all__ = ["Rehearsal", "check", "encoded", "fix", "training"]
 
 PATIENTS, STEPS, BATCH, SHARDS, DELTA = 400, 3, 64, 3, 1e-5
 
+Tell = Callable[[int, int, str], None]
+
+
+def _nobody(step: int, steps: int, doing: str) -> None:
+    """Told by a rehearsal that nobody watches."""
+
 
 class Rehearsal:
     """A session in this process on made-up patients, as long-lived as the one at the site.
@@ -58,6 +64,7 @@ class Rehearsal:
         self._cohorts: dict[bytes, Cohort] = {}
         self._lock = threading.Lock()
         self._loop: loop.Loop
+        self._tell: Tell = _nobody
         self._ran = 0
 
     def run(
@@ -70,13 +77,17 @@ class Rehearsal:
         outputs: Sequence[str] = (),
         show: Callable[[dict[str, Any]], None] | None = None,
         largest_model: int | None = None,
+        tell: Tell | None = None,
     ) -> None:
         """Run a cell with inputs as `send` packed them; what it shows goes to `show`, or nowhere, and `outputs` must travel.
+
+        `tell` is given its step, of how many, and what is done before them.
 
         Raises:
             RaphaError: what would have failed at the site, before anything was sent.
         """
         with self._lock, self._kept_if_run():
+            self._tell = tell or _nobody
             self.namespace.update(parcels.unpack(*inputs, into=self.namespace))
             self.namespace["patients"] = Patients(
                 schema,
@@ -123,7 +134,7 @@ class Rehearsal:
             plan = _few(request, small, (schema.expected(request.split) or 0) / whole.beats)
         else:
             plan = plan_of(request, tensors, small, DELTA, SystemNoise(), _Kernel(), DELTA)
-        answer = plan.run(cohort.view(request.split), lambda *_: None)
+        answer = plan.run(cohort.view(request.split), self._told(plan.steps + plan.beats))
         release = Release(
             job=uuid.uuid4().hex,
             op=str(type(request).__struct_config__.tag),
@@ -146,9 +157,22 @@ class Rehearsal:
             loop.plan(request, extended(schema, request.derive, request.where), DELTA, SystemNoise())
             small = msgspec.structs.replace(request, steps=STEPS, batch=min(request.batch, BATCH))
             self._loop = loop.plan(small, self._cohort(schema, request).schema, DELTA, SystemNoise())
+            self._tell(0, STEPS, messages.PREPARES)
             return {"loop": "rehearsal", "noise": self._loop.sigma}, b""
         view = self._cohort(schema, self._loop.ask).view(self._loop.ask.split)
-        return {}, self._loop.gradient(request, lambda most: tensors, view, lambda *_: None).tensors
+        told = self._told(STEPS, self._loop.done)
+        return {}, self._loop.gradient(request, lambda most: tensors, view, told).tensors
+
+    def _told(self, steps: int, done: int = 0) -> Progress:
+        """Says how far a plan's run is."""
+        beats = 0
+
+        def progress(ran: int, doing: str = "", /) -> None:
+            nonlocal done, beats
+            self._tell(done + beats, steps, doing)
+            done, beats = done + ran, beats + (not ran and not doing)
+
+        return progress
 
     def _cohort(self, schema: Schema, ask: messages.Ask) -> Cohort:
         """A few made-up patients, and of them those that are asked about."""

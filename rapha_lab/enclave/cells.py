@@ -207,12 +207,12 @@ class Cells:
         def told() -> bool:
             return ended() or len(cell.outputs) > after
 
+        def moved() -> bool:
+            return told() or (cell.state, cell.step) != seen or cell.doing != before
+
         with self._changed:
-            for sign, pause in (
-                (ended, 0.1),
-                (told, 0.4),
-                (lambda: told() or (cell.state, cell.step) != seen, left),
-            ):
+            before = cell.doing
+            for sign, pause in ((ended, 0.1), (told, 0.4), (moved, left)):
                 if self._changed.wait_for(sign, min(pause, left)):
                     return
 
@@ -344,6 +344,10 @@ class Cells:
             with self._changed:
                 cell.asking = number
         if "op" not in wire:
+            if epsilon:  # a loop was opened, of whose loss its session now makes a program
+                with self._changed:
+                    cell.doing = messages.PREPARES
+                    self._changed.notify_all()
             return wire, blob  # a step of a loop, which is one release when it closes
         with self._changed:
             cell.spent.setdefault(job, 0.0 if wire["repeated"] else wire["epsilon"])

@@ -8,7 +8,7 @@ import re
 import shlex
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NoReturn
@@ -115,7 +115,7 @@ class EnclaveMagics(Magics):
             held: list[dict[str, Any]] = []
             show = card.place if args.rehearse_only else held.append
             try:
-                with card.rehearsing(dataset):
+                with card.rehearsing(dataset) as tell:
                     self._rehearsal.run(
                         cell,
                         dataset.schema,
@@ -124,6 +124,7 @@ class EnclaveMagics(Magics):
                         outputs=args.output,
                         show=show,
                         largest_model=dataset.largest_model,
+                        tell=tell,
                     )
             except RaphaError as error:
                 self._explain(error, args.output)
@@ -227,11 +228,17 @@ class _Card:
         self._alone = True
 
     @contextmanager
-    def rehearsing(self, dataset: Dataset) -> Iterator[None]:
-        """While a rehearsal runs: the card says so if it is slow."""
+    def rehearsing(self, dataset: Dataset) -> Iterator[Callable[[int, int, str], None]]:
+        """While a rehearsal runs: if it is slow the card says so, and how far it is, as what this gives was told."""
         told = {"id": "", "state": "rehearsing", "dataset": dataset.name, **dataset.site._tag()}
-        with if_slow(SLOW, self._show, cards.job(told)):
-            yield
+
+        def tell(step: int, steps: int, doing: str) -> None:
+            told.update(step=step, steps=steps, doing=doing)
+            if self._shown:
+                self._show(cards.job(dict(told)))
+
+        with if_slow(SLOW, lambda: self._show(cards.job(dict(told)))):
+            yield tell
 
     def update(self, job: Job) -> None:
         """Show how far the job is."""

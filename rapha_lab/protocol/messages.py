@@ -22,6 +22,7 @@ __all__ = [
     "BLOCK",
     "BUFFER",
     "PIPED",
+    "PREPARES",
     "REVIEWED",
     "Aggregate",
     "Ask",
@@ -76,6 +77,9 @@ Metric = Literal[
     "confusion",
     "concordance",
 ]
+
+PREPARES = "preparing its first step"
+"""What a card says of a loop that was opened and whose loss is made a program."""
 
 MAX_HEADER = 64 << 20
 MAX_TENSORS = 1 << 30

@@ -15,6 +15,7 @@ import pytest
 from nbclient import NotebookClient
 
 from rapha_lab.client import releases
+from rapha_lab.protocol import messages
 
 pytest.importorskip("sksurv", reason="the demonstration data are in the demo extra")
 
@@ -145,6 +146,26 @@ def test_a_slow_rehearsal_says_so_and_its_card_makes_room(notebook: Notebook) ->
     assert len(notebook.run(slow + "1 / 0")) == 1
     states = "[b['data']['application/vnd.rapha.job+json']['state'] for b in seen]"
     assert notebook.value(states) == ["rehearsing"]
+    notebook.run("out.publish = put")
+
+
+def test_a_loop_says_what_it_does_from_the_start(notebook: Notebook) -> None:
+    """In a slow rehearsal which of its few steps it is at; at the site what is done before the first."""
+    code = "seen = []; out = get_ipython().display_pub; put, out.publish = out.publish, lambda **b: (seen.append(b), put(**b))[1]"
+    notebook.run(code)
+    notebook.run(
+        "%%enclave flchain\nimport torch, time\nfrom torch import nn\nmodel = nn.Linear(1, 1)\ntime.sleep(2.5)\n"
+        "for n, batch in enumerate(patients.train.batches(size=500, epochs=0.5, epsilon=0.05)):\n"
+        "    time.sleep(1.2 if n == 0 else 0)\n"
+        "    nn.functional.binary_cross_entropy_with_logits(model(batch[['age']])[:, 0], batch['death']).backward()"
+    )
+    cards = "[b['data']['application/vnd.rapha.job+json'] for b in seen if 'application/vnd.rapha.job+json' in b['data']]"
+    fields = "(c['state'], c.get('doing'), c.get('step'), c.get('steps'))"
+    told = [tuple(each) for each in notebook.value(f"[{fields} for c in {cards}]")]
+    rehearsed = [each[1:] for each in told if each[0] == "rehearsing"]
+    assert (messages.PREPARES, 0, 3) in rehearsed
+    assert ("running", messages.PREPARES, 0, 0) in told
+    assert ("", 1, 3) in rehearsed
     notebook.run("out.publish = put")
 
 

@@ -62,6 +62,7 @@ WORTH, EACH = 20.0, 1.0
 """Seconds of training from which on compiling is worth it, and for each of the program's operations: a compiler takes
 about half as long, and the step becomes two to three times as fast."""
 
+TESTING = "trying the arithmetic of its step on made-up patients"
 COMPILING = "compiling the step, once for this shape of model"
 
 MEMORY = 1 << 27
@@ -235,6 +236,7 @@ def prepare(
     Raises:
         RefusedError: if a patient's gradient depends on the others in the batch.
     """
+    progress(0, TESTING)
     seconds, before = lifted.selftest(parameters, constants), lifted.compiled_before
     if not before:
         if seconds * microbatches < WORTH + EACH * len(lifted.program.nodes):
