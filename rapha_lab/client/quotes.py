@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+from typing import Any, get_args
 
 import msgspec
 
 from rapha_lab.client import cards
+from rapha_lab.client.calls import unknown
 from rapha_lab.protocol import messages, quote
 from rapha_lab.protocol.errors import RequestError
+from rapha_lab.protocol.messages import Metric, Split
 from rapha_lab.protocol.quote import Inquiry
 from rapha_lab.protocol.schema import Schema
 
@@ -34,7 +37,14 @@ class Quote(quote.Quote, kw_only=True, frozen=True):
 
 
 class Budget(dict[str, dict[str, dict[str, float]]]):
-    """By project and split: epsilon, delta, spent, left, and room for one more answer. Shown as gauges."""
+    """By project and split: epsilon, delta, spent, left, and room for one more answer.
+
+    Shown as gauges; `budget()` gives it too.
+    """
+
+    def __call__(self) -> Budget:
+        """The same."""
+        return self
 
     def __repr__(self) -> str:
         return str(cards.budget(self)["text/plain"])
@@ -76,6 +86,12 @@ def inquiry(
         | ({"fields": further} if further else {})
         | {"kind": kind, "split": split or _SPLITS.get(kind, "all"), "patients": patients}
     )
+    if kind in ("fit", "evaluate", "shards") and further:
+        names = sorted(plain - {"kind", "fields", "column", "steps"} | {"epochs"})
+        raise unknown("A quote", next(iter(further)), names, f"cohort.quote({kind!r}, epsilon=1)")
+    _one_of("split", split, (None, *get_args(Split)))
+    for metric in rest.get("metrics", ()):
+        _one_of("metrics", metric, get_args(Metric))
     if kind == "describe" and "columns" not in further:
         fields["fields"] = further | {
             "columns": [c.name for c in schema.columns if c.type not in ("text", "image")]
@@ -90,6 +106,10 @@ def inquiry(
 
 
 def _parsed(what: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(what, type):
+        raise RequestError(
+            f"The model is the class {what.__name__}.", "It must be a model.", f"Make one: {what.__name__}(...).", field="what"
+        )  # fmt: skip
     if callable(getattr(what, "parameters", None)):
         size = sum(p.numel() for p in what.parameters() if p.requires_grad)
         if not size:
@@ -124,6 +144,13 @@ def _parsed(what: Any) -> tuple[str, dict[str, Any]]:
         'Say "mean:age", for instance.',
         field="what",
     )
+
+
+def _one_of(field: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), names := [c for c in choices if c is not None], 1)
+        instead = f"Did you mean {near[0]}?" if near else "Name one."
+        raise RequestError(f"{field} is {value!r}.", f"There are {', '.join(names)}.", instead, field=field)
 
 
 def _checked(fields: dict[str, Any]) -> Inquiry:

@@ -20,6 +20,7 @@ import msgspec
 import polars
 import torch
 
+from rapha_lab.client.calls import called
 from rapha_lab.client.mock import mock, mock_tables
 from rapha_lab.client.nofiles import without_files
 from rapha_lab.curator.cohort import Cohort
@@ -36,7 +37,6 @@ from rapha_lab.protocol.messages import Split
 from rapha_lab.protocol.release import Release
 from rapha_lab.protocol.schema import Schema
 from rapha_lab.session import checking, interpreter, parcels, recipe, shard
-from rapha_lab.session.checking import fix
 from rapha_lab.session.patients import Patients
 
 __all__ = ["Rehearsal", "check", "encoded", "fix", "training"]
@@ -251,6 +251,10 @@ def _few(request: messages.Shards, small: Schema, patients: float) -> Plan:
     return shards.plan(msgspec.structs.replace(request, k=k), small, DELTA, _Kernel(), least=1, fewest=1)
 
 
+fix = called("rapha.fix(model)")(checking.fix)
+
+
+@called('rapha.check(model, loss, FEATURES, "death", of=cohort)')
 def check(model: Any, loss: Any, inputs: Any, target: Any, *, of: Any = None) -> checking.Findings:
     """What will train, what will not, and the line to change; nothing is asked of a site and nothing spent.
 
@@ -277,8 +281,8 @@ def encoded(schema: Schema, patients: polars.DataFrame, columns: str | list[str]
             f"The patients are a {type(patients).__name__}.", "They are read from a polars.DataFrame.",
             "Say polars.DataFrame({...}), or polars.from_pandas(frame).", field="patients",
         )  # fmt: skip
-    names = [columns] if isinstance(columns, str) else list(columns)
     schema.layout(columns)
+    names = [columns] if isinstance(columns, str) else list(columns)
     _listed(schema, patients, names)
     table = schema.table_of(names[0]) if names else None
     if table is not None:

@@ -16,6 +16,7 @@ import msgspec
 
 from rapha_lab.client import cards, demo
 from rapha_lab.client.appraisal import AppraisalPolicy, Endorsements
+from rapha_lab.client.calls import called, kind
 from rapha_lab.client.channel import Channel
 from rapha_lab.client.home import home, read, write
 from rapha_lab.client.mock import mock, mock_tables
@@ -40,6 +41,7 @@ _lock = threading.Lock()
 _latest: list[Site] = []
 
 
+@called('rapha.connect("demo")')
 def connect(
     where: str = "demo",
     *,
@@ -76,6 +78,7 @@ def connect(
         SiteError: it cannot be reached or did not start.
         LogError: its log does not extend what was seen of it before.
     """
+    kind(where, str, "where", "an address", 'rapha.connect("demo"), or "https://..."')
     progress = Progress()
     if where == "demo":
         url, secret, simulated = demo.start(progress), demo.researcher(), True
@@ -130,6 +133,7 @@ def _key(key: PrivateKey | str | Path | None, passphrase: str | None) -> Private
             'Make one with "rapha-lab keys new" and say connect(url, key="me.key").',
             field="key",
         )
+    kind(key, (str, Path), "key", "a key or the file that holds it", 'connect(url, key="me.key")')
     return PrivateKey.load(
         key, passphrase if passphrase is not None else os.environ.get("RAPHA_LAB_PASSPHRASE", "")
     )
@@ -181,6 +185,7 @@ class Site:
         self._channel, self.project = channel, project
         self._card: dict[str, Any] = {}
 
+    @called("site.login(token)")
     def login(self, token: str) -> None:
         """Log in with an ID token that was asked for with the nonce that `rapha-lab keys nonce` prints.
 
@@ -220,6 +225,7 @@ class Site:
         told |= {"measurement": verdict.claims.measurement, "build": self._channel.attested.build.version}
         return self._card | told | {"verdict": {"status": verdict.status, "reasons": list(verdict.reasons)}}
 
+    @called('site.dataset("flchain")')
     def dataset(self, name: str) -> Dataset:
         """One of the site's datasets.
 
@@ -245,6 +251,7 @@ class Site:
         """The names of its datasets."""
         return Names(told["name"] for told in self._card["datasets"])
 
+    @called('site.run("patients.count(epsilon=0.1)", "flchain")')
     def run(
         self,
         source: str,
@@ -271,28 +278,34 @@ class Site:
         """Your cells at the site, oldest first: a list of what the job card shows of each, which shows as a table."""
         return Jobs(told | self._tag() for told in self._channel.call("jobs", {})[0])
 
+    @called('site.attach(site.jobs()[-1]["id"])')
     def attach(self, job: str) -> Job:
         """A cell of yours at the site, whether or not the kernel lives that started it; `jobs` has their numbers.
 
         Raises:
             RequestError: you have no such job.
         """
+        kind(job, str, "job", "a job's id", 'site.attach(site.jobs()[-1]["id"])')
         found = Job(self, job)
         found.poll()
         return found
 
+    @called('site.cancel(site.jobs()[-1]["id"])')
     def cancel(self, job: str) -> Job:
         """Stop a cell of yours, and give it as `attach` does; what has run stays charged.
 
         Raises:
             RequestError: you have no such job.
         """
+        kind(job, str, "job", "a job's id", 'site.cancel(site.jobs()[-1]["id"])')
         found = Job(self, job)
         found.cancel()
         return found
 
+    @called("site.end_sessions()")
     def end_sessions(self, session: str = "") -> None:
         """End your sessions there, or one of them; what they hold is lost, what was released is not."""
+        kind(session, str, "session", "a session's name", "site.end_sessions(), for all of them")
         self._channel.call("end", {"id": session})
 
     def leave(self, session: str, seconds: float = 2.0) -> None:
@@ -305,6 +318,7 @@ class Site:
         """What waits for the site's custodians, or was decided by them: yours, or all if you are one of them."""
         return list(self._channel.call("airlock", {})[0])
 
+    @called('site.collect(site.airlock()[-1]["subject"])')
     def collect(self, subject: str) -> tuple[Release, bytes]:
         """An answer of yours that waited in the airlock, with its tensors (safetensors), once it was approved.
 
@@ -370,6 +384,7 @@ class Dataset:
         told = next(d for d in self.site._card["datasets"] if d["name"] == self.name)
         return Budget(told["budget"])
 
+    @called('cohort.quote("mean:age", epsilon=0.1)')
     def quote(
         self,
         what: str | torch.nn.Module,
@@ -403,17 +418,31 @@ class Dataset:
         given = settings | fit | {"split": split, "patients": patients}
         return self.quotes([inquiry(self.schema, what, epsilon=epsilon, error=error, **given)])[0]
 
+    @called("cohort.quotes(inquiries)")
     def quotes(self, asks: Collection[Inquiry]) -> list[Quote]:
         """Several quotes at once, each as if its question were the next and only one."""
+        kind(
+            asks,
+            (list, tuple),
+            "asks",
+            "a list of inquiries",
+            'cohort.quote("mean:age", epsilon=0.1) for one',
+        )
         asked = Inquiries(dataset=self.name, project=self.site.project, asks=list(asks))
         return msgspec.convert(self.site._channel.call("quote", asked)[0], list[Quote])
 
+    @called("cohort.mock(patients=200)")
     def mock(self, patients: int = 200, seed: int = 0, table: str | None = None) -> polars.DataFrame:
         """Made-up patients, or their rows in a table, drawn from the schema alone; no record was looked at."""
+        for field, number in (("patients", patients), ("seed", seed)):
+            kind(number, int, field, "a whole number", "cohort.mock(patients=200, seed=0)")
+            if number < 0:
+                raise RequestError(f"{field} is {number}.", "It must be 0 or more.", "", field=field)
         if table is None:
             return mock(self.schema, patients, seed)
         return mock_tables(self.schema, patients, seed)[self.schema.table(table).name]
 
+    @called("cohort.inputs(frame, FEATURES)")
     def inputs(self, patients: polars.DataFrame, columns: str | list[str]) -> torch.Tensor:
         """Your own patients as a model's input: scaled and coded as the site does it, (n, *shape).
 
@@ -495,6 +524,7 @@ class Job:
         self.raise_error()
         return self
 
+    @called("job.bring(model=model)")
     def bring(self, **into: Any) -> dict[str, Any]:
         """The values that the cell's -o named; waits for the end, and says how far the job is.
 

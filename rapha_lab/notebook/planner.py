@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from rapha_lab.client.calls import called
 from rapha_lab.client.quotes import Quote, inquiry
 from rapha_lab.client.site import Dataset
 from rapha_lab.notebook.forecast import picture, problem
@@ -32,6 +33,7 @@ BATCH, RATE = "patients expected in a step", "chance of a patient to be in a ste
 LABELS = {"epsilon": "ε", "epochs": "epochs", "batch": "batch size", "patients": "cohort size"}
 
 
+@called("cohort.plan(model)")
 def plan(
     dataset: Dataset,
     what: Any,
@@ -87,6 +89,7 @@ class Plan:
         self.quote = self._quotes([settings["epsilon"]])[0]
         self.trace()
 
+    @called("plan.move(epsilon=0.5)")
     def move(self, **settings: Any) -> Plan:
         """Change settings; those without a quote, such as a batch above the cohort, leave it and set `problem`."""
         return self.step(**settings).trace()

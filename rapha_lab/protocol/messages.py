@@ -424,6 +424,8 @@ def malformed(error: Exception) -> RequestError:
 
 def _in_words(text: str) -> str:
     """A decoder's complaint as a sentence: "Expected `float` < 1.0" is "It must be a number below 1"."""
+    if kinds := re.fullmatch(r"Expected `(int|float|str|bool)(?: \| null)?`, got `\w+`", text):
+        return f"It must be {_KINDS[kinds[1]]}"
     found = re.fullmatch(r"Expected `(int|float)` (<=?|>=?) (\S+)", text)
     if found is None:
         return text
@@ -432,6 +434,7 @@ def _in_words(text: str) -> str:
     return f"It must be {number} {_BOUNDS[bound]} {limit.removesuffix('.0')}"
 
 
+_KINDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "True or False"}
 _BOUNDS = {"<": "below", "<=": "of at most", ">": "above", ">=": "of at least"}
 
 BUFFER = 1 << 18

@@ -207,6 +207,11 @@ class Schema(Public, frozen=True):
             column, flag = self.find(columns)
             shape, dtype = ((), "float32") if flag else column.alone
             return self._held((*rows, *shape)), dtype
+        if not isinstance(columns, Iterable):
+            raise RequestError(
+                f"{columns!r:.40} is no list of columns.", "A column is named by a text.",
+                'Say ["age", "sex"], say.', field="columns",
+            )  # fmt: skip
         names = list(columns)
         width = sum(1 if flag else column.width for column, flag in map(self.find, names))
         return self._held((*self.rows(*names), width)), "float32"

@@ -152,6 +152,13 @@ def fix(model: nn.Module) -> nn.Module:
     BatchNorm becomes GroupNorm of as many channels, InstanceNorm forgets its running statistics, activations with
     `inplace=True` make new tensors, and a spectral norm is left off. Weights and scales are kept.
     """
+    if not isinstance(model, nn.Module):
+        raise RequestError(
+            f"The model is a {type(model).__name__}.",
+            "It must be an nn.Module.",
+            "Say rapha.fix(model).",
+            field="model",
+        )
     held = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
     # what a norm of the older way computed last, which deepcopy would refuse
     fixed = copy.deepcopy(model, {id(t): t.detach().clone() for t in held if not t.is_leaf})

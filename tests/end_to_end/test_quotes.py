@@ -9,7 +9,9 @@ import hospital
 import pytest
 import torch
 import ward
+from torch import nn
 
+import rapha_lab as rapha
 from rapha_lab.client.site import Dataset, Site
 from rapha_lab.protocol.errors import BudgetError, RaphaError, RequestError
 
@@ -256,3 +258,44 @@ class TestShown:
             assert "nothing was spent" in text
             assert "validation" in text
         assert float(cohort.quote("count", epsilon=0.25)) == 0.25
+
+
+MISCALLED = {
+    "cohort.plan()": ("what", "cohort.plan(model)"),
+    "cohort.plan('fit', epsilom=1)": ("epsilom", "epsilon=?"),
+    "cohort.quote()": ("what", "cohort.quote("),
+    "cohort.quote('fit', epsilon=1, bach=3)": ("bach", "batch=?"),
+    "cohort.quote('evaluate:aurocc', epsilon=1)": ("metrics", "auroc?"),
+    "cohort.quote('count', epsilon=1, split='tain')": ("split", "train?"),
+    "cohort.quote('count', epsilon='1')": ("epsilon", "a number"),
+    "cohort.quote(nn.Linear)": ("what", "Linear(...)"),
+    "cohort.quotes(3)": ("asks", "cohort.quote("),
+    "cohort.mock(n=5)": ("n", "patients=200"),
+    "cohort.mock(-3)": ("patients", "0 or more"),
+    "cohort.mock(seed='x')": ("seed", "a whole number"),
+    "cohort.inputs(cohort.mock())": ("columns", "cohort.inputs(frame, FEATURES)"),
+    "cohort.inputs(cohort.mock(), 3)": ("columns", "age"),
+    "site.dataset()": ("name", "site.dataset("),
+    "site.attach(3)": ("job", "site.jobs()"),
+    "site.cancel()": ("job", "site.jobs()"),
+    "rapha.connect(3)": ("where", "https://"),
+    "rapha.connect(wher='demo')": ("wher", "where=?"),
+    "rapha.check()": ("model", "of=cohort"),
+    "rapha.check(nn.Linear(1, 1), None, 3, 'died', of=cohort)": ("columns", "age"),
+    "rapha.fix(3)": ("model", "nn.Module"),
+    "rapha.fix()": ("model", "rapha.fix(model)"),
+}
+
+
+@pytest.mark.parametrize("call", MISCALLED)
+def test_a_call_that_is_made_otherwise_names_the_argument_and_says_how_it_is_made(cohort: Dataset, call: str):
+    """Where Python's own error would name neither the fix nor an example, and where nothing was said at all."""
+    field, says = MISCALLED[call]
+    Dataset.plan = rapha.plan  # as the notebook's extension does
+    try:
+        with pytest.raises(RequestError) as refused:
+            eval(call, {"cohort": cohort, "site": cohort.site, "rapha": rapha, "nn": nn})
+    finally:
+        del Dataset.plan
+    assert refused.value.field == field
+    assert says in f"{refused.value}"
