@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph_module import GraphModule
 
+from rapha_lab.curator.lift.cells import cells_by
 from rapha_lab.curator.lift.draws import DRAWS
-from rapha_lab.curator.lift.fused import cells_by
 from rapha_lab.curator.lift.stored import KEPT
 
 __all__ = [
@@ -180,7 +180,10 @@ def _compile(make: Make, example: tuple[Any, ...], going: Going) -> Step:
         fast = assembled(by_position, _flat(arguments, names), going, due - time.monotonic())
         return lambda *arguments: fast(_flat(arguments, names))
 
-    with cells_by(lambda function, tensors: assembled(function, tensors, going, due - time.monotonic())):
+    def cell(function: Callable[..., Any], tensors: list[Tensor], in_order: bool) -> Callable[..., Any]:
+        return assembled(function, tensors, going, due - time.monotonic(), in_order)
+
+    with cells_by(cell):
         run = make(assemble, example)
         with DRAWS.drawn():
             run(*example)
@@ -193,16 +196,18 @@ def _flat(arguments: Sequence[Any], names: list[list[str]]) -> list[Tensor]:
 
 
 def assembled(
-    function: Callable[..., Any], example: list[Tensor], going: Going = _unasked, seconds: float | None = None
-) -> Callable[[list[Tensor]], Any]:
+    function: Callable[..., Any], example: list[Tensor], going: Going = _unasked, seconds: float | None = None,
+    in_order: bool = False,
+) -> Callable[[list[Tensor]], Any]:  # fmt: skip
     """Machine code for a function of tensors of these very shapes; it takes them as a list, which it empties.
 
-    It may take `SECONDS`, or so many.
+    It may take `SECONDS`, or so many. With `in_order`, one thread computes it: others would add up in any order.
 
     Raises:
         Exception: whatever the compiler says.
     """
     _ready()
+    import torch._inductor.config as inductor
     import torch._inductor.lowering  # some decompositions look there
     from torch._inductor.decomposition import select_decomp_table
 
@@ -219,7 +224,9 @@ def assembled(
             raise ValueError("the graph is too large to compile")
         _faster_products(graph)
         graph.recompile()
-        return _machine_code(graph, [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"])
+        given = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
+        with inductor.patch({"cpp.threads": 1} if in_order else {}):
+            return _machine_code(graph, given)
 
 
 def _computes(node: Any) -> bool:

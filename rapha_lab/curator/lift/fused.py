@@ -10,8 +10,6 @@ single operation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -19,8 +17,9 @@ import torch
 from torch import Tensor
 
 from rapha_lab.curator.lift import even
+from rapha_lab.curator.lift.cells import machine_code
 
-__all__ = ["CELLS", "FUSED", "Cell", "Layer", "cells_by"]
+__all__ = ["CELLS", "FUSED", "Cell", "Layer"]
 
 Pieces = list[Tensor]
 """Each `(rows, n)`."""
@@ -118,38 +117,6 @@ CELLS = {
     "rnn_relu": Cell(1, 0, 1, False, rnn_relu, rnn_relu_back),
 }
 
-# Machine code
-
-
-Run = Callable[[list[Tensor]], Any]
-Assemble = Callable[[Callable[..., Any], list[Tensor]], Run]
-_assemble: ContextVar[Assemble | None] = ContextVar("assemble", default=None)
-_fast: dict[Any, Run] = {}
-_KEPT = 2048
-"""As many as all steps that are kept can have: a step whose cells went would take longer, and round otherwise, for good."""
-
-
-@contextmanager
-def cells_by(assemble: Assemble) -> Iterator[None]:
-    """Have cells of compiled steps made machine code of as they are first computed."""
-    token = _assemble.set(assemble)
-    try:
-        yield
-    finally:
-        _assemble.reset(token)
-
-
-def _machine_code(function: Callable[..., Any], tensors: list[Tensor], fast: bool) -> Run:
-    """The function, which writes into some of the tensors, for tensors like these."""
-    assemble, key = _assemble.get(), (function, *((t.shape, t.stride(), t.dtype) for t in tensors))
-    if fast and assemble is not None and key not in _fast:
-        while len(_fast) >= _KEPT:
-            del _fast[next(iter(_fast))]
-        _fast[key] = assemble(lambda *given: function(*given), tensors)
-    plain: Run = lambda tensors: function(*tensors)  # noqa: E731
-    return _fast.get(key, plain) if fast else plain
-
-
 # Layers
 
 
@@ -194,7 +161,7 @@ class Layer:
         steps = given, out[0], *out, *out[:, 1:], *_pieces(kept, n)
         for mine, h, *more in zip(*steps, strict=False):
             tensors = [mine, _affine(h, weight, bias), *more]
-            run = run or _machine_code(self.step, tensors, fast)
+            run = run or machine_code(self.step, tensors, fast)
             run(tensors)
         return out, kept
 
@@ -219,7 +186,7 @@ class Layer:
         steps = ways[-1], *grad[:, 1:], *out, *out[:, 1:], *each
         for mine, *more in reversed(list(zip(*steps, strict=False))):
             tensors = [through, *now, *more]
-            run = run or _machine_code(self.step_back, tensors, fast)
+            run = run or machine_code(self.step_back, tensors, fast)
             run(tensors)
             through = _affine(mine, turned)
         now[0] += through

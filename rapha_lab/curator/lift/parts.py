@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapha_lab.curator.lift.even import Evenly
+from rapha_lab.curator.lift.places import tables
 from rapha_lab.curator.lift.stored import kept, products, weighted
 
 __all__ = [
@@ -177,19 +178,11 @@ class Rows:
         """Scaled rows added to their places."""
         rows = counting(self.rows, counts) * scale.to(self.rows.dtype)[:, None, None]
         rows = rows if len(rows) <= GROUP else rows.double()
-        table = rows.new_zeros(self.length, rows.shape[-1])
-        return table.index_add(0, self.index.flatten(), rows.flatten(0, 1))
+        return tables(self.index.flatten()[None], rows.flatten(0, 1)[None], self.length)[0]
 
     def dense(self) -> Tensor:
         """The whole table for each patient."""
-        return _tables(self.index, self.rows, self.length)
-
-
-def _tables(index: Tensor, rows: Tensor, length: int) -> Tensor:
-    """For each patient a table with rows added to their places; one patient after the other, so that threads do not
-    share one's numbers and add them in any order."""
-    size, _, width = rows.shape
-    return rows.new_zeros(size, length, width).scatter_add(1, index.unsqueeze(-1).expand_as(rows), rows)
+        return tables(self.index, self.rows, self.length)
 
 
 class Apart(ABC):
@@ -221,7 +214,7 @@ class Table(Apart):
 
     def rows(self) -> Tensor:
         """The whole table."""
-        return _tables(self.index, self.out, self.length)
+        return tables(self.index, self.out, self.length)
 
 
 @dataclass(frozen=True)

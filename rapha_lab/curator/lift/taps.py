@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rapha_lab.curator.lift.layers import folded
 from rapha_lab.curator.lift.parts import Beside, Outer, Pairs, Part, Rows, Stored, Summed, Table, Windows
+from rapha_lab.curator.lift.places import added_up
 from rapha_lab.curator.lift.shapes import clamped
 from rapha_lab.curator.lift.stored import kept
 from rapha_lab.protocol.program import Ref
@@ -280,28 +281,8 @@ class Lookup:
             g = torch.where((self.index == self.padding).unsqueeze(-1), 0, g)
         if g.shape[1] > 1 and 2 * g.shape[1] >= self.length:
             return [Table(self.weight, self.index, g, self.length)]
-        rows = g if g.shape[1] == 1 else _added_up(self.index, g, self.length)
+        rows = g if g.shape[1] == 1 else added_up(self.index, g, self.length)
         return [Rows(self.weight, self.index, rows, self.length)]
-
-
-CACHED = 1 << 20
-"""Bytes of rows and of places that are worked on at a time, so that they stay in the processor's cache."""
-
-
-@torch.library.custom_op("rapha::added_up", mutates_args=())
-def _added_up(index: Tensor, rows: Tensor, length: int) -> Tensor:
-    """A patient's rows of the same index, added up at the last of their places; zeros at the others."""
-    out, one = torch.zeros_like(rows), max(rows[0].numel(), length) * rows.element_size()
-    for own, given, into in zip(*(t.split(max(1, CACHED // one)) for t in (index, rows, out)), strict=True):
-        places = torch.arange(own.shape[1], dtype=torch.int32).expand(own.shape)
-        last = places.new_zeros(len(own), length).scatter_reduce_(1, own, places, "amax")
-        into.scatter_add_(1, last.gather(1, own).long().unsqueeze(-1).expand_as(given), given)
-    return out
-
-
-@_added_up.register_fake
-def _(index: Tensor, rows: Tensor, length: int) -> Tensor:
-    return torch.empty_like(rows)
 
 
 @tap(lambda args, ranks: None if args[3] else args[:1], "embedding.default")
