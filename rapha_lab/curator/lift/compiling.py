@@ -68,6 +68,13 @@ WORTH = 1 << 21
 """Floating-point operations from which on oneDNN multiplies two matrices faster than the default library."""
 
 _LINEAR = torch.ops.mkldnn._linear_pointwise.default
+_AS_THEY_ARE = (
+    _LINEAR,  # which the compiler takes for constant weights only
+    torch.ops.aten.scatter_add.default,  # its loops would go through one patient's numbers in a row, see `even.scatter_add`
+    torch.ops.aten.avg_pool2d_backward.default,  # which it computes number by number, anew wherever one is read
+    torch.ops.aten.avg_pool3d_backward.default,
+)
+"""Operations that the compiler calls as they are."""
 
 
 @dataclass(frozen=True)
@@ -331,20 +338,20 @@ def _machine_code(graph: GraphModule, example: list[Tensor]) -> Callable[[list[T
     import torch._inductor.config as inductor
     from torch._inductor.compile_fx import compile_fx_inner
 
-    # no pool of worker processes beside the one that holds records, torch's own random numbers in dropout, and images
-    # as they are: convolutions gain less by channels that lie together than all else around them loses
-    with (
-        inductor.patch(compile_threads=1, fallback_random=True, layout_optimization=False),
-        _called_as_it_is(_LINEAR),
-        _called_as_it_is(torch.ops.aten.scatter_add.default),
-        _held_in_memory(KEPT),
-    ):
+    with ExitStack() as settings:
+        # no pool of worker processes beside the one that holds records, torch's own random numbers in dropout, and images
+        # as they are: convolutions gain less by channels that lie together than all else around them loses
+        settings.enter_context(
+            inductor.patch(compile_threads=1, fallback_random=True, layout_optimization=False)
+        )
+        for operation in _AS_THEY_ARE:
+            settings.enter_context(_called_as_it_is(operation))
+        settings.enter_context(_held_in_memory(KEPT))
         return compile_fx_inner(graph, example)
 
 
 def _called_as_it_is(operation: Any) -> Any:
-    """Keeps the compiler from rewriting an operation: products, which it can for constant weights only, and sums by
-    place, whose loops would go through one patient's numbers in a row, see `even.scatter_add`."""
+    """Keeps the compiler from rewriting an operation."""
     from torch._inductor.lowering import fallback_handler, lowerings
 
     return patch.dict(lowerings, {operation: fallback_handler(operation)})
