@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from torch import nn
-from workloads import Bag, Recurrent, Series, Text
+from workloads import Adapted, Bag, Recurrent, Series, Text, Visits
 
 Forward = Callable[[dict[str, Any], Any], Any]
 
@@ -23,7 +23,11 @@ def forward_of(model: nn.Module) -> Forward:
     if isinstance(model, nn.Sequential):
         return _sequence(model, "")
     if isinstance(model, Recurrent) and isinstance(model.layers, nn.GRU):
-        return _recurrent
+        return lambda p, x: _dense(p, "head", _recurrent(p, x, 2)[-1])
+    if isinstance(model, Visits):
+        return _visits
+    if isinstance(model, Adapted):
+        return _adapted([jnp.asarray(t.numpy()) for t in model.buffers()])
     if isinstance(model, Series):
         return lambda p, x: _dense(p, "head", _encoder(p, "body", 2, 4, _dense(p, "inp", x)).mean(0))
     if isinstance(model, Text):
@@ -81,8 +85,8 @@ def _normal(x: Any, eps: float) -> Any:
     return (x - x.mean(-1, keepdims=True)) * lax.rsqrt(x.var(-1, keepdims=True) + eps)
 
 
-def _recurrent(p: Any, x: Any) -> Any:
-    for layer in (0, 1):
+def _recurrent(p: Any, x: Any, layers: int) -> Any:
+    for layer in range(layers):
         wi, wh, bi, bh = (p[f"layers.{n}_l{layer}"] for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
 
         def cell(state: Any, given: Any, wh: Any = wh, bh: Any = bh) -> Any:
@@ -92,7 +96,22 @@ def _recurrent(p: Any, x: Any) -> Any:
             return new, new
 
         _, x = lax.scan(cell, jnp.zeros(wh.shape[1]), x @ wi.T + bi)
-    return _dense(p, "head", x[-1])
+    return x
+
+
+def _visits(p: Any, x: Any) -> Any:
+    there = (x[:, :1] > 0) * 1.0
+    rows = p["codes.weight"][x] * (x > 0)[..., None]
+    return _dense(p, "head", (_recurrent(p, rows.sum(1), 1) * there).sum(0) / there.sum(0))
+
+
+def _adapted(frozen: list[Any]) -> Forward:
+    def run(p: Any, x: Any) -> Any:
+        for n, weight in enumerate(frozen):
+            x = jax.nn.relu((weight + p[f"up.{n}"] @ p[f"down.{n}"]) @ x)
+        return _dense(p, "head", x)
+
+    return run
 
 
 def _text(p: Any, x: Any) -> Any:

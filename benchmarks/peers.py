@@ -132,9 +132,12 @@ NOT_RUN = {
     },
     **{
         (name, "opacus functorch"): "minutes a step"
-        for name in ("gru", "lstm", "transformer", "text", "columns", "bag")
+        for name in ("gru", "lstm", "transformer", "text", "columns", "visits", "bag")
     },
-    **{(name, "vmap"): "torch has no rule for recurrent layers under vmap" for name in ("gru", "lstm")},
+    **{
+        (name, "vmap"): "torch has no rule for recurrent layers under vmap"
+        for name in ("gru", "lstm", "visits")
+    },
     **{
         (name, "vmap"): "unrolls attention by patient: minutes to compile"
         for name in ("transformer", "text", "columns")

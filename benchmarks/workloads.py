@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 WORDS, RECORDS = 8000, 48
+VISITS, CODES, KINDS = 32, 12, 2000
 
 
 class Recurrent(nn.Module):
@@ -75,6 +76,38 @@ class Bag(nn.Module):
         return self.head((self.encoder(x[..., :30]) * there).sum(1) / there.sum(1))
 
 
+class Visits(nn.Module):
+    """Codes of a patient's visits, added up by visit; a GRU's mean over the visits that there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes, self.layers = nn.Embedding(KINDS, 48, padding_idx=0), nn.GRU(48, 64, batch_first=True)
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        there = (x[..., :1] > 0).float()
+        out = self.layers(self.codes(x).sum(2))[0]
+        return self.head((out * there).sum(1) / there.sum(1))
+
+
+class Adapted(nn.Module):
+    """Frozen layers, to whose weights products of low rank are added (Hu et al. 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for n in range(3):
+            self.register_buffer(f"frozen{n}", torch.randn(256, 256) / 16)
+        self.down = nn.ParameterList(torch.randn(8, 256) / 16 for _ in range(3))
+        self.up = nn.ParameterList(torch.randn(256, 8) / 16 for _ in range(3))
+        self.head = nn.Linear(256, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for n in range(3):
+            weight = getattr(self, f"frozen{n}") + self.up[n] @ self.down[n]
+            x = torch.relu(nn.functional.linear(x, weight))
+        return self.head(x)
+
+
 def lstm() -> nn.Module:
     return Recurrent(nn.LSTM)
 
@@ -123,6 +156,13 @@ def records(size: int) -> Tensor:
     return x
 
 
+def visits(size: int) -> Tensor:
+    """Patients with 1 to 32 visits of 1 to 12 codes, padded with zeros."""
+    x = torch.randint(1, KINDS, (size, VISITS, CODES))
+    x = x * (torch.arange(VISITS) < torch.randint(1, VISITS + 1, (size, 1))).unsqueeze(-1)
+    return x * (torch.arange(CODES) < torch.randint(1, CODES + 1, (size, VISITS, 1)))
+
+
 @dataclass(frozen=True)
 class Workload:
     """A model with a batch of patients.
@@ -145,8 +185,10 @@ class Workload:
         torch.manual_seed(0)
         if self.make is Text:
             x = torch.randint(WORDS, (self.batch, *self.shape))
+        elif self.make in (Bag, Visits):
+            x = (records if self.make is Bag else visits)(self.batch)
         else:
-            x = records(self.batch) if self.make is Bag else torch.randn(self.batch, *self.shape)
+            x = torch.randn(self.batch, *self.shape)
         return x, torch.randint(self.classes, (self.batch,))
 
 
@@ -162,5 +204,7 @@ WORKLOADS = {
     "transformer": Workload("transformer, 48×40 series, batch 256", Series, (48, 40), 256),
     "text": Workload("text transformer, vocabulary 8k, length 128, batch 32", Text, (128,), 32),
     "wide4096": Workload("MLP, 9.5 M parameters, batch 4,096", wide, (1000,), 4096),
+    "visits": Workload("visits of codes, vocabulary 2k, GRU, batch 128", Visits, (VISITS, CODES), 128),
+    "adapted": Workload("low rank added to 3 frozen layers of 256, batch 256", Adapted, (256,), 256),
     "bag": Workload("bags of up to 48 records, batch 256", Bag, (RECORDS, 31), 256),
 }
