@@ -175,6 +175,9 @@ class Curator:
                     messages.write_frame(self._process.stdin, *request)  # type: ignore[arg-type]
             except BrokenPipeError:
                 raise _lost() from None
+            except BaseException:
+                self._process.kill()  # it would take what comes next for the rest, and a session's bytes for ours
+                raise
 
     def ask(
         self,

@@ -20,6 +20,7 @@ from ward import Ward
 
 from rapha_lab.enclave import cores
 from rapha_lab.enclave.curator import Curator, CuratorLost
+from rapha_lab.protocol import messages
 
 
 def link(end: Path) -> str:
@@ -95,6 +96,24 @@ def test_whoever_waits_for_a_curator_that_died_is_told(
         until(lambda: curator._process.poll() is not None)
         assert [told["name"] for told in curator.look_up("catalog")] == ["ward"]
     assert all(isinstance(training.ended(), CuratorLost) for training in trainings)
+    assert [told["name"] for told in curator.look_up("catalog")] == ["ward"]
+
+
+def test_a_curator_that_has_half_a_request_is_ended(
+    curator: Curator, serving: Ward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take the next header for the request, and then a session's own bytes for a header, which names who asks."""
+    write, process = messages.write_frame, curator._process
+
+    def short(stream: Any, header: bytes, *more: Any, **how: Any) -> None:
+        if header == b"too large":
+            raise MemoryError
+        write(stream, header, *more, **how)
+
+    monkeypatch.setattr(messages, "write_frame", short)
+    with pytest.raises(MemoryError):
+        curator.ask("job-1", str(serving.key.public), "p", b"too large", b"", lambda *_: None)
+    until(lambda: process.poll() is not None)
     assert [told["name"] for told in curator.look_up("catalog")] == ["ward"]
 
 

@@ -86,9 +86,8 @@ def _arguments(name: str, x: Tensor, args: Sequence[Any]) -> tuple[list[Tensor],
     if len(weights) != per * layers * (2 if both_ways else 1) or len(states) != (2 if name == "lstm" else 1):
         raise ValueError("another number of weights than expected; proj_size is not computed here")
     groups = [[*weights[i : i + per], *[None] * (4 - per)] for i in range(0, len(weights), per)]
-    if (
-        len({t.dtype for t in (x, *states, *weights)}) > 1
-    ):  # compiled, a number would be read as two of half its size
+    # compiled, a number of one dtype would be read as two of another
+    if len({t.dtype for t in (x, *states, *weights)}) > 1:
         raise ValueError("an input, states and weights of one dtype are expected")
     for group in groups:
         _fit(group, CELLS[name].gates, states)
