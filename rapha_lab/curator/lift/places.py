@@ -61,11 +61,13 @@ def _added_up(index: Tensor, rows: Tensor, length: int, fast: bool) -> Tensor:
     size, many, width = rows.shape
     most = max(1, CACHED // (max(many * width, length, 1) * rows.element_size()))
     some = next(n for n in range(min(most, max(size, 1)), 0, -1) if size % n == 0)
-    places = torch.arange(many, dtype=torch.int32).expand(some, many)
+    # along a dimension that is not the last, where it takes as long if all places are one: see `even.scatter_add`
+    places = torch.arange(many, dtype=torch.int32).view(1, many, 1).expand(some, many, 1)
     out = rows.new_empty(rows.shape)
     for own, given, into in zip(*(t.split(some) for t in (index, rows, out)), strict=True):
-        last = places.new_zeros(some, length).scatter_reduce_(1, own, places, "amax")
-        _into(into, last.gather(1, own).long(), given, fast)
+        at = own.unsqueeze(-1)
+        last = places.new_zeros(some, length, 1).scatter_reduce_(1, at, places, "amax")
+        _into(into, last.gather(1, at).squeeze(-1).long(), given, fast)
     return out
 
 
