@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from rapha_lab.protocol import messages
+
 __all__ = ["ENDED", "Cell", "Order", "State", "kept"]
 
 State = Literal["queued", "running", "waiting", "done", "failed", "cancelled", "lost"]
@@ -69,9 +71,11 @@ class Cell:
         telling = next((line for line in lines if "patients" in line), lines[0] if lines else "")
         rate = (time.time() - self.asked_at) / self.step if self.step and self.state == "running" else 0
         stops = self.cancelled and self.state == "running"
+        alone = self.state == "running" and self.asking is None and not self.steps
+        doing = STOPS if stops else self.doing or (messages.PYTHON if alone else "")
         return {
             "id": self.id, "dataset": self.order.dataset, "state": self.state,
-            "step": self.step, "steps": self.steps, "doing": STOPS if stops else self.doing,
+            "step": self.step, "steps": self.steps, "doing": doing,
             "epsilon": math.fsum(self.asked.values()), "spent": math.fsum(self.spent.values()),
             "seconds_left": round(rate * (self.steps - self.step), 1) if rate else None,
             "started": self.started, "ended": self.ended,

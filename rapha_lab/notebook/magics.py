@@ -20,6 +20,7 @@ from IPython.display import display
 from rapha_lab.client import cards
 from rapha_lab.client.progress import if_slow
 from rapha_lab.client.site import ENDED, Dataset, Job, Site, latest
+from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import (
     CellError,
     RaphaError,
@@ -243,7 +244,7 @@ class _Card:
     def update(self, job: Job) -> None:
         """Show how far the job is."""
         slow = not job.outputs and time.monotonic() - self._begun > SLOW
-        works = job.told.get("steps", 0) > 1 or job.told.get("doing")
+        works = job.told.get("steps", 0) > 1 or job.told.get("doing") not in (None, "", messages.PYTHON)
         if self._shown or slow or works or job.state == "waiting":
             self._show(job._repr_mimebundle_())
 

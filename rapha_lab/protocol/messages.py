@@ -23,6 +23,7 @@ __all__ = [
     "BUFFER",
     "PIPED",
     "PREPARES",
+    "PYTHON",
     "REVIEWED",
     "Aggregate",
     "Ask",
@@ -80,6 +81,9 @@ Metric = Literal[
 
 PREPARES = "preparing its first step"
 """What a card says of a loop that was opened and whose loss is made a program."""
+
+PYTHON = "its own Python is at work"
+"""What a card says of a cell that has asked for nothing yet."""
 
 MAX_HEADER = 64 << 20
 MAX_TENSORS = 1 << 30

@@ -139,7 +139,8 @@ class Release(msgspec.Struct, kw_only=True):
             "discovered": f"Patients{by} in {told.get('table')}{among}",
             "evaluation": f"How well {told.get('target', 'the target')} is predicted on {self.split}",
             "shards": f"{told.get('function', '')} of patients, averaged over {told.get('shards')} shards",
-            "fit": f"Trained on {self.split}: {told.get('steps')} private steps{_chosen(told.get('selection'))}",
+            "fit": f"Trained on {self.split}: {told.get('steps')} private steps{_chosen(told.get('selection'))}"
+            + (", Adam's second moment corrected" if told.get("corrected") else ""),
             "review": f"{told.get('function', '')}, released by custodians",
         }
         unit, where = told.get("unit"), told.get("where")
@@ -256,7 +257,10 @@ _RECIPE = {
     "batch": "expected patients a step",
     "noise": "noise multiplier",
     "clip": "clipping norm",
+    "clip_quantile": "quantile that the clipping norm followed",
     "last_clip": "clipping norm in the end",
+    "bands": "bands of noise",
+    "average": "average of the weights, decay",
 }
 
 

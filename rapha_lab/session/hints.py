@@ -30,6 +30,13 @@ _HINTS = {
     r"RuntimeError: .*mat1 and mat2 shapes cannot be multiplied": (
         "A category of more than two values takes a number for each: patients.schema.layout(FEATURES) says how wide a list is."
     ),
+    r"TypeError: Patients\.fit\(\) got an unexpected keyword argument '(lr_)?schedul": (
+        "fit keeps its learning rate. A schedule goes into a loop, unchanged: for batch in patients.train.batches(...): "
+        "...; optimizer.step(); scheduler.step()."
+    ),
+    r"\w*Error: SparseAdam does not support dense gradients": (
+        "A private gradient has noise in every row: use torch.optim.Adam or AdamW."
+    ),
     r"TypeError: LBFGS\.step\(\) missing": (
         "LBFGS decides by the value of the loss, which is not here: use torch.optim.SGD or AdamW."
     ),

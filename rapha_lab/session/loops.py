@@ -62,7 +62,7 @@ def refuse_other(taken: int, given: int) -> None:
     if not taken:
         raise RequestError(
             "No loss of this loop was computed from patients.",
-            "backward() was never called on a sealed tensor; torch.Tensor(x) and Variable(x) take made-up numbers out of one.",
+            "backward() was never called on a sealed tensor; Variable(x) takes made-up numbers out of one.",
             "Compute the loss from batch[...] as it is, and call backward() on it.",
             field="loss",
         )

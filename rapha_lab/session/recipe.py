@@ -112,10 +112,16 @@ def described(optimizer: torch.optim.Optimizer) -> Optimizer:
         RequestError: if it is of a kind the curator does not run, or has several parameter groups.
     """
     name = next((name for name, kind in _NAMES.items() if type(optimizer) is kind), None)
-    if name is None or len(optimizer.param_groups) != 1:
+    if name is not None and len(optimizer.param_groups) != 1:
+        raise RequestError(
+            f"The optimizer has {len(optimizer.param_groups)} groups of parameters.", "fit() trains all by the same rule.",
+            "Give it model.parameters(), or write a loop over patients.train.batches(...), which takes any groups.",
+            field="optimizer",
+        )  # fmt: skip
+    if name is None:
         raise RequestError(
             f"fit() cannot run this {type(optimizer).__name__}.",
-            f"It runs {', '.join(_NAMES)} with one group of parameters.",
+            f"It runs {', '.join(_NAMES)}.",
             "Leave optimizer out for one that works, choose one of these, or write a loop over patients.train.batches(...).",
             field="optimizer",
         )

@@ -22,6 +22,7 @@ from rapha_lab.client import cards
 from rapha_lab.client.site import Job, Site
 from rapha_lab.curator import accounting
 from rapha_lab.enclave import cells as cells_module
+from rapha_lab.protocol import messages
 from rapha_lab.protocol.errors import BudgetError, CellError, RaphaError, RequestError, SiteError
 from rapha_lab.protocol.release import MIME, Release
 from rapha_lab.session import parcels
@@ -711,6 +712,16 @@ def test_a_job_that_was_cancelled_says_that_it_stops() -> None:
     assert "cancelled" in cell.summary()["doing"]
     cell.state = "cancelled"
     assert cell.summary()["doing"] == "compiling"
+
+
+def test_a_job_says_from_the_start_who_is_at_work() -> None:
+    """The cell's own Python, until it asks for something; nothing between the steps of a training."""
+    cell = cells_module.Cell("j", "r", cells_module.Order("", "d", "model = ..."), state="running")
+    assert cell.summary()["doing"] == messages.PYTHON
+    cell.asking = "j-1"
+    assert not cell.summary()["doing"]
+    cell.asking, cell.step, cell.steps = None, 2, 9
+    assert not cell.summary()["doing"]
 
 
 def test_a_job_says_what_it_does_before_its_steps() -> None:

@@ -286,6 +286,7 @@ REFUSED = {
         ".long()",
     ),
     "a number as a yes or no": ("logits(model(batch[X]).squeeze(-1), batch['t'])", 'pl.col("t") > 5'),
+    "its numbers": ("loss = model(torch.Tensor(batch[X])).mean()", "torch.FloatTensor(x)"),
     "a file": ("torch.save(model.state_dict(), 'best.pt')", "-o best"),
     "loader": ("torch.utils.data.DataLoader(patients.train, shuffle=True)", "patients.train.loader"),
 }
@@ -347,7 +348,9 @@ def test_batches_are_gone_through_once(house: House) -> None:
     assert "epochs=30" in (refused.value.instead or "")
 
 
-@pytest.mark.parametrize("taken", ["torch.Tensor(batch[X])", "torch.autograd.Variable(batch[X])"])
+@pytest.mark.parametrize(
+    "taken", ["torch.Tensor._make_subclass(torch.Tensor, batch[X])", "torch.autograd.Variable(batch[X])"]
+)
 def test_a_loop_that_trains_on_made_up_numbers_is_refused(house: House, taken: str) -> None:
     """What is taken out of a sealed tensor has a gradient of its own, which nobody at the site gave."""
     with pytest.raises(RaphaError, match="No loss of this loop") as refused:
@@ -404,6 +407,23 @@ def test_a_fit_refuses_what_is_no_optimizer(house: House, optimizer: str) -> Non
     assert "torch.optim.Adam(model.parameters()" in (refused.value.instead or "")
 
 
+def test_a_fit_tells_of_groups_and_its_release_of_options(house: House) -> None:
+    """Groups are a loop's; what a training was asked for beside its steps stands in its card."""
+    with pytest.raises(RaphaError, match="2 groups of parameters") as refused:
+        ran(house, 'opt = torch.optim.SGD([{"params": model[k].parameters()} for k in (0, 2)], lr=1)\n'
+            'patients.train.fit(model, inputs=X, target="y", epsilon=1, optimizer=opt)')  # fmt: skip
+    assert "loop" in refused.value.instead
+    fit = 'patients.train.fit(model, inputs=X, target="y", epsilon=1, epochs=1, batch=100, '
+    ran(house, f"{fit} bands=2, average=0.9)")
+    shown = repr(house.releases[-1])
+    assert re.search(r"bands of noise +2\n", shown)
+    assert re.search(r"average of the weights, decay +0.9\n", shown)
+    ran(house, f"{fit} corrected=True, optimizer=torch.optim.Adam(model.parameters()))")
+    assert "second moment corrected" in repr(house.releases[-1])
+    ran(house, f"{fit} clip_quantile=0.9)")
+    assert re.search(r"clipping norm followed +0.9\n", repr(house.releases[-1]))
+
+
 def test_a_figure_decides_which_model_is_kept(house: House) -> None:
     """An evaluation's figure compares with numbers and other figures, so that a loop can stop early by it."""
     found = ran(
@@ -444,6 +464,7 @@ history = {"brier": [told["brier"]]}
         ("torch.optim.LBFGS(model.parameters()).step()", "use torch.optim.SGD"),
         ("model(torch.zeros(2, 4))", "patients.schema.layout(FEATURES)"),
         ("raise PermissionError(1, 'Operation not permitted')", "-o brings numbers"),
+        ("patients.train.fit(model, inputs=X, target='y', epsilon=1, scheduler=1)", "scheduler.step()"),
         ("import no_such_package", "installs none"),
         ("!pip install lifelines", "lines with ! or %"),
         ("model(", None),

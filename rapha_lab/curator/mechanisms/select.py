@@ -164,7 +164,7 @@ def _alike(asks: list[Fit]) -> None:
                 raise RequestError(
                     f"{name} is 0 in some candidates and not in others.",
                     "Their runs would take different times, by which it would be seen which are computed.",
-                    f"Give each candidate a {name} above 0, however small, or none.",
+                    f"Give each candidate {name} above 0, however small, or none.",
                     field=f"candidates[{number}].{name}",
                 )
 

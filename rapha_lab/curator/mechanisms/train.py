@@ -438,8 +438,9 @@ def updates(ask: Fit, weights: list[Tensor], sigma: float) -> torch.optim.Optimi
     if ask.optimizer.name not in ("adam", "adamw") or ask.bands > 1:
         raise RequestError(
             "corrected takes independent noise out of Adam's second moment.",
-            f"This optimiser is {ask.optimizer.name}, with {ask.bands} bands of noise.",
-            "Use torch.optim.Adam or AdamW and no bands, or leave corrected out.",
+            f"This optimiser is {ask.optimizer.name}"
+            + (f", with {ask.bands} bands of noise." if ask.bands > 1 else "."),
+            "Use optimizer=torch.optim.Adam(model.parameters()) or AdamW and no bands, or leave corrected out.",
             field="corrected",
         )
     optimizer_for(ask.optimizer, weights)
