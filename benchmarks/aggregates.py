@@ -72,7 +72,7 @@ class Ours:
         started = time.perf_counter(), time.process_time()
         ask = messages.Rows(dataset="h", epsilon=0.5, table="stays", of=of, by="ward", column=column, cap=10)
         plan = plan_of(messages.decode(messages.encode(ask)), b"", self.schema, 1e-6, None)
-        plan.run(self.cohort.view("all"), lambda steps: None)
+        plan.run(self.cohort.view("all"), lambda *_: None)
         return time.perf_counter() - started[0], time.process_time() - started[1]
 
 

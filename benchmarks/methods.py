@@ -171,7 +171,7 @@ def trained(method: dict[str, Any], patients: int, epsilon: float, seed: int) ->
     )  # fmt: skip
     noise = SeededNoise(seed)
     plan = train.plan(ask, traced.blob, Public(patients), DELTA, noise)  # type: ignore[arg-type]
-    weights = load(plan.run(Records(x, y), lambda steps: None).tensors)  # type: ignore[arg-type]
+    weights = load(plan.run(Records(x, y), lambda *_: None).tensors)  # type: ignore[arg-type]
     model.load_state_dict(weights)
     return told(model, others, outcomes)
 

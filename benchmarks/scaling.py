@@ -171,7 +171,7 @@ def judged(patients: int) -> tuple[float, float, float]:
             model(part)
 
     def ours() -> None:
-        plan.run(view, lambda steps: None)
+        plan.run(view, lambda *_: None)
 
     rounds = [(cpu(ours, 1), cpu(plain, 1)) for _ in range(9)]
     ratio = statistics.median(mine / other for mine, other in rounds)

@@ -257,7 +257,7 @@ class TestNoise:
         plan = module.plan(ask, ward(), DELTA)
         view = cohort_of([]).view("all")
         for _ in range(300):
-            plan.run(view, lambda steps: None)
+            plan.run(view, lambda *_: None)
         wanted = plan.loss.noise * honest.sensitivity
         p = stats.chi2.sf((np.array(seen, dtype=float) ** 2).sum() / wanted**2, 600)
         assert (min(p, 1 - p) < 1e-6) == caught

@@ -258,8 +258,8 @@ class TestThreshold:
         ask = Discover(dataset="ward", epsilon=3.0, table="notes", column="text", keys=2, delta=delta / 4)
         runs, view = 1000, cohort([["A", "B"]]).view("all")
         plan = discover.plan(ask, schema, 1e-5, 0.099)
-        shown = sum(bool(plan.run(view, lambda steps: None).values["figures"]) for _ in range(runs))
-        told = plan.run(view, lambda steps: None).values
+        shown = sum(bool(plan.run(view, lambda *_: None).values["figures"]) for _ in range(runs))
+        told = plan.run(view, lambda *_: None).values
         expected = lone(told["error"], 2, told["threshold"])
         assert expected <= delta / 4
         assert abs(shown - runs * expected) < 5 * math.sqrt(runs * expected + 1)
@@ -271,7 +271,7 @@ class TestThreshold:
         plan = discover.plan(ask, schema, 1e-5, 0.05)
         assert isinstance(plan.loss, Thresholded)
         view = cohort([["A"]] * 60).view("all")
-        drawn = [plan.run(view, lambda steps: None).values for _ in range(300)]
+        drawn = [plan.run(view, lambda *_: None).values for _ in range(300)]
         values = [each["figures"][0]["value"] for each in drawn if each["figures"]]
         assert len(values) > 290
         assert np.std(values) == pytest.approx(plan.loss.noise * math.sqrt(2), rel=0.22)

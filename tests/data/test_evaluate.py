@@ -187,7 +187,7 @@ class TestAnswers:
     def test_no_record_makes_it_raise(self, patients, operation):
         """Empty, one class, NaN and infinite scores: the same keys, finite numbers, ordered ends."""
         plan = evaluate.plan(ask(operation, split="all"), save({"w": torch.tensor([0.0])}), ward(), 1e-5)
-        answer = plan.run(cohort_of(patients).view("all"), lambda steps: None).values
+        answer = plan.run(cohort_of(patients).view("all"), lambda *_: None).values
         assert set(answer["metrics"]) == set(METRICS) - {"calibration"}
         assert b"null" not in msgspec.json.encode(answer)
 
@@ -196,7 +196,7 @@ class TestAnswers:
         frame = mock(ward(), 4000).with_columns(died=pl.col("crp") > 10)
         view = Cohort(ward(), frame, SALT).view("all")
         plan = evaluate.plan(ask(column="crp", split="all", epsilon=5.0), TENSORS, ward(patients=4000), 1e-5)
-        values = plan.run(view, lambda steps: None).values
+        values = plan.run(view, lambda *_: None).values
         assert values["metrics"]["auroc"]["value"] > 0.97
         assert plan.touches == ("train", "validation", "test")
 
@@ -205,7 +205,7 @@ class TestAnswers:
         frame = mock(ward(), 300).with_columns(smoker=pl.Series([True] * 50 + [False] * 50 + [None] * 200))
         view = Cohort(ward(), frame, SALT).view("all")
         plan = evaluate.plan(ask(target="smoker", epsilon=1000.0), TENSORS, ward(), 1e-5)
-        patients = plan.run(view, lambda steps: None).values["patients"]
+        patients = plan.run(view, lambda *_: None).values["patients"]
         assert [patients[name]["value"] for name in ("negative", "positive")] == [50, 50]
 
     def test_no_value_of_a_record_is_in_the_answer(self):
@@ -214,7 +214,7 @@ class TestAnswers:
             sex=pl.lit("CANARY"), id="CANARY" + pl.int_range(60).cast(pl.String)
         )
         plan = evaluate.plan(ask(), TENSORS, ward(), 1e-5)
-        answer = plan.run(Cohort(ward(), frame, SALT).view("test"), lambda steps: None)
+        answer = plan.run(Cohort(ward(), frame, SALT).view("test"), lambda *_: None)
         assert b"CANARY" not in msgspec.json.encode(answer.values) + answer.tensors
 
 
@@ -233,7 +233,7 @@ class TestGroups:
         request = ask(column="crp", split="all", epsilon=4.0, by=["site"], metrics=["auroc", "confusion"])
         plan = evaluate.plan(request, TENSORS, schema, 1e-5)
         assert plan.loss == Pure(4.0)
-        found = plan.run(view, lambda steps: None).values
+        found = plan.run(view, lambda *_: None).values
         assert found["metrics"]["auroc, North"]["value"] > 0.95
         assert abs(found["metrics"]["auroc, East"]["value"] - 0.5) < 0.05
         gap = found["metrics"]["auroc, East minus North"]
@@ -262,7 +262,7 @@ class TestGroups:
         schema = ward(patients=8000)
         cohort = Cohort(schema, frame, SALT)
         asked = ask(split="all", epsilon=1e3, metrics=["sensitivity", "confusion"], threshold=0.6)
-        found = evaluate.plan(asked, TENSORS, schema, 1e-5).run(cohort.view("all"), lambda steps: None).values
+        found = evaluate.plan(asked, TENSORS, schema, 1e-5).run(cohort.view("all"), lambda *_: None).values
         scores = 2 * cohort.view("all").tensor("age")
         yes = (torch.sigmoid(scores) >= 0.6).numpy()
         wanted = yes[frame["died"].to_numpy()].mean()
@@ -297,7 +297,7 @@ class TestConcordance:
             plan = concordance.plan(request, TENSORS, ward())
             for without in (None, 0, 1, 2, 3):
                 group = [p for number, p in enumerate(patients) if number != without]
-                plan.run(cohort_of(group).view("all"), lambda steps: None)
+                plan.run(cohort_of(group).view("all"), lambda *_: None)
         moved = [int(np.abs(seen[0] - other).sum()) for other in seen[1:]]
         assert moved == [1, 1, 0, 0]
 

@@ -61,7 +61,7 @@ def weights_of(cohort: Cohort) -> dict[str, torch.Tensor]:
         inputs={"x": NUMBERS, "target": "died"}, optimizer=Optimizer(name="sgd", settings={"lr": 1.0}),
     )  # fmt: skip
     plan = train.plan(ask, traced.blob, cohort.schema, 1e-5, SeededNoise(0))
-    return load(plan.run(cohort.view("all"), lambda steps: None).tensors)
+    return load(plan.run(cohort.view("all"), lambda *_: None).tensors)
 
 
 class Reads(TorchDispatchMode):

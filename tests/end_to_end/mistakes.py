@@ -65,7 +65,7 @@ class RunsBeforeItReserves(Desk):
         if isinstance(ask, messages.Mean | messages.Fit):
             plan = plan_of(ask, tensors, self._cohort(ask.dataset).schema, 1e-5, self._noise)
             noted(self._ledger, caller.job)
-            computed = plan.run(self._cohort(ask.dataset).view(ask.split), lambda steps: None)
+            computed = plan.run(self._cohort(ask.dataset).view(ask.split), lambda *_: None)
 
             def run(view: View, progress: Callable[[int], None]) -> Answer:
                 progress(plan.steps)
@@ -154,7 +154,7 @@ class RunsASettledJobAgain(Desk):
         ask = messages.decode(request)
         if isinstance(ask, messages.Mean | messages.Fit) and self._ledger.release_of(caller.job) is not None:
             plan = plan_of(ask, tensors, self._cohort(ask.dataset).schema, 1e-5, self._noise)
-            answer = plan.run(self._cohort(ask.dataset).view(ask.split), lambda steps: None)
+            answer = plan.run(self._cohort(ask.dataset).view(ask.split), lambda *_: None)
             receipt = self._ledger.receipt_of(caller.job)
             assert receipt is not None
             return self._release(caller.job, ask, 1e-5, answer, receipt)

@@ -262,7 +262,7 @@ class World:
         for request, tensors in (self.asked["mean"], self.asked["fit"]):
             assert isinstance(request, messages.Mean | messages.Fit)
             plan = plan_of(request, tensors, schema, 1e-5, SystemNoise())
-            plan.run(self.cohort.view(request.split), lambda steps: None)
+            plan.run(self.cohort.view(request.split), lambda *_: None)
         self._prices = self._losses()
 
     def desk(self, ledger: Ledger, mistake: str | None) -> Desk:

@@ -54,7 +54,7 @@ def privately(seed: int, cohort: Cohort) -> float:
         **recipe.choose(expected, EPSILON, model, None),
     )
     plan = plan_of(messages.decode(messages.encode(ask)), traced.blob, schema, DELTA, SystemNoise())
-    answer = plan.run(cohort.view("train"), lambda steps: None)
+    answer = plan.run(cohort.view("train"), lambda *_: None)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in load(answer.tensors).items():

@@ -37,7 +37,7 @@ def test_the_error_quoted_is_the_one_released(quoted, size):
     quote = quoted(f"shards:{size}")
     ask = asked("def f(frame):\n    return 0\n", k=None, shape=[size], bounds=[(0.0, 100.0)])
     plan = shards.plan(ask, LARGE, 1e-5, Here(lambda job: bytes(8 * size)))
-    released = plan.run(ward(range(50)).view("all"), lambda steps: None).values
+    released = plan.run(ward(range(50)).view("all"), lambda *_: None).values
     assert quote.figures["shards"] == released["shards"]
     assert [quote.error * 100.0] * size == pytest.approx(released["errors"])
     assert plan.loss.noise == quote.noise

@@ -47,7 +47,7 @@ def in_process(job):
 def inputs(numbers, k):
     """What the workers are given for these patients."""
     here = Here(lambda job: b"")
-    plan(asked(MEAN, k=k, columns=["age", "sex"]), here).run(ward(numbers).view("all"), lambda steps: None)
+    plan(asked(MEAN, k=k, columns=["age", "sex"]), here).run(ward(numbers).view("all"), lambda *_: None)
     return here.jobs
 
 
@@ -105,20 +105,20 @@ class TestTheAnswer:
         found = plan(asked(MEAN, epsilon=0.7, k=50), Here(lambda job: b""))
         assert isinstance(found.loss, Gaussian)
         assert 0.69 < epsilon_of(found.loss, 1e-5) <= 0.7
-        answer = found.run(ward(range(400)).view("all"), lambda steps: None).values
+        answer = found.run(ward(range(400)).view("all"), lambda *_: None).values
         assert answer["errors"] == pytest.approx([100 * found.loss.noise / 50])
 
     def test_is_the_average_of_the_shards(self):
         """With little noise: what a mean of means is."""
         ask = asked(MEAN, epsilon=1000.0, k=40)
-        answer = plan(ask, Here(in_process)).run(ward(range(2000)).view("all"), lambda steps: None).values
+        answer = plan(ask, Here(in_process)).run(ward(range(2000)).view("all"), lambda *_: None).values
         assert answer["estimates"][0] == pytest.approx(44.2, abs=1.5)
 
     def test_spreads_as_its_error_says(self):
         """Over 100 answers."""
         found = plan(asked(MEAN, k=5, epsilon=50.0, bounds=[(-1000.0, 1000.0)]), Here(lambda job: b""))
         view = ward(range(50)).view("all")
-        answers = [found.run(view, lambda steps: None).values for _ in range(100)]
+        answers = [found.run(view, lambda *_: None).values for _ in range(100)]
         values = np.array([answer["estimates"][0] for answer in answers])
         error = answers[0]["errors"][0]
         assert np.std(values) == pytest.approx(error, rel=0.3)
@@ -128,7 +128,7 @@ class TestTheAnswer:
         """Two by two, each entry with its own bounds and default."""
         pairs, ones = [(0.0, 1.0), (0.0, 10.0), (-1.0, 1.0), (5.0, 6.0)], [0.0, 1.0, 0.5, 5.5]
         ask = asked(MEAN, shape=[2, 2], bounds=pairs, default=ones, epsilon=1000.0, k=200)
-        answer = plan(ask, Here(lambda job: b"")).run(ward(range(50)).view("all"), lambda steps: None).values
+        answer = plan(ask, Here(lambda job: b"")).run(ward(range(50)).view("all"), lambda *_: None).values
         assert answer["estimates"] == pytest.approx(ones, abs=0.05)
         assert answer["shape"] == [2, 2]
 
@@ -143,7 +143,7 @@ class TestTheAnswer:
         """No failure, no print, no time: the same keys whatever the shards did."""
         view = ward(range(50)).view("all")
         fine, failed = (
-            plan(asked(MEAN, k=10), Here(how)).run(view, lambda steps: None).values
+            plan(asked(MEAN, k=10), Here(how)).run(view, lambda *_: None).values
             for how in (in_process, lambda job: b"")
         )
         assert (
@@ -177,7 +177,7 @@ class TestAFailedShard:
         """The released noise is the same draw: nothing but the sum decides."""
         view = ward(range(50)).view("all")
         for how in (lambda job: b"", lambda job: np.array([50.0]).tobytes()):
-            answer = plan(asked(MEAN, k=200, epsilon=1000.0), Here(how)).run(view, lambda steps: None).values
+            answer = plan(asked(MEAN, k=200, epsilon=1000.0), Here(how)).run(view, lambda *_: None).values
             assert answer["estimates"] == pytest.approx([50.0], abs=1.0)
 
 

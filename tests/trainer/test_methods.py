@@ -26,7 +26,7 @@ from rapha_lab.protocol.messages import Optimizer
 def trained(values: Tensor, noise: Noise, **changes: Any) -> tuple[Tensor, Any]:
     """Weights from zero on the loss w.x, and the plan."""
     plan = train.plan(ask(**changes), save({"w": torch.zeros(4)}), Public(), 1e-5, noise)  # type: ignore[arg-type]
-    return load(plan.run(Records(values), lambda steps: None).tensors)["w"], plan  # type: ignore[arg-type]
+    return load(plan.run(Records(values), lambda *_: None).tensors)["w"], plan  # type: ignore[arg-type]
 
 
 # Bands of noise
