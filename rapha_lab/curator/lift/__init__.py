@@ -275,10 +275,11 @@ class Lifted:
         return None if fast.step is None else fast.seconds
 
     def for_batches_of(self, most: int) -> int:
-        """Let microbatches divide `most` patients evenly, with little room to spare; how many there are then."""
-        parts = -(-most // self.microbatch)
-        self.microbatch = min(self.microbatch, -(-most // (parts * SMALLEST)) * SMALLEST)
-        return parts
+        """Let microbatches, no smaller than half, hold `most` patients with the least room to spare; how many there are."""
+        largest = min(self.microbatch, -(-most // SMALLEST) * SMALLEST)
+        sizes = range(largest, max(largest // 2, SMALLEST) - 1, -SMALLEST)
+        self.microbatch = min(sizes, key=lambda size: -(-most // size) * size)
+        return -(-most // self.microbatch)
 
     def selftest(self, parameters: Tensors, constants: Tensors) -> float:
         """Check on this machine that a made-up patient's gradient, and whether it is whole, has the same bits in any company.
