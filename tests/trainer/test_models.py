@@ -227,6 +227,17 @@ class Codes(nn.Module):
         return self.head(torch.tanh(self.words(x).sum(2)).mean(1))
 
 
+class Copied(nn.Module):
+    """A table that is also used otherwise, of which a row that fills up is not trained by what it fills."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(5, 6, padding_idx=0), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.words(x).sum(1) * torch.tanh(self.words.weight).mean(0))
+
+
 def attention() -> nn.Module:
     return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
 
@@ -259,6 +270,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], Callable
     "u-net": (UNet, bce, numbers(2, 8, 8), yes),
     "depthwise convolutions": (depthwise, nn.CrossEntropyLoss(), numbers(3, 8, 8), kinds),
     "codes of visits": (Codes, nn.CrossEntropyLoss(), lambda: torch.randint(5, (5, 4, 6)), kinds),
+    "table used otherwise too": (Copied, nn.CrossEntropyLoss(), lambda: torch.randint(5, (5, 4)), kinds),
     "codes of a large table": (lambda: Codes(60), nn.CrossEntropyLoss(), lambda: torch.randint(5, (5, 4, 6)), kinds),
     "embedding and mlp": (bag, nn.CrossEntropyLoss(label_smoothing=0.1), words, kinds),
     "tied weights": (Tied, nn.CrossEntropyLoss(), lambda: torch.randint(9, (5, 4)), kinds),

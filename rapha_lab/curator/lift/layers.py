@@ -169,6 +169,7 @@ def embedding(weight: Tensor, index: Tensor, padding: int, scale: bool, sparse: 
     size = weight.shape[0]
     wide = index.expand(size, *index.shape[1:]).reshape(size, -1, 1)
     rows = weight.gather(1, wide.expand(-1, -1, weight.shape[2]))
+    rows = torch.where(wide == padding, rows.detach(), rows)  # what fills up is not trained
     return rows.reshape(size, *index.shape[1:], weight.shape[2])
 
 
