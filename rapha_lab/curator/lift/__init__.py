@@ -232,11 +232,14 @@ class Lifted:
 
     @property
     def _together(self) -> int:
-        """How many patients' gradients are written out at a time: a divisor of the microbatch."""
-        if not self.written or self.written * self.microbatch <= STORED:
+        """How many patients' gradients are written out at a time: a divisor of the microbatch.
+
+        Half of them at most, so that few patients' take no more memory than training them plainly does; all if that is little.
+        """
+        if self.written * self.microbatch <= STORED // 4:
             return self.microbatch
-        most = max(1, STORED // self.written)
-        return next(n for n in range(min(most, self.microbatch), 0, -1) if self.microbatch % n == 0)
+        most = max(1, min(STORED // self.written, self.microbatch // 2))
+        return next(n for n in range(most, 0, -1) if self.microbatch % n == 0)
 
     def _made(self, assemble: Callable[..., Any], example: tuple[Any, ...]) -> Step:
         """The clipped sum in machine code: in one piece if all is written out at once."""
