@@ -40,7 +40,7 @@ not run here.
 
 **Where it costs more.** On models that this table does not have, tried compiled on a busy machine: 0.5 to 0.9 for
 transformers over visits, images or columns, decoders, an MLP-Mixer, graph attention, attention over a GRU's states, GRU-D,
-cells of GRUs and LSTMs stepped through by hand, convolutions under a weight norm and a multiple-instance model; 1.0 to 1.2
+cells of GRUs and LSTMs stepped through by hand, convolutions under a weight norm and a multiple-instance model; 1.0 to 1.3
 for U-Nets, InceptionTime, an ECG network, a dilated 1-D CNN and MLPs for survival. But 1.5 to 1.6 for ResNet-18 and a
 DenseNet, 1.3 to 1.6 for an LSTM, 2.8 for one at a batch of 32, 1.8 for a dilated 1-D CNN under a weight norm, 1.6 for a
 mixture of experts in one tensor: a weight that is used at few places of a patient has a gradient larger than all that it is
