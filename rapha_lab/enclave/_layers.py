@@ -58,8 +58,15 @@ def give_way() -> None:
     Where processes are in no control group for the processor, the kernel weighs sessions (setsid) first and niceness
     only within each; a machine that does not has no such file, and niceness alone holds.
     """
-    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as file:
-        file.write("6")  # 1024 / 1.25^6: a quarter of a process at niceness 0
+    for _ in range(40):
+        try:
+            with open("/proc/self/autogroup", "w") as file:
+                file.write("6")  # 1024 / 1.25^6: a quarter of a process at niceness 0
+            return
+        except BlockingIOError:  # the kernel lets one process in a tenth of a second, whosever it is
+            time.sleep(0.05)
+        except OSError:
+            return
 
 
 def drop_privileges(parent: int) -> bool:

@@ -99,6 +99,23 @@ result = [r.getrlimit(which)[1] for which in (r.RLIMIT_FSIZE, r.RLIMIT_CORE, r.R
         assert {said.get("cpu.shares", "51"), said.get("cpu.weight", "5")} == {"51", "5"}
         assert int(said.get("memory.max") or said["memory.limit_in_bytes"]) <= Limits().memory + (256 << 20)
 
+    @pytest.mark.skipif(
+        not (Path("/proc/self/autogroup").exists() and shutil.which("unshare")),
+        reason="the kernel has no such weights",
+    )
+    def test_sessions_that_start_at_once_all_give_way(self):
+        """The kernel turns down all but one in a tenth of a second."""
+        code = "from rapha_lab.enclave import _layers; _layers.give_way(); print(open('/proc/self/autogroup').read())"
+        command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", code]
+        starting = [
+            subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+            for _ in range(4)
+        ]
+        told = [process.communicate(timeout=60)[0].split()[-2:] for process in starting]
+        if any(process.returncode for process in starting):
+            pytest.skip("the machine lets nobody make a user namespace")
+        assert told == [["nice", "6"]] * 4
+
     def test_a_shard_does_not_give_way(self):
         """Its time is counted by the clock, and all sessions stand still meanwhile."""
         waiting = Zygote("sandbox_cell:main", (), bare=True, gives_way=False)

@@ -27,6 +27,8 @@ def training(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Locator]:
     lab.run(0)
     lab.run(1, wait=False)
     card = lab.cell(1).locator(".rapha-Job")
+    # a slow rehearsal has steps too
+    expect(card).to_have_attribute("data-state", "running", timeout=90_000)
     expect(card.locator(".rapha-Job-figures")).to_contain_text(re.compile(r"step [1-9]"), timeout=90_000)
     yield card
     if lab.kernel == used:  # else a restarted Lab has given the page another
