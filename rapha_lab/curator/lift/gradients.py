@@ -106,7 +106,8 @@ def _through(root: str, by: Part, routes: Routes, values: Tensors) -> list[Part]
     """
     lifted = shared({name: t.detach() for name, t in values.items()})
     steps = routes.made[root].steps
-    env, got, found = run_steps(steps.values(), lifted), {root: [by]}, list[Part]()
+    env = run_steps(steps.values(), lifted) if isinstance(by, Outer | Pairs) else {}
+    got, found = {root: [by]}, list[Part]()
     for name in reversed([n for n in steps if routes.made[n].parameters]):
         if not (several := got.pop(name, [])):
             continue
@@ -160,7 +161,7 @@ def _one(several: list[Part]) -> Part:
     outer = [part for part in several if isinstance(part, Outer)]
     if len(several) == len(outer) > 1:
         out, inp = (torch.stack(ts, 1) for ts in zip(*((p.out, p.inp) for p in outer), strict=True))
-        return Pairs(name, out, inp, torch.Size([out.shape[2], inp.shape[2]]))
+        return Pairs.made(name, out, inp)
     return several[0] if len(several) == 1 else Several(name, tuple(several))
 
 

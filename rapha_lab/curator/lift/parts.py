@@ -239,9 +239,14 @@ class Pairs(Apart):
         """By outputs, then inputs."""
         return rows.reshape(-1, *self.shape[::-1]).mT if self._wide else rows.reshape(-1, *self.shape)
 
+    @staticmethod
+    def made(name: str, out: Tensor, inp: Tensor) -> Pairs:
+        """Of the weight whose shape these factors have."""
+        return Pairs(name, out, inp, torch.Size([out.shape[2], inp.shape[2]]))
+
     def of(self, out: Tensor, inp: Tensor) -> Pairs:
         """Of another weight, in these factors."""
-        return Pairs(self.name, out, inp, torch.Size([out.shape[2], inp.shape[2]]))
+        return Pairs.made(self.name, out, inp)
 
     def turned(self) -> Pairs:
         """Of the weight's transpose."""

@@ -26,13 +26,13 @@ class Made:
     """A value that is made of parameters and constants alone, the same for all patients.
 
     Attributes:
-        shape: with the 1 in front.
+        rank: how many dimensions it has.
         parameters: that it is made of.
         constants: likewise.
         steps: by which it is, in order, by name.
     """
 
-    shape: tuple[int, ...] = ()
+    rank: int
     parameters: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     steps: Mapping[str, Step] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Routes:
 
     def __init__(self, graph: Graph) -> None:
         self.made = _made(graph)
-        ranks = {name: len(made.shape) - 1 for name, made in self.made.items()}
+        ranks = {name: made.rank for name, made in self.made.items()}
         trained = {name for name, made in self.made.items() if made.parameters}
         uses = {node.id: [name for name in _read(args) if name in trained] for node, _, args in graph.steps}
         self.tapped: dict[str, list[str | None]] = {}
@@ -126,8 +126,8 @@ def _read(args: list[Any]) -> list[str]:
 def _made(graph: Graph) -> dict[str, Made]:
     program = graph.program
     parameters, constants = {s.name: s for s in program.parameters}, {s.name: s for s in program.constants}
-    made = {name: Made((1, *s.shape), parameters=(name,)) for name, s in parameters.items()}
-    made |= {name: Made((1, *s.shape), constants=(name,)) for name, s in constants.items()}
+    made = {name: Made(len(s.shape), parameters=(name,)) for name, s in parameters.items()}
+    made |= {name: Made(len(s.shape), constants=(name,)) for name, s in constants.items()}
     values: dict[str, Any] = {}
     for name, spec in {**parameters, **constants}.items():
         values[name] = torch.empty((1, *spec.shape), dtype=getattr(torch, spec.dtype), device="meta")
@@ -146,7 +146,7 @@ def _made(graph: Graph) -> dict[str, Made]:
         steps = {id: one for part in parts for id, one in part.steps.items()} | own
         if len(steps) <= DEEP:
             made[node.id] = Made(
-                tuple(getattr(values[node.id], "shape", ())),
+                getattr(values[node.id], "ndim", 0) - 1,
                 tuple(dict.fromkeys(p for part in parts for p in part.parameters)),
                 tuple(dict.fromkeys(c for part in parts for c in part.constants)),
                 steps,

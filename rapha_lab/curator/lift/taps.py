@@ -80,7 +80,7 @@ class Product:
         if self.weight is not None and alone:
             made.append(Outer(self.weight, one[:, 0], other[:, 0]))
         elif self.weight is not None:
-            made.append(Pairs(self.weight, one, other, torch.Size([one.shape[2], other.shape[2]])))
+            made.append(Pairs.made(self.weight, one, other))
         if self.bias is not None:
             made.append(Stored(self.bias, g[:, 0]) if alone else Summed(self.bias, g.unsqueeze(-1)))
         return made
